@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 REDACTED = "[redacted-by-ftdata]"
@@ -28,15 +28,13 @@ _JOINED_TOKENS = re.compile(r"(?:access|auth|api|hf|hub|id|private|refresh|sessi
 _PATH_WORDS = ("path", "dir", "folder", "file")
 """A name that ends with one of these words contains the path of a secret, such as `HF_TOKEN_PATH`."""
 
-_VOCABULARY_WORDS = frozenset(
-    [
-        "additional", "assistant", "audio", "begin", "boi", "bol", "bos", "boundary", "cls", "control", "decoder",
-        "delimiter", "end", "eod", "eoi", "eol", "eom", "eos", "eot", "extra", "fill", "fim", "first", "forced",
-        "image", "last", "mask", "middle", "new", "next", "null", "pad", "padding", "prefix", "sep", "separator",
-        "special", "start", "stop", "suffix", "system", "think", "tool", "unk", "unknown", "user", "video", "vision",
-        "word",
-    ]
-)  # fmt: skip
+_VOCABULARY_WORDS = {
+    "additional", "assistant", "audio", "begin", "boi", "bol", "bos", "boundary", "cls", "control", "decoder",
+    "delimiter", "end", "eod", "eoi", "eol", "eom", "eos", "eot", "extra", "fill", "fim", "first", "forced",
+    "image", "last", "mask", "middle", "new", "next", "null", "pad", "padding", "prefix", "sep", "separator",
+    "special", "start", "stop", "suffix", "system", "think", "tool", "unk", "unknown", "user", "video",
+    "vision", "word",
+}  # fmt: skip
 """Words before `token` in the names of vocabulary tokens, such as `eos_token`."""
 
 _SWITCHES = ("true", "false", "none", "null")
@@ -54,9 +52,7 @@ _CREDENTIALS = re.compile(
 )
 _USER_INFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})(?P<user>[^\s/?#@:\"'<>]*)(?P<password>:[^\s/?#\"'<>]*)?@")
 _QUERY = re.compile(r"(?<=[?&;#])(?P<name>[\w.%-]+)=(?P<value>[^\s&;#\"'<>]+)")
-_SIGNATURES = frozenset(
-    ("auth", "code", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature")
-)
+_SIGNATURES = {"auth", "code", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature"}
 _ASSIGNED = re.compile(
     r"(?P<name>(?<![\w.%-])[A-Za-z][\w.-]*)(?P<between>=|[\"']\s*[:=]\s*)(?P<quote>[\"']?)(?P<value>[^\s\"',;&]+)"
 )
@@ -101,12 +97,16 @@ def redact_for_storage(value: Any) -> Any:
     >>> redact_for_storage({"path": "a" + chr(0xDCFF)})["path"].isascii()
     True
     """
-    value = redact(value)
+    return map_texts(redact(value), lambda text: text.encode("utf-8", "backslashreplace").decode())
+
+
+def map_texts(value: Any, change: Callable[[str], Any]) -> Any:
+    """Return a copy of a value in which `change` is applied to all texts in mappings, lists and tuples, except keys."""
     if isinstance(value, Mapping):
-        return {key: redact_for_storage(inner) for key, inner in value.items()}
+        return {key: map_texts(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(redact_for_storage(inner) for inner in value)
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        return type(value)(map_texts(inner, change) for inner in value)
+    return change(value) if isinstance(value, str) else value
 
 
 def redact_text(text: str) -> str:
@@ -120,11 +120,9 @@ def redact_text(text: str) -> str:
 
 def is_redacted(value: Any) -> bool:
     """Return whether a value contains the placeholder of a redacted secret."""
-    if isinstance(value, Mapping):
-        return any(is_redacted(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return any(is_redacted(inner) for inner in value)
-    return isinstance(value, str) and REDACTED in value
+    texts: list[str] = []
+    map_texts(value, texts.append)
+    return any(REDACTED in text for text in texts)
 
 
 def drop_redacted(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -152,10 +150,9 @@ def _redact_value(value: Any, secrets: tuple[str, ...], name: str = "", *, is_se
             key: _redact_value(inner, secrets, str(key), is_secret=is_secret or is_secret_name(str(key)))
             for key, inner in value.items()
         }
-    if isinstance(value, list):
-        return [_redact_value(inner, secrets, name, is_secret=is_secret) for inner in value]
-    if isinstance(value, tuple):
-        return tuple(_redact_value(inner, secrets, name, is_secret=is_secret) for inner in value)
+    if isinstance(value, list | tuple):
+        items = [_redact_value(inner, secrets, name, is_secret=is_secret) for inner in value]
+        return items if isinstance(value, list) else tuple(items)
     if isinstance(value, str):
         return REDACTED if is_secret and _is_secret_text(name, value) else _redact_plain(value, secrets)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -164,9 +161,8 @@ def _redact_value(value: Any, secrets: tuple[str, ...], name: str = "", *, is_se
 
 def _is_secret_text(name: str, value: str) -> bool:
     """Return whether the value of a secret field is a secret. Special tokens such as `<|end|>` are not."""
-    return bool(value) and not (
-        name.lower().endswith("token") and _SPECIAL_TOKEN.fullmatch(value) and value != REDACTED
-    )
+    is_special_token = name.lower().endswith("token") and _SPECIAL_TOKEN.fullmatch(value) and value != REDACTED
+    return bool(value) and not is_special_token
 
 
 def _redact_plain(text: str, secrets: tuple[str, ...]) -> str:

@@ -125,8 +125,8 @@ def _make_conversation(
         if call is not None:
             name, id_ = "look_up", f"call{number:05}"
             function: Any = {"name": name, "arguments": {"what": call[0]}}
-            tool_calls: Any = [{"type": "function", "id": id_, "function": function}]
-            messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls})
+            tool_call: Any = {"type": "function", "id": id_, "function": function}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [tool_call]})
             messages.append({"role": "tool", "name": name, "tool_call_id": id_, "content": call[1]})
         message: Message = {"role": "assistant", "content": answer}
         messages.append(message if reasoning_text is None else {**message, "reasoning_content": reasoning_text})
@@ -176,12 +176,11 @@ def try_template(
         for example in plain:
             check_masking_rules(example, messages)
             check_control_tokens(example, recipe.control.ids)
-            assert "generation_tags_unconfirmed" not in example.flags, (
-                "M2: the generation tags of the template mark text that the model does not generate"
-            )
-        assert {span.message for example in plain for span in example.spans if span.generated} == {
-            index for index, message in enumerate(messages) if message["role"] == "assistant"
-        }, "M2: a turn is not trained"
+            unconfirmed = "M2: the generation tags of the template mark text that the model does not generate"
+            assert "generation_tags_unconfirmed" not in example.flags, unconfirmed
+        generated = {span.message for example in plain for span in example.spans if span.generated}
+        answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
+        assert generated == answers, "M2: a turn is not trained"
         for example in allowed:
             check_masking_rules(example, messages)
             ids = recipe.tokenizer.encode([example.text])[0].ids
@@ -232,9 +231,8 @@ def check_masking_rules(
         position = span.end
     assert position == len(example.text), "spans do not tile the text"
     generated = {span.message for span in example.spans if span.generated}
-    assert all(messages[index]["role"] == "assistant" for index in generated), (
-        "M1: a non-assistant message is generated"
-    )
+    is_answer = [messages[index]["role"] == "assistant" for index in generated]
+    assert all(is_answer), "M1: a non-assistant message is generated"
     if trained is not None:
         assert generated == set(trained), f"M1/M2: generated messages are {generated}, expected {set(trained)}"
     inside = np.zeros(len(example.text) + 1, dtype=np.bool_)

@@ -46,13 +46,13 @@ def texts(node, names=()):
         case ast.Name(id=name, lineno=line):
             # A text that was put together just before.
             near = [(at, value) for at, other, value in names if other == name and line - 12 < at < line]
-            yield from texts(max(near, key=lambda one: one[0])[1]) if near else ()
+            yield from texts(max(near, key=lambda one: one[0])[1], names) if near else ()
         case ast.Constant(value=str(text)):
             yield text
         case ast.JoinedStr(values=parts):
             yield "".join(next(iter(texts(part)), "…") for part in parts)
         case ast.IfExp(body=one, orelse=other):
-            yield from (*texts(one), *texts(other))
+            yield from (*texts(one, names), *texts(other, names))
         case ast.BinOp(left=one, op=ast.Add(), right=other):
             yield f"{next(iter(texts(one)), '…')}{next(iter(texts(other)), '…')}"
 

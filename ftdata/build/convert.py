@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jsonlines
 import pyarrow as pa
@@ -31,32 +33,18 @@ FORMS = ("messages", "prompt_completion", "text")
 _MAX_ROWS, _MAX_CHARACTERS = 1024, 1 << 20
 """Limits of a batch that is written together: rows, and characters."""
 
-_CALL = pa.struct(
-    [
-        ("id", pa.string()),
-        ("type", pa.string()),
-        ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
-    ]
-)
-_MESSAGE = pa.struct(
-    [
-        ("role", pa.string()),
-        ("content", pa.string()),
-        ("reasoning_content", pa.string()),
-        ("name", pa.string()),
-        ("tool_call_id", pa.string()),
-        ("tool_calls", pa.list_(_CALL)),
-        ("train", pa.bool_()),
-        ("is_error", pa.bool_()),
-    ]
-)
-_EXTRA_COLUMNS = [("tools", pa.string()), ("chat_template_kwargs", pa.string())]
+_FUNCTION = pa.struct({"name": pa.string(), "arguments": pa.string()})
+_CALL = pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
+_TEXTS = dict.fromkeys(("role", "content", "reasoning_content", "name", "tool_call_id"), pa.string())
+_FLAGS = dict.fromkeys(("train", "is_error"), pa.bool_())
+_MESSAGE = pa.struct({**_TEXTS, "tool_calls": pa.list_(_CALL), **_FLAGS})
+_OBJECTS = dict.fromkeys(("tools", "chat_template_kwargs"), pa.string())
+"""Columns that contain objects as JSON text."""
+
 _ARROW_SCHEMAS = {
-    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), *_EXTRA_COLUMNS]),
-    "prompt_completion": pa.schema(
-        [("prompt", pa.list_(_MESSAGE)), ("completion", pa.list_(_MESSAGE)), *_EXTRA_COLUMNS]
-    ),
-    "text": pa.schema([("text", pa.string())]),
+    "messages": pa.schema({"messages": pa.list_(_MESSAGE), **_OBJECTS}),
+    "prompt_completion": pa.schema({"prompt": pa.list_(_MESSAGE), "completion": pa.list_(_MESSAGE), **_OBJECTS}),
+    "text": pa.schema({"text": pa.string()}),
 }
 
 
@@ -101,11 +89,9 @@ class ConvertReport:
         read, written, filtered = (
             sum(getattr(ledger, name) for ledger in self.sources) for name in ("read", "built", "filtered")
         )
-        lines = [
-            f"rows     {read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected"
-            + (f" + {filtered:,} filtered out (where)" if filtered else "")
-        ]
-        lines += [f"note     {note}" for note in self.notes]
+        filtered_rows = f" + {filtered:,} filtered out (where)" if filtered else ""
+        counts = f"{read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected{filtered_rows}"
+        lines = [f"rows     {counts}", *(f"note     {note}" for note in self.notes)]
         return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
 
 
@@ -172,22 +158,19 @@ def convert(
     rejects: list[Reject] = []
     sources = _check_sources(resolve_sources(data), output)
     store.check_rejects_file(_rejects_path(output))
-    with _open_writer(Path(output), to) as writer:
-        for place in sorted({source.item_index for source in sources}):
-            row_filter = RowFilter(where, limit)
-            for source in (source for source in sources if source.item_index == place):
-                ledgers.append(ledger := Ledger(source.path))
-                filtered_before, rejected_rows = row_filter.filtered, RejectedRows()
-                outcomes = (
-                    _convert_row(row, to, options, recipe, writer.check)
-                    for row in row_filter.filter_rows(source.rows())
-                )
-                while batch := _take_batch(outcomes):
-                    for outcome in batch:
-                        rejected_rows.check(outcome)
-                        _count(outcome, ledger, rejects)
-                    writer.batch([record for item in batch if not isinstance(item, Reject) for record in item[1]])
-                ledger.add_filtered(row_filter.filtered - filtered_before)
+    row_filters = defaultdict[int, RowFilter](lambda: RowFilter(where, limit))
+    with _open_writer(Path(output), to) as write:
+        for source in sorted(sources, key=lambda source: source.item_index):
+            row_filter = row_filters[source.item_index]
+            ledgers.append(ledger := Ledger(source.path))
+            filtered_before, rejected_rows = row_filter.filtered, RejectedRows()
+            outcomes = (_convert_row(row, to, options, recipe, output) for row in row_filter.filter_rows(source.rows()))
+            while batch := _take_batch(outcomes):
+                for outcome in batch:
+                    rejected_rows.check(outcome)
+                    _count(outcome, ledger, rejects)
+                write([record for item in batch if not isinstance(item, Reject) for record in item[1]])
+            ledger.add_filtered(row_filter.filtered - filtered_before)
         reject_limit.check(ledgers, lambda: rejects)
     rejects_path = _rejects_path(output)
     if rejects:
@@ -216,21 +199,15 @@ def _check_sources(
     splits = list(dict.fromkeys(source.split or "train" for source in sources))
     if len(splits) > 1:
         hint = "convert each split separately with split"
-        raise UsageError(
-            "several_splits",
-            f"convert writes one file, but the data has several splits: {', '.join(splits)}",
-            hint=hint,
-        )
+        message = f"convert writes one file, but the data has several splits: {', '.join(splits)}"
+        raise UsageError("several_splits", message, hint=hint)
     if any(source.share != WHOLE for source in sources):
-        raise UsageError(
-            "share", "convert does not support the options weight, rows and tokens, because it writes each row once"
-        )
-    for written in (Path(output), _rejects_path(output)):
-        for source in sources:
-            if Path(source.path).exists() and written.exists() and Path(source.path).samefile(written):
-                raise UsageError(
-                    "output", f"convert would overwrite {written}, which is one of the sources", hint="use another file"
-                )
+        problem = "convert does not support the options weight, rows and tokens, because it writes each row once"
+        raise UsageError("share", problem)
+    for written, source in product((Path(output), _rejects_path(output)), sources):
+        if Path(source.path).exists() and written.exists() and Path(source.path).samefile(written):
+            problem = f"convert would overwrite {written}, which is one of the sources"
+            raise UsageError("output", problem, hint="use another file")
     return sources
 
 
@@ -238,25 +215,15 @@ def _rejects_path(output: str | Path) -> Path:
     return Path(output).with_suffix(".rejects.jsonl")
 
 
-class _Writer(Protocol):
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Raise `BadRow` if the output format cannot represent a record."""
-
-    def batch(self, records: list[dict[str, Any]]) -> None:
-        """Write a batch of records."""
-
-
-def _convert_row(
-    row: Row | Reject, to: str, options: Options, recipe: Recipe | None, check: Callable[[Mapping[str, Any]], None]
-) -> Outcome:
+def _convert_row(row: Row | Reject, to: str, options: Options, recipe: Recipe | None, output: str | Path) -> Outcome:
     if isinstance(row, Reject):
         return row
     try:
         conversation = normalize(row, options.schema, options.columns)
         check_answers(conversation)
         records = _make_records(conversation, to, recipe)
-        for record in records:
-            check(record)
+        for record in records if _is_parquet(output) else ():
+            _check_columns(record)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
@@ -282,9 +249,8 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
         raise BadRow("no_messages", problem)
     if recipe is not None:
         if any(message.get("train") is False for message in conversation.messages):
-            raise BadRow(
-                "untrained_message", "the row contains an untrained message, which plain text cannot represent"
-            )
+            problem = "the row contains an untrained message, which plain text cannot represent"
+            raise BadRow("untrained_message", problem)
         recipe = recipe.with_kwargs(conversation.kwargs)
         return [{"text": _check_text(text, recipe)} for text in render_in_worker(conversation, recipe.template)]
     extra: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
@@ -293,9 +259,8 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
     if to == "messages":
         record = {"messages": messages, **extra}
     elif start == 0:
-        raise BadRow(
-            "no_prompt", "the conversation begins with an assistant message, so there is no prompt", field="messages[0]"
-        )
+        problem = "the conversation begins with an assistant message, so there is no prompt"
+        raise BadRow("no_prompt", problem, field="messages[0]")
     else:
         record = {"prompt": messages[:start], "completion": messages[start:], **extra}
     try:
@@ -313,47 +278,35 @@ def _check_text(rendered: Rendered, recipe: Recipe) -> str:
     return rendered.text
 
 
+def _is_parquet(output: str | Path) -> bool:
+    return Path(output).suffix.lower() == ".parquet"
+
+
 @contextmanager
-def _open_writer(output: Path, to: str) -> Iterator[_Writer]:
-    kind = output.suffix.lower()
-    if kind not in (".jsonl", ".parquet"):
+def _open_writer(output: Path, to: str) -> Iterator[Callable[[list[dict[str, Any]]], object]]:
+    """Yield a function that writes a batch of records to the output file."""
+    if output.suffix.lower() not in (".jsonl", ".parquet"):
         raise UsageError("output", f"output is {str(output)!r}, expected the path of a .jsonl or .parquet file")
     with atomic.replace_file(output) as temporary:
-        if kind == ".parquet":
-            with disk.create(temporary) as file, pq.ParquetWriter(file, _ARROW_SCHEMAS[to]) as table:
-                yield _ParquetWriter(table, _ARROW_SCHEMAS[to])
+        if _is_parquet(output):
+            schema = _ARROW_SCHEMAS[to]
+            with disk.create(temporary) as file, pq.ParquetWriter(file, schema) as table:
+                yield lambda records: table.write_batch(
+                    pa.RecordBatch.from_pylist([_encode_objects(record) for record in records], schema)
+                )
         else:
             text = io.TextIOWrapper(disk.create(temporary), encoding="utf-8", newline="\n")
             with text, jsonlines.Writer(text, compact=True) as lines:
-                yield _LinesWriter(lines)
+                yield lines.write_all
 
 
-@dataclass(frozen=True)
-class _LinesWriter:
-    lines: jsonlines.Writer
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Accept every record, because JSON Lines can represent any message."""
-
-    def batch(self, records: list[dict[str, Any]]) -> None:
-        self.lines.write_all(records)
-
-
-@dataclass(frozen=True)
-class _ParquetWriter:
-    table: pq.ParquetWriter
-    schema: pa.Schema
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        for name in ("messages", "prompt", "completion"):
-            for index, message in enumerate(record.get(name, ())):
-                unsupported = [key for key, value in message.items() if not _fits_schema(key, value)]
-                if unsupported:
-                    problem = f"the Parquet columns cannot represent keys of the message: {', '.join(unsupported)}"
-                    raise BadRow("no_column", problem, field=f"{name}[{index}]", hint="write a .jsonl file")
-
-    def batch(self, records: list[dict[str, Any]]) -> None:
-        self.table.write_batch(pa.RecordBatch.from_pylist([_encode_objects(record) for record in records], self.schema))
+def _check_columns(record: Mapping[str, Any]) -> None:
+    """Reject a record if the Parquet columns cannot represent it. JSON Lines can represent any record."""
+    for name in ("messages", "prompt", "completion"):
+        for index, message in enumerate(record.get(name, ())):
+            if unsupported := [key for key, value in message.items() if not _fits_schema(key, value)]:
+                problem = f"the Parquet columns cannot represent keys of the message: {', '.join(unsupported)}"
+                raise BadRow("no_column", problem, field=f"{name}[{index}]", hint="write a .jsonl file")
 
 
 def _fits_schema(key: str, value: Any) -> bool:
@@ -368,17 +321,15 @@ def _fits_schema(key: str, value: Any) -> bool:
             and isinstance(call["function"]["name"], str)
             for call in value
         )
-    expected_type = bool if key in ("train", "is_error") else str
-    return isinstance(value, expected_type) and key in {item.name for item in _MESSAGE}
+    return isinstance(value, bool) if key in _FLAGS else key in _TEXTS and isinstance(value, str)
 
 
 def _encode_objects(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the record in which tools, template variables and tool call arguments are JSON text."""
     encoded = dict(record)
-    for name in ("tools", "chat_template_kwargs"):
-        if name in encoded:
-            encoded[name] = json.dumps(encoded[name], ensure_ascii=False)
-    for name in {"messages", "prompt", "completion"} & set(encoded):
+    for name in _OBJECTS.keys() & encoded.keys():
+        encoded[name] = json.dumps(encoded[name], ensure_ascii=False)
+    for name in {"messages", "prompt", "completion"} & encoded.keys():
         encoded[name] = [_encode_arguments(message) for message in encoded[name]]
     return encoded
 

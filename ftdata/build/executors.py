@@ -48,9 +48,8 @@ def check_engine(engine: str) -> None:
     """
     name = engine.partition(":")[0] if isinstance(engine, str) else engine
     if name not in ENGINES or (name == "local" and engine != "local"):
-        raise UsageError(
-            "unknown_engine", f"the engine {engine!r} does not exist", hint=suggest_names(str(engine), ENGINES)
-        )
+        message = f"the engine {engine!r} does not exist"
+        raise UsageError("unknown_engine", message, hint=suggest_names(str(engine), ENGINES))
     if name == "ray":
         try:
             import ray  # noqa: F401  (checks that Ray is installed)
@@ -254,9 +253,8 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (OSError, ValueError, RuntimeError) as error:
         problem = f"ftdata cannot connect to a Ray cluster at {address or 'RAY_ADDRESS'}: {error}"
-        raise UsageError(
-            "ray_address", problem, hint="start a cluster with `ray start --head`, or remove the address"
-        ) from None
+        hint = "start a cluster with `ray start --head`, or remove the address"
+        raise UsageError("ray_address", problem, hint=hint) from None
 
 
 _common_cache: dict[str, Any] = {}

@@ -135,34 +135,40 @@ def similarity_groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArra
     for start in range(0, PERMUTATIONS, _BAND):
         band = np.ascontiguousarray(minhashes[:, start : start + _BAND]).view(f"V{4 * _BAND}").ravel()
         _, bucket = np.unique(band.view(f"S{4 * _BAND}"), return_inverse=True)
-        order = np.argsort(bucket, kind="stable")
-        has_next = np.flatnonzero(np.diff(bucket[order]) == 0)
-        first = np.maximum.accumulate(np.where(np.diff(bucket[order], prepend=-1) != 0, np.arange(len(order)), 0))
-        # Each row is compared with the previous row and the first row of its bucket.
-        left, right = np.concatenate((order[has_next], order[first[has_next]])), np.tile(order[has_next + 1], 2)
+        left, right = _candidate_pairs(bucket)
         is_similar = _are_similar(minhashes, left, right, threshold)
         _connect(labels, left[is_similar], right[is_similar])
     return labels
 
 
+def _candidate_pairs(bucket: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return pairs of rows to compare: each row with the previous row and with the first row of its bucket."""
+    order = np.argsort(bucket, kind="stable")
+    # In this order, the rows of a bucket are consecutive. Until the next bucket begins, the running maximum is the
+    # position at which the current bucket began.
+    is_first = np.diff(bucket[order], prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    later = np.flatnonzero(~is_first)
+    return np.concatenate((order[later - 1], order[first[later]])), np.tile(order[later], 2)
+
+
 def _are_similar(
     minhashes: NDArray[np.uint32], left: NDArray[np.int64], right: NDArray[np.int64], threshold: float
 ) -> NDArray[np.bool_]:
-    parts = [
-        (minhashes[left[i : i + _PAIRS_PER_STEP]] == minhashes[right[i : i + _PAIRS_PER_STEP]]).mean(axis=1)
-        >= threshold
-        for i in range(0, len(left), _PAIRS_PER_STEP)
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, np.bool_)
+    steps = [slice(start, start + _PAIRS_PER_STEP) for start in range(0, len(left), _PAIRS_PER_STEP)]
+    parts = [(minhashes[left[step]] == minhashes[right[step]]).mean(axis=1) >= threshold for step in steps]
+    return np.concatenate([np.empty(0, np.bool_), *parts])
 
 
 def _connect(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
-    """Merge the groups of the rows `left[i]` and `right[i]`, for each i. Change the group labels in place."""
-    while len(left):
+    """Merge the groups of the rows `left[i]` and `right[i]`, for each i. Change the group labels in place.
+
+    The label of a group is the number of one of its rows. In each round, the labels of both rows of a pair, and the
+    labels of the rows with these numbers, are replaced by the smaller label. Then each row takes the label of the row
+    that its label names. The rounds end when the labels in every pair are equal.
+    """
+    while (labels[left] != labels[right]).any():
         smallest = np.minimum(labels[left], labels[right])
-        differs = labels[left] != labels[right]
-        if not differs.any():
-            return
         for side in (left, right):
             np.minimum.at(labels, labels[side], smallest)
             np.minimum.at(labels, side, smallest)

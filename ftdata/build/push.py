@@ -12,7 +12,7 @@ from typing import Any
 from ftdata.build import remote, store
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import call_hub
-from ftdata.redaction import redact
+from ftdata.redaction import map_texts, redact
 
 _METADATA_FILES = ("README.md", "manifest.json", "report.json")
 """Files that describe a build; they contain the addresses of its data, which may include credentials."""
@@ -46,9 +46,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(
-            "hub_name", f"the repository name {repo!r} is invalid: {error}", hint="use owner/name"
-        ) from None
+        message = f"the repository name {repo!r} is invalid: {error}"
+        raise UsageError("hub_name", message, hint="use owner/name") from None
     api, kind = HfApi(), "dataset"
     call_hub(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
     message = f"Build {store.read_manifest(folder)['fingerprint']}"
@@ -66,22 +65,12 @@ def _check_secrets(folder: Path) -> None:
     """Check that a build's metadata files contain no secrets. Earlier versions of ftdata could store secrets there."""
     for path in (folder / name for name in _METADATA_FILES):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        values: list[Any] = list(_iter_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
+        values: list[str] = []
+        map_texts(json.loads(text) if path.suffix == ".json" and text else text, values.append)
         if redact(values) != values:
-            raise InputRefused(
-                "secret",
-                f"{path} contains a secret, such as a token or a password in a URL, which must not be uploaded",
-                hint="remove the secret from the address of the data, and build the data set again",
-            )
-
-
-def _iter_texts(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, except the keys of objects."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _iter_texts(inner)
-    elif isinstance(value, str):
-        yield value
+            message = f"{path} contains a secret, such as a token or a password in a URL, which must not be uploaded"
+            hint = "remove the secret from the address of the data, and build the data set again"
+            raise InputRefused("secret", message, hint=hint)
 
 
 def _list_old_files(api: Any, repo: str) -> Iterator[str]:

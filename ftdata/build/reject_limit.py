@@ -33,11 +33,8 @@ class RejectLimit:
                 problem = "max_rejects has no effect with on_bad_rows='error'"
                 raise UsageError("max_rejects", problem, hint="set on_bad_rows='quarantine', or remove max_rejects")
         elif self.max_rejects is None:
-            raise UsageError(
-                "max_rejects",
-                "on_bad_rows='quarantine' needs max_rejects, the maximum number of rejected rows",
-                hint="set e.g. max_rejects=100 or max_rejects='1%'",
-            )
+            message = "on_bad_rows='quarantine' needs max_rejects, the maximum number of rejected rows"
+            raise UsageError("max_rejects", message, hint="set e.g. max_rejects=100 or max_rejects='1%'")
         else:
             self.max_bad_rows(0)
 
@@ -74,12 +71,9 @@ class RejectLimit:
             raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
         if bad > self.max_bad_rows(rows):
             listed = "\n  ".join(map(str, _first(rejects(), 5)))
-            raise TooManyRejects(
-                "max_rejects",
-                f"{bad} of {rows} rows are rejected, but max_rejects allows only {int(self.max_bad_rows(rows))}:\n"
-                f"  {listed}\n",
-                hint="fix the rows, or raise max_rejects",
-            )
+            allowed = int(self.max_bad_rows(rows))
+            message = f"{bad} of {rows} rows are rejected, but max_rejects allows only {allowed}:\n  {listed}\n"
+            raise TooManyRejects("max_rejects", message, hint="fix the rows, or raise max_rejects")
         if not any(ledger.built for ledger in ledgers):
             filtered = sum(ledger.filtered for ledger in ledgers)
             reason = f"where= filters out all {filtered:,} rows" if filtered else "the sources contain no rows"

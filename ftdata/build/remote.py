@@ -42,11 +42,8 @@ def check_output_url(url: str) -> str:
         UsageError: builds cannot be written to the URL.
     """
     if not is_object_store(url) or url.startswith(("file:", "local:", "data:")):
-        hint = (
-            "use `ftdata push` to upload builds to the Hub"
-            if url.startswith("hf://")
-            else "use a path, or a URL such as s3://bucket/name"
-        )
+        push = "use `ftdata push` to upload builds to the Hub"
+        hint = push if url.startswith("hf://") else "use a path, or a URL such as s3://bucket/name"
         raise UsageError("output_url", f"builds cannot be written to {url}", hint=hint)
     if "@" in url.split("://", 1)[1].split("/", 1)[0]:
         problem = "the URL contains a user name or a key"
@@ -68,9 +65,8 @@ def _builds_folder() -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
         problem = f"the folder {folder} belongs to another user, or other users can write to it"
-        raise StorageError(
-            "not_a_build_folder", problem, hint="remove the folder, or set FTDATA_CACHE to another folder"
-        )
+        hint = "remove the folder, or set FTDATA_CACHE to another folder"
+        raise StorageError("not_a_build_folder", problem, hint=hint)
     return folder / "builds"
 
 

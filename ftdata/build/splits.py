@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ from ftdata.errors import UsageError, check_choice
 from ftdata.types import WHOLE, SourceShare
 
 _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
-"""The purposes of random numbers; numbers for different purposes are independent."""
+"""The purposes of random numbers. They are added to row numbers before hashing. A purpose is in the highest byte, and
+row numbers are smaller than 2**56, so the hashed numbers of different purposes are never equal."""
 
 
 def check_similarity_threshold(threshold: Any) -> None:
@@ -30,10 +31,8 @@ def check_similarity_threshold(threshold: Any) -> None:
         UsageError: the threshold is not a number from 0.5 to 1.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.5 <= threshold <= 1:
-        raise UsageError(
-            "near_duplicate_threshold",
-            f"near_duplicate_threshold is {threshold!r}, expected a similarity from 0.5 to 1, such as 0.8",
-        )
+        message = f"near_duplicate_threshold is {threshold!r}, expected a similarity from 0.5 to 1, such as 0.8"
+        raise UsageError("near_duplicate_threshold", message)
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,9 @@ class Layout:
         if self.near_duplicate_threshold is not None:
             check_similarity_threshold(self.near_duplicate_threshold)
             if not (self.dedup or self.test_size):
-                raise UsageError(
-                    "near_duplicate_threshold",
-                    "near_duplicate_threshold has no effect without dedup or test_size",
-                    hint="set dedup or test_size, or remove near_duplicate_threshold",
-                )
+                message = "near_duplicate_threshold has no effect without dedup or test_size"
+                hint = "set dedup or test_size, or remove near_duplicate_threshold"
+                raise UsageError("near_duplicate_threshold", message, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -130,61 +127,91 @@ def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
     Raises:
         UsageError: the test split would leave no rows to train on, or the data already has splits.
     """
-    first = _first_examples(facts)
-    source = facts.source[first]
-    source_splits = [name or "train" for name in facts.splits]
-    has_splits = len(set(source_splits)) > 1
-    if has_splits and layout.test_size is not None:
-        problem = (
-            f"test_size cannot be used, because the data already has splits: {', '.join(dict.fromkeys(source_splits))}"
-        )
+    rows = _Rows.from_examples(facts)
+    if rows.has_splits and layout.test_size is not None:
+        problem = f"test_size cannot be used, because the data already has splits: {', '.join(rows.source_splits)}"
         raise UsageError("test_size", problem, hint="remove test_size, or select one split with split")
-    names = list(dict.fromkeys(["train", *source_splits]))
-    # A single split is the train split, whatever its name.
-    split = np.asarray([names.index(name) if has_splits else _TRAIN for name in source_splits], np.int32)[source]
-    left_out = Counter[str]()
-    is_kept = np.asarray([share.amount > 0 for share in facts.shares])[source]
-    if not is_kept.all():
-        left_out["weight 0"] = int((~is_kept).sum())
-    if layout.dedup:
-        content = _to_numbers(facts.content[first])
-        repeated = is_kept & ~_first_of_each(np.where(is_kept, content, -1), split == _TRAIN)
-        left_out["duplicate"] = int(repeated.sum())
-        is_kept &= ~repeated
-    if layout.sample is not None:
-        candidates = np.flatnonzero(is_kept & (split == _TRAIN))
-        size = _row_count(layout.sample, len(candidates))
-        dropped = candidates[_random_order(candidates, layout.seed, _SAMPLE)[size:]]
-        left_out["not sampled"] = len(dropped)
-        is_kept[dropped] = False
-    needs_groups = has_splits or layout.test_size is not None
-    groups = _to_numbers(facts.leakage_group[first]) if needs_groups else np.arange(len(first))
-    rows = _split_rows(np.flatnonzero(is_kept), groups, split, names, layout)
+    is_kept, left_out = _select_rows(facts, rows, layout)
+    needs_groups = rows.has_splits or layout.test_size is not None
+    groups = _to_numbers(facts.leakage_group[rows.first]) if needs_groups else np.arange(len(rows.first))
+    splits = _divide_rows(np.flatnonzero(is_kept), groups, rows, layout)
     if any(share != WHOLE for share in facts.shares):
-        places = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
-        shares = dict(zip(places.tolist(), facts.shares, strict=True))
-        weighted = [place for place, share in shares.items() if share.amount and share != WHOLE]
-        trained = {place for place, name in zip(places.tolist(), source_splits, strict=True) if name == "train"}
-        if has_splits and (untrained := set(weighted) - trained):
-            name = facts.splits[places.tolist().index(min(untrained))]
-            raise UsageError(
-                "share",
-                f"a source of the split {name} has the option weight, rows or tokens, "
-                "which can be set only for the split train",
-            )
-        tokens = np.add.reduceat(facts.tokens, first)
-        rows["train"] = _apply_shares(rows["train"], places[source], tokens, shares, layout.seed)
-    shared = Counter[str]()
-    for name in set(rows) - {"train"}:
-        shared[name] = int(np.isin(groups[rows[name]], groups[rows["train"]]).sum())
+        splits["train"] = _apply_shares(splits["train"], facts, rows, layout.seed)
+    train_groups = groups[splits["train"]]
+    shared = Counter({name: int(np.isin(groups[splits[name]], train_groups).sum()) for name in set(splits) - {"train"}})
     if layout.shuffle:
-        rows["train"] = rows["train"][_random_order(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
-    bounds = np.concatenate((first, [len(facts.row)]))
-    return SplitPlan({name: _examples(numbers, bounds) for name, numbers in rows.items()}, left_out, +shared)
+        positions = np.arange(len(splits["train"]))
+        splits["train"] = splits["train"][_random_order(positions, layout.seed, _SHUFFLE)]
+    bounds = np.concatenate((rows.first, [len(facts.row)]))
+    return SplitPlan({name: _examples(numbers, bounds) for name, numbers in splits.items()}, left_out, +shared)
 
 
 _TRAIN = 0
 """The number of the train split."""
+
+
+class _Rows(NamedTuple):
+    """The properties of all rows. Each array has one element per row.
+
+    Attributes:
+        first: int64 `[rows]`, the index of the first example of the row.
+        source: int64 `[rows]`, the number of the source.
+        split: int64 `[rows]`, the index of the split in `names`.
+        names: the names of all splits; the first name is `train`.
+        source_splits: the different splits of the sources, in order. A single split is the train split, whatever its
+            name.
+    """
+
+    first: NDArray[np.int64]
+    source: NDArray[np.int64]
+    split: NDArray[np.int64]
+    names: Sequence[str]
+    source_splits: Sequence[str]
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether the data already has several splits."""
+        return len(self.source_splits) > 1
+
+    @classmethod
+    def from_examples(cls, facts: ExampleFacts) -> _Rows:
+        """Find the rows that the examples belong to. The examples of a row are consecutive."""
+        is_first = np.ones(len(facts.row), dtype=np.bool_)
+        is_first[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
+        first = np.flatnonzero(is_first)
+        source = facts.source[first]
+        split_of_source = [name or "train" for name in facts.splits]
+        source_splits = list(dict.fromkeys(split_of_source))
+        names = list(dict.fromkeys(["train", *source_splits]))
+        has_splits = len(source_splits) > 1
+        numbers = np.asarray([names.index(name) if has_splits else _TRAIN for name in split_of_source], np.int64)
+        return cls(first, source, numbers[source], names, source_splits)
+
+
+def _select_rows(facts: ExampleFacts, rows: _Rows, layout: Layout) -> tuple[NDArray[np.bool_], Counter[str]]:
+    """Leave out rows of sources with weight 0, duplicates, and train rows that are not sampled.
+
+    Returns:
+        Whether each row is kept (bool `[rows]`), and the number of rows that were left out, by reason.
+    """
+    left_out = Counter[str]()
+    is_train = rows.split == _TRAIN
+    is_kept = np.asarray([share.amount > 0 for share in facts.shares])[rows.source]
+    if not is_kept.all():
+        left_out["weight 0"] = int((~is_kept).sum())
+    if layout.dedup:
+        # All rows that are already left out form one group, -1, so that they never replace another row.
+        content = np.where(is_kept, _to_numbers(facts.content[rows.first]), -1)
+        is_repeated = is_kept & ~_first_of_each(content, is_train)
+        left_out["duplicate"] = int(is_repeated.sum())
+        is_kept &= ~is_repeated
+    if layout.sample is not None:
+        candidates = np.flatnonzero(is_kept & is_train)
+        size = _row_count(layout.sample, len(candidates))
+        dropped = candidates[_random_order(candidates, layout.seed, _SAMPLE)[size:]]
+        left_out["not sampled"] = len(dropped)
+        is_kept[dropped] = False
+    return is_kept, left_out
 
 
 def _to_numbers(values: NDArray[np.generic]) -> NDArray[np.int64]:
@@ -202,13 +229,6 @@ def seeded_hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
-
-
-def _first_examples(facts: ExampleFacts) -> NDArray[np.int64]:
-    """Return the index of the first example of each row (int64 `[rows]`)."""
-    is_first = np.ones(len(facts.row), dtype=np.bool_)
-    is_first[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
-    return np.flatnonzero(is_first)
 
 
 def _random_order(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:
@@ -233,60 +253,85 @@ def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray
     return is_first
 
 
-def _split_rows(
-    rows: NDArray[np.int64], group: NDArray[np.int64], split: NDArray[np.int32], names: Sequence[str], layout: Layout
+def _divide_rows(
+    selected: NDArray[np.int64], groups: NDArray[np.int64], rows: _Rows, layout: Layout
 ) -> dict[str, NDArray[np.int64]]:
-    numbers, first = np.unique(split[rows], return_index=True)
+    """Return the selected rows of each split: the splits of the data, or a train split and a random test split."""
+    split = rows.split[selected]
+    numbers, first = np.unique(split, return_index=True)
     used_splits = dict.fromkeys([_TRAIN, *numbers[np.argsort(first)].tolist()])
     if len(used_splits) > 1:
-        return {names[number]: rows[split[rows] == number] for number in used_splits}
+        return {rows.names[number]: selected[split == number] for number in used_splits}
     if layout.test_size is None:
-        return {"train": rows}
-    size = _row_count(layout.test_size, len(rows))
-    if layout.test_size >= len(rows) or size >= len(rows):
+        return {"train": selected}
+    size = _row_count(layout.test_size, len(selected))
+    if layout.test_size >= len(selected) or size >= len(selected):
         count = int(max(size, layout.test_size))
-        raise UsageError("test_size", f"test_size selects {count} of {len(rows)} rows, so no row is left to train on")
-    # Identical rows stay together: groups are visited in random order, and selected if they fit completely.
-    _, first, group_of, sizes = np.unique(group[rows], return_index=True, return_inverse=True, return_counts=True)
-    order = _random_order(rows[first], layout.seed, _SPLIT)
-    is_selected = np.zeros(len(first), dtype=np.bool_)
-    remaining = size
-    for number in order.tolist():
-        if not remaining:
-            break
-        if sizes[number] <= remaining:
-            is_selected[number] = True
-            remaining -= int(sizes[number])
-    in_test = is_selected[group_of]
+        problem = f"test_size selects {count} of {len(selected)} rows, so no row is left to train on"
+        raise UsageError("test_size", problem)
+    in_test = _choose_test_rows(selected, groups[selected], size, layout.seed)
     if not in_test.any():
         problem = "no test split is possible: every group of identical rows is larger than test_size"
         raise UsageError("test_size", problem, hint="raise test_size, or remove duplicates with dedup")
-    return {"train": rows[~in_test], "test": rows[in_test]}
+    return {"train": selected[~in_test], "test": selected[in_test]}
 
 
-def _apply_shares(
-    rows: NDArray[np.int64],
-    place: NDArray[np.int64],
-    tokens: NDArray[np.int64],
-    shares: Mapping[int, SourceShare],
-    seed: int,
-) -> NDArray[np.int64]:
+def _choose_test_rows(rows: NDArray[np.int64], group: NDArray[np.int64], size: int, seed: int) -> NDArray[np.bool_]:
+    """Choose at most `size` rows for the test split. Return whether each row is chosen (bool `[rows]`).
+
+    Identical rows stay together: groups are visited in random order, and a group is chosen if it fits completely.
+    """
+    _, first, group_of, sizes = np.unique(group, return_index=True, return_inverse=True, return_counts=True)
+    is_chosen = np.zeros(len(first), dtype=np.bool_)
+    remaining = size
+    for number in _random_order(rows[first], seed, _SPLIT).tolist():
+        if not remaining:
+            break
+        if sizes[number] <= remaining:
+            is_chosen[number] = True
+            remaining -= int(sizes[number])
+    return np.asarray(is_chosen[group_of])
+
+
+def _apply_shares(selected: NDArray[np.int64], facts: ExampleFacts, rows: _Rows, seed: int) -> NDArray[np.int64]:
     """Repeat or leave out rows, so that each item of `data` contributes its requested amount to the train split.
 
     All rows are repeated equally often, and a random subset is repeated once more. A share in tokens is never exceeded.
     """
-    times = np.zeros(len(rows), dtype=np.int64)
+    item_of_source = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
+    shares = dict(zip(item_of_source.tolist(), facts.shares, strict=True))
+    if rows.has_splits:
+        _check_shares(facts, item_of_source.tolist(), shares)
+    # The examples of a row are consecutive, so each sum ends where the next row begins.
+    tokens = np.add.reduceat(facts.tokens, rows.first)
+    item = item_of_source[rows.source[selected]]
+    times = np.zeros(len(selected), dtype=np.int64)
     for number, share in shares.items():
-        members = np.flatnonzero(place[rows] == number)
-        sizes = tokens[rows[members]] if share.unit == "tokens" else np.ones(len(members), dtype=np.int64)
+        members = np.flatnonzero(item == number)
+        sizes = tokens[selected[members]] if share.unit == "tokens" else np.ones(len(members), dtype=np.int64)
         total = int(sizes.sum())
         amount = round(share.amount * total) if share.unit == "times" else int(share.amount)
         if total:
-            times[members] = amount // total
-            order = _random_order(rows[members], seed, _WEIGHT)
-            times[members[order[np.cumsum(sizes[order]) <= amount % total]]] += 1
+            # amount = repetitions * total + remainder: the remainder is filled with rows in random order.
+            repetitions, remainder = divmod(amount, total)
+            times[members] = repetitions
+            order = _random_order(selected[members], seed, _WEIGHT)
+            times[members[order[np.cumsum(sizes[order]) <= remainder]]] += 1
     # Each repetition of the data follows the previous one completely, so that copies of a row are far from each other.
-    return np.concatenate([rows[times > count] for count in range(int(times.max(initial=0)))] or [rows[:0]])
+    return np.concatenate([selected[times > count] for count in range(int(times.max(initial=0)))] or [selected[:0]])
+
+
+def _check_shares(facts: ExampleFacts, items: Sequence[int], shares: Mapping[int, SourceShare]) -> None:
+    """Raise an error if an item of `data` has a share but no source in the train split."""
+    trained = {item for item, split in zip(items, facts.splits, strict=True) if (split or "train") == "train"}
+    weighted = {item for item, share in shares.items() if share.amount and share != WHOLE}
+    if untrained := weighted - trained:
+        name = facts.splits[items.index(min(untrained))]
+        problem = (
+            f"a source of the split {name} has the option weight, rows or tokens, "
+            "which can be set only for the split train"
+        )
+        raise UsageError("share", problem)
 
 
 def _examples(rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -294,5 +339,7 @@ def _examples(rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.
     starts, counts = bounds[rows], bounds[rows + 1] - bounds[rows]
     if (counts == 1).all():
         return starts
+    # `np.cumsum(counts) - counts` is the output position of the first example of each row. The position of an example
+    # minus the position of the first example of its row is the index of the example in its row: 0, 1, ...
     index_in_row = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.asarray(np.repeat(starts, counts) + index_in_row, dtype=np.int64)

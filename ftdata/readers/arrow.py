@@ -49,11 +49,10 @@ def read_arrow(file: Input) -> Iterator[Row | Reject]:
                 check_blocks(stream, file, size or 0)
                 reader = pa.ipc.open_file(stream)
                 batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-                yield from yield_rows(batches, reader.schema, file, size)
             else:
                 _check_end(stream, file)
-                reader = pa.ipc.open_stream(_check_batches(stream, file, size))
-                yield from yield_rows(iter(reader), reader.schema, file, size)
+                batches = reader = pa.ipc.open_stream(_check_batches(stream, file, size))
+            yield from yield_rows(batches, reader.schema, file, size)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged_file_error(error, file, "Arrow") from None
 
@@ -85,9 +84,8 @@ def _check_end(stream: io.BufferedReader, file: Input) -> None:
         stream.seek(0)
         if not ends:
             hint = "write the stream again, and close the writer at the end"
-            raise InputRefused(
-                "partial_file", "the stream is truncated: it has no end mark", where=file.path, hint=hint
-            )
+            message = "the stream is truncated: it has no end mark"
+            raise InputRefused("partial_file", message, where=file.path, hint=hint)
 
 
 def from_dataset(dataset: Any) -> Iterator[Any]:
@@ -103,25 +101,14 @@ def make_null_reader(features: Any) -> Callable[[Any], Any]:
     """Return a function that removes null values from a row of a data set. It keeps nulls inside JSON columns."""
     if features is None:
         return drop_nulls
-    columns = {name: _make_null_converter(feature) for name, feature in features.to_dict().items()}
-    return lambda row: {name: columns.get(name, drop_nulls)(value) for name, value in row.items() if value is not None}
-
-
-def _make_null_converter(feature: Any) -> Convert:
-    kind = feature.get("_type") if isinstance(feature, dict) else None
-    if kind == "Json":
-        return lambda value: value
-    if kind in ("List", "LargeList", "Sequence"):
-        inner = _make_null_converter(feature.get("feature"))
-        return lambda value: [inner(item) for item in value] if isinstance(value, list) else drop_nulls(value)
-    if isinstance(feature, dict) and not isinstance(kind, str):
-        fields = {name: _make_null_converter(field) for name, field in feature.items()}
-        return lambda value: (
-            {name: fields.get(name, drop_nulls)(item) for name, item in value.items() if item is not None}
-            if isinstance(value, dict)
-            else value
-        )
-    return drop_nulls
+    # Where JSON text was parsed, its nulls are part of the value.
+    converters = {
+        name: _feature_converter(feature, lambda value: value) for name, feature in features.to_dict().items()
+    }
+    keep_nulls = {name: convert for name, convert in converters.items() if convert}
+    return lambda row: {
+        name: keep_nulls.get(name, drop_nulls)(value) for name, value in row.items() if value is not None
+    }
 
 
 def from_batches(
@@ -316,7 +303,7 @@ def _json_converters(schema: Any) -> dict[str, Convert]:
     """
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-        by_feature = {name: _feature_converter(feature) for name, feature in features.items()}
+        by_feature = {name: _feature_converter(feature, _parse_json) for name, feature in features.items()}
     except (LookupError, TypeError, ValueError, RecursionError):
         by_feature = {}
     converters = {field.name: _type_converter(field.type) or by_feature.get(field.name) for field in schema}
@@ -331,21 +318,25 @@ def _type_converter(kind: Any) -> Convert | None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _list_converter(_type_converter(kind.value_type))
     if pa.types.is_struct(kind):
-        return _struct_converter(
-            {kind.field(n).name: _type_converter(kind.field(n).type) for n in range(kind.num_fields)}
-        )
+        return _struct_converter({field.name: _type_converter(field.type) for field in kind})
     return None
 
 
-def _feature_converter(feature: Any) -> Convert | None:
+def _feature_converter(feature: Any, convert_json: Convert) -> Convert | None:
+    """Return a function that applies `convert_json` to the JSON in a value, and removes nulls elsewhere in the value.
+
+    Return `None` if a `datasets` feature contains no JSON.
+    """
     kind = feature.get("_type") if isinstance(feature, dict) else None
     if kind == "Json":
-        return _parse_json
+        return convert_json
     if kind in ("List", "LargeList", "Sequence"):
-        return _list_converter(_feature_converter(feature.get("feature")))
+        return _list_converter(_feature_converter(feature.get("feature"), convert_json))
     if isinstance(feature, dict) and not isinstance(kind, str):
-        return _struct_converter({name: _feature_converter(inner) for name, inner in feature.items()})
-    return _list_converter(_feature_converter(feature[0])) if isinstance(feature, list) and feature else None
+        return _struct_converter({name: _feature_converter(inner, convert_json) for name, inner in feature.items()})
+    return (
+        _list_converter(_feature_converter(feature[0], convert_json)) if isinstance(feature, list) and feature else None
+    )
 
 
 def _parse_json(value: Any) -> Any:
@@ -355,7 +346,7 @@ def _parse_json(value: Any) -> Any:
 def _list_converter(convert: Convert | None) -> Convert | None:
     if convert is None:
         return None
-    return lambda value: [convert(item) for item in value] if isinstance(value, list) else value
+    return lambda value: [convert(item) for item in value] if isinstance(value, list) else drop_nulls(value)
 
 
 def _struct_converter(field_converters: Mapping[str, Convert | None]) -> Convert | None:
@@ -364,7 +355,8 @@ def _struct_converter(field_converters: Mapping[str, Convert | None]) -> Convert
     def convert_fields(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: converters[name](inner) if name in converters else inner for name, inner in value.items()}
+        fields = {name: inner for name, inner in value.items() if inner is not None}
+        return {name: converters.get(name, drop_nulls)(inner) for name, inner in fields.items()}
 
     return convert_fields if converters else None
 

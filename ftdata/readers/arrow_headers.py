@@ -102,9 +102,8 @@ class TableLimits:
             InputRefused: The metadata are larger than the file or the limit.
         """
         if 0 < self.packed < size:
-            raise damaged_file_error(
-                ValueError(f"the file is truncated, expected {size:,} bytes of metadata"), self._file, "Arrow"
-            )
+            error = ValueError(f"the file is truncated, expected {size:,} bytes of metadata")
+            raise damaged_file_error(error, self._file, "Arrow")
         limit = max(_FREE_METADATA, self.packed // _METADATA_DIVISOR)
         if size > limit:
             message = f"has {size:,} bytes of metadata, expected at most {limit:,}"
@@ -143,11 +142,10 @@ def check_stream(stream: io.BufferedReader, file: Input, packed: int | None) -> 
         InputRefused: A batch, or the complete stream, expands beyond the limit.
     """
     limits, bytes_read = TableLimits(file, packed or 0), 0
-    while head := stream.read(4):
-        if head == _CONTINUATION:
-            head += stream.read(4)
-        size = int.from_bytes(head[-4:], "little")
-        limits.metadata(size)
+    while True:
+        head, size = _read_head(stream, limits)
+        if not head:
+            return
         metadata = stream.read(size)
         yield head + metadata
         if not size:
@@ -170,12 +168,9 @@ def check_ahead(stream: io.BufferedReader, file: Input, packed: int) -> None:
     limits, position = TableLimits(file, packed), 0
     while True:
         stream.seek(position)
-        head = stream.read(4)
-        head += stream.read(4) if head == _CONTINUATION else b""
-        size = int.from_bytes(head[-4:], "little")
+        head, size = _read_head(stream, limits)
         if not size:
             break
-        limits.metadata(size)
         message = _parse_message(stream.read(size), file)
         body_start = position + len(head) + size
         if message.kind in (_DICTIONARY, _RECORDS):
@@ -198,13 +193,20 @@ def check_blocks(stream: io.BufferedReader, file: Input, packed: int) -> None:
         raise damaged_file_error(ValueError("the footer lists the same batch twice"), file, "Arrow")
     for block in blocks:
         stream.seek(block.offset)
-        head = stream.read(4)
-        head += stream.read(4) if head == _CONTINUATION else b""
-        size = int.from_bytes(head[-4:], "little")
-        limits.metadata(size)
+        _, size = _read_head(stream, limits)
         message = _parse_message(stream.read(size), file)
         limits.batch(message, _plain_size(message, _read_from_stream(stream, block.offset + block.metadata)))
     stream.seek(0)
+
+
+def _read_head(stream: io.BufferedReader, limits: TableLimits) -> tuple[bytes, int]:
+    """Read the bytes before the metadata of a message. Return them, and the size of the metadata in bytes."""
+    head = stream.read(4)
+    if head == _CONTINUATION:
+        head += stream.read(4)
+    size = int.from_bytes(head[-4:], "little")
+    limits.metadata(size)
+    return head, size
 
 
 def _read_from_stream(stream: io.BufferedReader, start: int) -> Callable[[int], bytes]:

@@ -31,9 +31,8 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
     try:
         import openpyxl  # noqa: F401  (checked before the file is opened)
     except ImportError:
-        raise MissingDependency(
-            "no_excel", "reading Excel files requires openpyxl", where=file.path, hint="pip install 'ftdata[excel]'"
-        ) from None
+        message = "reading Excel files requires openpyxl"
+        raise MissingDependency("no_excel", message, where=file.path, hint="pip install 'ftdata[excel]'") from None
     index = 0
     with file.open() as stream:
         check_seekable(stream, file)
@@ -144,7 +143,9 @@ class _CellReader:
     """Converts the cells of a workbook to text."""
 
     def __init__(self, book: Workbook, strings: SharedStrings) -> None:
-        self._book, self._strings = book, strings
+        from openpyxl.utils import get_column_letter
+
+        self._book, self._strings, self._column_name = book, strings, get_column_letter
         self._readers: dict[str, Callable[[str, int], str]] = {
             "s": lambda text, _: self._read_shared(text),
             "inlineStr": lambda text, _: text,
@@ -167,7 +168,7 @@ class _CellReader:
 
     def _read_cell(self, cell: Cell, row: int, texts: dict[int, str]) -> CellFault | None:
         """Add the text of a cell to `texts`. Return a fault if the cell is invalid."""
-        name = f"{_column_name(cell.column)}{row}"
+        name = f"{self._column_name(cell.column)}{row}"
         resave = "open the file in Excel and save it"
         if cell.column in texts:
             return CellFault("excel_error", name, "occurs twice in the row", resave)
@@ -224,11 +225,3 @@ def _date_text(value: Any) -> str:
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
         value = value.date()
     return str(value)
-
-
-def _column_name(column: int) -> str:
-    name = ""
-    while column:
-        column, digit = divmod(column - 1, 26)
-        name = chr(65 + digit) + name
-    return name

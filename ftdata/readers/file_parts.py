@@ -26,15 +26,13 @@ def split_into_parts(sources: Sequence[FileSource | MemorySource]) -> list[FileS
     the counts of the parts before it.
     """
     part_size = max(PART, sum(source.size for source in sources) // MAX_PARTS)
-    return [
-        part
-        for source in sources
-        for part in (
-            _parts_with_version(source, part_size)
-            if isinstance(source, FileSource) and source.size > part_size
-            else [source]
-        )
-    ]
+    parts: list[FileSource | MemorySource] = []
+    for source in sources:
+        if isinstance(source, FileSource) and source.size > part_size:
+            parts += _parts_with_version(source, part_size)
+        else:
+            parts.append(source)
+    return parts
 
 
 def _parts_with_version(source: FileSource, part_size: int) -> list[FileSource]:
@@ -49,8 +47,7 @@ def _split_file(source: FileSource, part_size: int) -> Iterator[FileSource]:
     elif source.reader == "parquet":
         yield from _split_row_groups(source, part_size)
     elif source.reader in ("json", "jsonl", "ndjson") and is_line_format(source.input, source.reader):
-        size = source.size
-        edges = [*range(0, size - part_size // 2, part_size), size]
+        edges = [*range(0, source.size - part_size // 2, part_size), source.size]
         for first, last in pairwise(edges):
             yield replace(source, span=(first, last), length=last - first)
     else:

@@ -174,11 +174,8 @@ def _globs_by_split(data_files: Any, where: str) -> dict[str, list[str]]:
     globs_by_split: dict[str, list[str]] = {}
     for split, globs in entries:
         patterns = [globs] if isinstance(globs, str) else globs
-        if (
-            not isinstance(patterns, list | tuple)
-            or not patterns
-            or not all(isinstance(pattern, str) for pattern in patterns)
-        ):
+        is_list = isinstance(patterns, list | tuple) and len(patterns) > 0
+        if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
             message = f"data_files of split {split} is {globs!r:.60}, expected a glob or a list of globs"
             hint = "pass a glob, a list of globs, or a mapping from each split to its globs"
             raise UsageError("data_files", message, where=where, hint=hint)
@@ -196,14 +193,10 @@ def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]
     defaults = [key for key, config in by_name.items() if config.get("default") or key == "default"]
     selected = name or (defaults[0] if defaults else next(iter(by_name)) if len(by_name) == 1 else "")
     if selected not in by_name:
-        message = (
-            f"the data set has no configuration {name!r}"
-            if name
-            else "the data set has several configurations, but no default"
-        )
-        hint = (
-            suggest_names(name or "", by_name) if by_name else "remove name= (the data set card has no configurations)"
-        )
+        unknown = f"the data set has no configuration {name!r}"
+        message = unknown if name else "the data set has several configurations, but no default"
+        no_configs = "remove name= (the data set card has no configurations)"
+        hint = suggest_names(name or "", by_name) if by_name else no_configs
         raise UsageError("hub_config", message, where=where, hint=hint)
     return by_name[selected]
 
@@ -224,7 +217,6 @@ def _split_files(files: Sequence[str], all_files: Sequence[str], repo: str) -> I
     stems = Counter(_SUFFIX.sub("", name) for name, _ in selected)
     if repeated := [stem for stem, count in stems.items() if count > 1]:
         hint = "select the files with data_files"
-        raise UsageError(
-            "hub_formats", f"the data set contains {repeated[0]} in several formats", where=where, hint=hint
-        )
+        message = f"the data set contains {repeated[0]} in several formats"
+        raise UsageError("hub_formats", message, where=where, hint=hint)
     yield from selected

@@ -270,23 +270,14 @@ def _skip_line(stream: io.BufferedReader) -> int:
 def _check_format(head: bytes, file: Input) -> None:
     for magic, name in _OTHER_FORMATS.items():
         if head.startswith(magic):
-            raise InputRefused(
-                "not_json",
-                f"the file is {name}, expected JSON",
-                where=file.path,
-                hint="convert it to JSON, or correct its suffix",
-            )
+            message = f"the file is {name}, expected JSON"
+            raise InputRefused("not_json", message, where=file.path, hint="convert it to JSON, or correct its suffix")
     if head.removeprefix(_BOM).lstrip().lower().startswith(_WEB_PAGES):
-        raise InputRefused(
-            "not_json",
-            "the file is a web page (HTML or XML), expected JSON",
-            where=file.path,
-            hint="download the raw file",
-        )
+        message = "the file is a web page (HTML or XML), expected JSON"
+        raise InputRefused("not_json", message, where=file.path, hint="download the raw file")
     if head.startswith(_LFS_POINTER):
-        raise InputRefused(
-            "not_json", "the file is a Git LFS pointer, expected JSON", where=file.path, hint="run git lfs pull"
-        )
+        message = "the file is a Git LFS pointer, expected JSON"
+        raise InputRefused("not_json", message, where=file.path, hint="run git lfs pull")
 
 
 def _looks_like_lines(head: bytes) -> bool:
@@ -354,11 +345,7 @@ def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterat
             yield Reject(stray_source, "not_a_row", "", reason, "", raw)
             source = source._replace(row=source.row + 1)
         if piece.size:
-            yield (
-                _too_long_reject(source, piece.size)
-                if piece.text is None
-                else parse_row(piece.text, source, whole_line=False)
-            )
+            yield _too_long_reject(source, piece.size) if piece.text is None else parse_row(piece.text, source)
             source = source._replace(row=source.row + 1)
         index = source.row
 
@@ -385,7 +372,7 @@ def _too_long_reject(source: Source, size: int) -> Reject:
     return Reject(source, "line_too_long", "", f"has {size:,} bytes, expected at most {MAX_LINE:,}")
 
 
-def parse_row(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
+def parse_row(text: bytes, source: Source, *, whole_line: bool = False) -> Row | Reject:
     """Parse the JSON text of a row.
 
     A row that two parsers could read differently is rejected, e.g. a repeated key or a lone surrogate.
@@ -502,9 +489,8 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
     except UnicodeDecodeError as fault:
         raise _Fault("encoding", *describe_invalid_utf8(text[fault.start : fault.start + 3], fault.start)) from None
     except UnicodeEncodeError:
-        raise _Fault(
-            "lone_surrogate", "the row contains an escaped lone surrogate, which is not a valid character"
-        ) from None
+        message = "the row contains an escaped lone surrogate, which is not a valid character"
+        raise _Fault("lone_surrogate", message) from None
     except ValueError:
         assert error is not None  # text that orjson accepts is valid for the json module
         line = (source.line or 1) + error.lineno - 1

@@ -14,6 +14,9 @@ from ftdata.readers.streams import CHUNK, MAX_LINE, MAX_RATIO, Input, expansion_
 from ftdata.readers.table_checks import check_seekable, damaged_file_error
 from ftdata.types import Reject, Row
 
+_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK}
+"""Options to open a file. With `pre_buffer`, all data would stay in memory until the file is closed."""
+
 
 def read_parquet(file: Input) -> Iterator[Row | Reject]:
     """Yield the rows of a Parquet file. Only one batch of rows is in memory at a time."""
@@ -110,22 +113,11 @@ def _read_group(
         yield from table.iter_batches(BATCH_ROWS, row_groups=[number])
         return
     row_bytes = sum(chunk.widest * column.num_values for column, chunk in columns) / rows
-    flat, nested = list[str](), list[str]()
-    for index, (column, chunk) in enumerate(columns):
-        if not chunk.has_dictionary:
-            continue
-        schema = table.schema.column(index)
-        if column.physical_type == "BYTE_ARRAY":
-            (nested if schema.max_repetition_level else flat).append(column.path_in_schema)
-        elif schema.max_repetition_level and (size := column.num_values * (schema.length or 0)) > MAX_BATCH:
-            raise expansion_error(size, column.total_compressed_size, file.path)
-        else:
-            row_bytes += schema.length or 0
+    flat, nested, fixed_bytes = _find_dictionary_columns(table, columns, file)
+    row_bytes += fixed_bytes
 
     def open_with(names: Sequence[str]) -> Any:
-        return pq.ParquetFile(
-            stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=list(names)
-        )
+        return pq.ParquetFile(stream, table.metadata, read_dictionary=list(names), **_OPTIONS)
 
     if flat:
         probe = open_with(flat).iter_batches(BATCH_ROWS, row_groups=[number], columns=flat)
@@ -137,6 +129,29 @@ def _read_group(
     # A row can repeat a dictionary value in a list any number of times, so lists are read as references.
     reader = open_with(nested) if nested else table
     yield from reader.iter_batches(int(max(1, min(BATCH_ROWS, MAX_LINE / max(row_bytes, 1)))), row_groups=[number])
+
+
+def _find_dictionary_columns(
+    table: Any, columns: Sequence[tuple[Any, _Chunk]], file: Input
+) -> tuple[list[str], list[str], int]:
+    """Find the columns that may contain references to a dictionary. A short reference can stand for a long value.
+
+    Returns:
+        The names of the text columns outside lists, the names of the text columns in lists, and the number of bytes of
+        a row in all columns whose values have a fixed size.
+    """
+    flat, nested, fixed_bytes = list[str](), list[str](), 0
+    for index, (column, chunk) in enumerate(columns):
+        if not chunk.has_dictionary:
+            continue
+        schema = table.schema.column(index)
+        if column.physical_type == "BYTE_ARRAY":
+            (nested if schema.max_repetition_level else flat).append(column.path_in_schema)
+        elif schema.max_repetition_level and (size := column.num_values * (schema.length or 0)) > MAX_BATCH:
+            raise expansion_error(size, column.total_compressed_size, file.path)
+        else:
+            fixed_bytes += schema.length or 0
+    return flat, nested, fixed_bytes
 
 
 def _longest_values(batch: Any) -> int:
@@ -169,19 +184,13 @@ def _open_parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, TableLim
         # If the size is larger than the file, pyarrow reports the damage.
         limits.metadata(size)
     stream.seek(0)
-    # With pre_buffer, all data would stay in memory until the file is closed.
-    return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK), limits
+    return pq.ParquetFile(stream, **_OPTIONS), limits
 
 
 def count_parquet_rows(file: Input) -> int | None:
     """Read the number of rows from a Parquet file's metadata. Return `None` if the metadata cannot be read."""
-    import pyarrow as pa
-
-    with file.open() as stream:
-        try:
-            return int(_open_parquet(stream, file)[0].metadata.num_rows) if stream.seekable() else None
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
-            return None
+    metadata = _read_metadata(file)
+    return None if metadata is None else int(metadata.num_rows)
 
 
 def parquet_group_sizes(file: Input) -> list[int] | None:
@@ -189,13 +198,15 @@ def parquet_group_sizes(file: Input) -> list[int] | None:
 
     Return `None` if the metadata of the file cannot be read.
     """
+    metadata = _read_metadata(file)
+    return metadata and [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+
+
+def _read_metadata(file: Input) -> Any:
     import pyarrow as pa
 
     with file.open() as stream:
         try:
-            metadata = _open_parquet(stream, file)[0].metadata if stream.seekable() else None
-            return metadata and [
-                metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)
-            ]
+            return _open_parquet(stream, file)[0].metadata if stream.seekable() else None
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None

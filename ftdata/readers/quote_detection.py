@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from ftdata.readers.streams import MAX_LINE, STDIN, Input, is_url
@@ -29,84 +29,71 @@ def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str
     if file.quoting is not None:
         return file.quoting
     if file.path == STDIN or is_url(file.path):
-        counts = _Quotes.count(islice(ahead, _SAMPLE), delimiter)
+        counts = _count_cells(islice(ahead, _SAMPLE), delimiter)
     else:
         with file.text() as stream:
-            counts = _Quotes.count(stream, delimiter)
-    if counts.is_csv:
+            counts = _count_cells(stream, delimiter)
+    if _is_csv(counts):
         return "csv"
-    _log.warning(
-        "%s: %d cells contain quotes that are not CSV quoting, so quotes are text; pass --quoting csv to change this",
-        file.path,
-        counts.literal,
+    message = (
+        "%s: %d cells contain quotes that are not CSV quoting, so quotes are text; pass --quoting csv to change this"
     )
+    _log.warning(message, file.path, counts["literal"])
     return "none"
 
 
-@dataclass
-class _Quotes:
-    """Counts the cells in a file, grouped by how the cells use quotes.
+def _is_csv(counts: Counter[str]) -> bool:
+    """Return whether a file appears to use CSV quoting, in which quotes enclose cells."""
+    return counts["needed"] >= counts["literal"] or counts["quoted"] > counts["plain"]
 
-    Attributes:
-        needed: quoted cells that need the quotes: they contain a line break, the delimiter or a doubled quote.
-        quoted: other quoted cells.
-        plain: cells without quotes.
-        literal: cells with quotes that are not CSV quoting, such as `say "hi"` or `"hi" she said`.
+
+def _count_cells(lines: Iterable[bytes], delimiter: bytes) -> Counter[str]:
+    """Count the cells in the lines of a file, grouped by how they use quotes.
+
+    Returns:
+        The number of `plain` cells without quotes; of quoted cells that are `needed`, because they contain a line
+        break, the delimiter or a doubled quote; of other `quoted` cells; and of `literal` cells with quotes that are
+        not CSV quoting, such as `say "hi"` or `"hi" she said`.
     """
+    counts, pending = Counter[str](), list[bytes]()
+    size = tries = 0
+    for line in lines:
+        text = line.rstrip(b"\r\n")
+        # An open cell can end only in a line with a quote that is not doubled, so other lines are skipped.
+        may_end = not pending or b'"' in text.replace(b'""', b"")
+        pending.append(text)
+        size, tries = size + len(line), tries + may_end
+        row = _count_row(b"\n".join(pending) if len(pending) > 1 else text, delimiter) if may_end else None
+        if row is None and (len(pending) > _MAX_LINES or size > MAX_LINE or tries > _MAX_TRIES):
+            # A quote that is never closed is text.
+            row = {"literal": 1}
+        if row is not None:
+            counts.update(row)
+            pending, size, tries = [], 0, 0
+    counts["literal"] += bool(pending)
+    return counts
 
-    needed: int = 0
-    quoted: int = 0
-    plain: int = 0
-    literal: int = 0
 
-    @property
-    def is_csv(self) -> bool:
-        """Whether the file appears to use CSV quoting, in which quotes enclose cells."""
-        return not self.literal or self.needed >= self.literal or self.quoted > self.plain
-
-    @classmethod
-    def count(cls, lines: Iterable[bytes], delimiter: bytes) -> _Quotes:
-        """Count the cells in the lines of a file, grouped by how they use quotes."""
-        counts, pending = cls(), list[bytes]()
-        size = tries = 0
-        for line in lines:
-            text = line.rstrip(b"\r\n")
-            # An open cell can end only in a line with a quote that is not doubled, so other lines are skipped.
-            may_end = not pending or b'"' in text.replace(b'""', b"")
-            pending.append(text)
-            size, tries = size + len(line), tries + may_end
-            if may_end and counts._count_row(b"\n".join(pending) if len(pending) > 1 else text, delimiter):
-                pending, size, tries = [], 0, 0
-            elif len(pending) > _MAX_LINES or size > MAX_LINE or tries > _MAX_TRIES:
-                # A quote that is never closed is text.
-                counts.literal += 1
-                pending, size, tries = [], 0, 0
-        counts.literal += bool(pending)
-        return counts
-
-    def _count_row(self, row: bytes, delimiter: bytes) -> bool:
-        """Count the cells of a row. If the row ends inside a quoted cell, count nothing and return `False`."""
-        if b'"' not in row:
-            self.plain += 1 + row.count(delimiter)
-            return True
-        counts, start = {"needed": 0, "quoted": 0, "plain": 0, "literal": 0}, 0
-        while start <= len(row):
-            end = row.find(delimiter, start)
-            end = len(row) if end < 0 else end
-            kind = "literal" if b'"' in row[start:end] else "plain"
-            if row[start : start + 1] == b'"':
-                quote_end = _find_closing_quote(row, start + 1)
-                if quote_end < 0:
-                    return False
-                if row[quote_end : quote_end + len(delimiter)] in (delimiter, b""):
-                    content = row[start + 1 : quote_end - 1]
-                    is_needed = any(mark in content for mark in (delimiter, b"\n", b'""'))
-                    kind, end = ("needed" if is_needed else "quoted"), quote_end
-            counts[kind] += 1
-            start = end + len(delimiter)
-        for kind, count in counts.items():
-            setattr(self, kind, getattr(self, kind) + count)
-        return True
+def _count_row(row: bytes, delimiter: bytes) -> Mapping[str, int] | None:
+    """Count the cells of a row. If the row ends inside a quoted cell, return `None`."""
+    if b'"' not in row:
+        return {"plain": 1 + row.count(delimiter)}
+    counts, start = Counter[str](), 0
+    while start <= len(row):
+        end = row.find(delimiter, start)
+        end = len(row) if end < 0 else end
+        kind = "literal" if b'"' in row[start:end] else "plain"
+        if row[start : start + 1] == b'"':
+            quote_end = _find_closing_quote(row, start + 1)
+            if quote_end < 0:
+                return None
+            if row[quote_end : quote_end + len(delimiter)] in (delimiter, b""):
+                content = row[start + 1 : quote_end - 1]
+                is_needed = any(mark in content for mark in (delimiter, b"\n", b'""'))
+                kind, end = ("needed" if is_needed else "quoted"), quote_end
+        counts[kind] += 1
+        start = end + len(delimiter)
+    return counts
 
 
 def _find_closing_quote(row: bytes, start: int) -> int:

@@ -98,7 +98,7 @@ def list_url(url: str) -> tuple[dict[str, int], str | None]:
     """
     if url.startswith(("http://", "https://")):
         return {url: 0}, None
-    return _request(url, lambda: _list_files(url))
+    return _call_filesystem(url, _list_files)
 
 
 def list_sizes(url: str) -> dict[str, int]:
@@ -111,8 +111,7 @@ def list_sizes(url: str) -> dict[str, int]:
         HubError: The server fails repeatedly.
     """
 
-    def find_sizes() -> dict[str, int]:
-        filesystem, path = _open_filesystem(url)
+    def find_sizes(filesystem: Any, path: str) -> dict[str, int]:
         try:
             files = filesystem.find(path, detail=True)
         except FileNotFoundError:
@@ -120,7 +119,7 @@ def list_sizes(url: str) -> dict[str, int]:
         root = str(filesystem._strip_protocol(path)).rstrip("/") + "/"
         return {name.removeprefix(root): int(info["size"]) for name, info in files.items()}
 
-    return _request(url, find_sizes)
+    return _call_filesystem(url, find_sizes)
 
 
 def remote_version(url: str) -> dict[str, str] | None:
@@ -132,12 +131,8 @@ def remote_version(url: str) -> dict[str, str] | None:
         UsageError: The file does not exist.
         HubError: The server fails repeatedly.
     """
-
-    def get_info() -> dict[str, Any]:
-        filesystem, path = _open_filesystem(url)
-        return dict(filesystem.info(path))
-
-    info = {name.lower(): str(value) for name, value in _request(url, get_info).items() if value is not None}
+    metadata = _call_filesystem(url, lambda filesystem, path: dict(filesystem.info(path)))
+    info = {name.lower(): str(value) for name, value in metadata.items() if value is not None}
     identifiers = {name: info[name] for name in _CONTENT_KEYS if name in info}
     return {**identifiers, "size": info["size"]} if identifiers and "size" in info else None
 
@@ -159,8 +154,7 @@ def upload_file(file: Path, url: str, *, anew: bool = False) -> bool:
         HubError: The server rejects the request, or fails repeatedly.
     """
 
-    def put() -> bool:
-        filesystem, path = _open_filesystem(url)
+    def put(filesystem: Any, path: str) -> bool:
         if anew and filesystem.exists(path):
             return False
         has_mode = "mode" in inspect.signature(filesystem.put_file).parameters
@@ -170,7 +164,7 @@ def upload_file(file: Path, url: str, *, anew: bool = False) -> bool:
             return False
         return True
 
-    return _request(url, put)
+    return _call_filesystem(url, put)
 
 
 def remove_remote_file(url: str) -> None:
@@ -179,12 +173,12 @@ def remove_remote_file(url: str) -> None:
     Raises:
         HubError: The server rejects the request, or fails repeatedly.
     """
+    _call_filesystem(url, lambda filesystem, path: filesystem.rm_file(path))
 
-    def remove() -> None:
-        filesystem, path = _open_filesystem(url)
-        filesystem.rm_file(path)
 
-    _request(url, remove)
+def _call_filesystem(url: str, call: Callable[[Any, str], Result]) -> Result:
+    """Call a function with the fsspec file system for a URL and the path inside it. Repeat it after failures."""
+    return _request(url, lambda: call(*_open_filesystem(url)))
 
 
 def _open_filesystem(url: str) -> tuple[Any, str]:
@@ -196,10 +190,9 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _list_files(url: str) -> tuple[dict[str, int], str | None]:
+def _list_files(filesystem: Any, path: str) -> tuple[dict[str, int], str | None]:
     import fsspec
 
-    filesystem, path = _open_filesystem(url)
     folder = None
     if fsspec.core.has_magic(path):
         files = filesystem.glob(path, detail=True)
@@ -208,7 +201,7 @@ def _list_files(url: str) -> tuple[dict[str, int], str | None]:
     else:
         files = {path: filesystem.info(path)}
     if not files:
-        raise FileNotFoundError(url)
+        raise FileNotFoundError(path)
     return {str(filesystem.unstrip_protocol(name)): int(files[name].get("size") or 0) for name in sorted(files)}, folder
 
 

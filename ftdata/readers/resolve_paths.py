@@ -51,9 +51,8 @@ def resolve_files(
         InputRefused: No reader is registered for the suffix of a file.
     """
     if not location.strip():
-        raise UsageError(
-            "file_not_found", "the path is empty", hint="check that the variable that contains the path is set"
-        )
+        message = "the path is empty"
+        raise UsageError("file_not_found", message, hint="check that the variable that contains the path is set")
     if is_hub(location):
         for file, split in hub_files(location, _is_readable, **hub_options or {}):
             yield replace(_make_file(str(file), reader), split=split)
@@ -64,11 +63,7 @@ def resolve_files(
         yield ResolvedFile(STDIN, reader or "json")
     elif is_url(location):
         sizes, folder = list_url(location)
-        files = (
-            (_make_file(url, reader) for url in sizes)
-            if folder is None
-            else _list_remote_folder([*sizes], folder, reader)
-        )
+        files = _list_remote_folder([*sizes], folder, reader) if folder else (_make_file(url, reader) for url in sizes)
         yield from (replace(file, size=sizes[file.path] or None) for file in files)
     else:
         yield from _resolve_local(location, reader)

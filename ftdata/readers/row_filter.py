@@ -40,9 +40,8 @@ class RowFilter:
                 raise UsageError("where", f"where={self.where!r} is not a string, expected a Jinja expression")
             _compile_expression(self.where)
         if self.limit is not None and (type(self.limit) is not int or not 1 <= self.limit <= sys.maxsize):
-            raise UsageError(
-                "limit", f"limit={self.limit!r} is not a valid number of rows, expected an integer of at least 1"
-            )
+            message = f"limit={self.limit!r} is not a valid number of rows, expected an integer of at least 1"
+            raise UsageError("limit", message)
 
     def filter_rows(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
         """Yield at most `limit` rows for which `where` is true. If `where` raises an error, yield a `Reject`."""
@@ -66,9 +65,8 @@ class RowFilter:
             return row
         columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
         try:
-            is_match = _compile_expression(self.where)(
-                {"row": columns} | {str(name): value for name, value in columns.items()}
-            )
+            variables = {"row": columns} | {str(name): value for name, value in columns.items()}
+            is_match = _compile_expression(self.where)(variables)
         except jinja2.UndefinedError:
             return None
         except UsageError:

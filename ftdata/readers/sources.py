@@ -90,9 +90,8 @@ class FileSource:
 
     def _check_version(self, before: Any) -> None:
         if before != (file_version(self.path) if self.version is not None else _local_version(self.path)):
-            raise InputRefused(
-                "file_changed", "the file changed while it was being read", where=self.path, hint="read it again"
-            )
+            message = "the file changed while it was being read"
+            raise InputRefused("file_changed", message, where=self.path, hint="read it again")
 
     @property
     def size(self) -> int:
@@ -251,11 +250,8 @@ def _is_source(item: Any) -> bool:
 
 def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     if "path" not in spec or not _is_source(spec["path"]) or isinstance(spec["path"], Mapping):
-        raise UsageError(
-            "data_type",
-            "data is a single mapping without a valid path, expected rows",
-            hint="pass a list of rows, or a mapping with a path",
-        )
+        message = "data is a single mapping without a valid path, expected rows"
+        raise UsageError("data_type", message, hint="pass a list of rows, or a mapping with a path")
     for key in spec:
         if key not in _SPEC_KEYS:
             hint = suggest_names(str(key), _SPEC_KEYS)
@@ -319,9 +315,8 @@ def _select_splits(
     for part in parts:
         matching = [source for source in sources if (source.split or "train") == part.name]
         if not matching:
-            raise UsageError(
-                "no_split", f"{spec['path']} has no split {part.name!r}", hint=suggest_names(part.name, names)
-            )
+            message = f"{spec['path']} has no split {part.name!r}"
+            raise UsageError("no_split", message, hint=suggest_names(part.name, names))
         if part.is_full_split:
             selected = matching
         elif files := [source for source in matching if isinstance(source, FileSource) and source.path != STDIN]:

@@ -41,20 +41,27 @@ def parse_split(split: str) -> tuple[SplitPart, ...]:
     >>> parse_split("train[:10%]+test")
     (SplitPart(name='train', start=None, stop='10%'), SplitPart(name='test', start=None, stop=None))
     """
-    matches = [_PART.fullmatch(part) for part in split.split("+")]
-    bounds = [[bound for bound in match.groups()[1:] if bound] for match in matches if match]
-    percentages = [[bound for bound in pair if bound.endswith("%")] for pair in bounds]
-    mixed = any(len(percent) not in (0, len(pair)) for percent, pair in zip(percentages, bounds, strict=True))
-    too_long = any(len(bound) > _LONGEST_BOUND for pair in bounds for bound in pair)
-    if (
-        not all(matches)
-        or mixed
-        or too_long
-        or any(abs(int(bound[:-1])) > 100 for percent in percentages for bound in percent)
-    ):
+    parts = [_parse_part(part) for part in split.split("+")]
+    if None in parts:
         hint = "e.g. train, train[:10%], train[100:200], train+validation"
         raise UsageError("split", f"split is {split!r}, expected a valid split expression", hint=hint)
-    return tuple(SplitPart(*match.groups()) for match in matches if match)
+    return tuple(part for part in parts if part is not None)
+
+
+def _parse_part(text: str) -> SplitPart | None:
+    """Parse one part of a split expression. Return `None` if it is invalid, e.g. if it mixes rows and percentages."""
+    match = _PART.fullmatch(text)
+    if match is None:
+        return None
+    name, *bounds = match.groups()
+    lengths = [len(bound) for bound in bounds if bound]
+    percentages = [
+        int(bound[:-1]) for bound in bounds if bound and bound.endswith("%") and len(bound) <= _LONGEST_BOUND
+    ]
+    has_valid_lengths = max(lengths, default=0) <= _LONGEST_BOUND and len(percentages) in (0, len(lengths))
+    return (
+        SplitPart(name, *bounds) if has_valid_lengths and all(-100 <= share <= 100 for share in percentages) else None
+    )
 
 
 def split_ranges(

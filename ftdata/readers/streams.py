@@ -256,12 +256,9 @@ def _decompress(file: BinaryIO, compression: str, path: str) -> Generator[bytes]
             raise InputRefused("expansion", message, where=path, hint=hint) from None
         truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
         fault = "is truncated: it ends" if truncated else "is corrupt"
-        raise InputRefused(
-            "partial_file" if truncated else "damaged_file",
-            f"the {compression} file {fault} after {plain_size:,} bytes of text ({error})",
-            where=path,
-            hint="copy or download it again",
-        ) from None
+        message = f"the {compression} file {fault} after {plain_size:,} bytes of text ({error})"
+        hint = "copy or download it again"
+        raise InputRefused("partial_file" if truncated else "damaged_file", message, where=path, hint=hint) from None
 
 
 def expansion_error(
@@ -314,11 +311,8 @@ def _detect_encoding(head: bytes, encoding: str | None) -> str | None:
             return name
     if len(head) >= 4 and (name := _ZEROS.get((head[0] == 0, head[1] == 0, head[2] == 0, head[3] == 0), "")):
         return name
-    return (
-        None
-        if encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
-        else encoding
-    )
+    is_utf8 = encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
+    return None if is_utf8 else encoding
 
 
 def _transcode(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:

@@ -32,19 +32,11 @@ def check_seekable(stream: io.BufferedReader, file: Input) -> None:
         message = f"the file is compressed ({compression}), which is not supported for this format"
         raise InputRefused("packed_table", message, where=file.path, hint="decompress it first")
     if not stream.seekable():
-        raise InputRefused(
-            "not_seekable",
-            "the input is a pipe, but reading this format starts at the end of the file",
-            where=file.path,
-            hint="write it to a file first",
-        )
+        message = "the input is a pipe, but reading this format starts at the end of the file"
+        raise InputRefused("not_seekable", message, where=file.path, hint="write it to a file first")
 
 
 def damaged_file_error(error: Exception, file: Input, kind: str) -> InputRefused:
     """Create the error for a table file that is damaged or does not have the expected format."""
-    return InputRefused(
-        "damaged_file",
-        f"the file is not a valid {kind} file: {error}",
-        where=file.path,
-        hint="copy or download it again",
-    )
+    message = f"the file is not a valid {kind} file: {error}"
+    return InputRefused("damaged_file", message, where=file.path, hint="copy or download it again")

@@ -9,19 +9,21 @@ row in memory. The format is ECMA-376 (ISO/IEC 29500).
 
 from __future__ import annotations
 
+import posixpath
 import re
 import tempfile
 import zipfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from io import BufferedReader
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from ftdata.errors import InputRefused, StorageError
 from ftdata.readers.streams import FREE, MAX_LINE, MAX_RATIO, expansion_error
-from ftdata.readers.xml_scan import CHUNK, ElementParser, XmlParser, unescape_xml_string
+from ftdata.readers.xml_scan import CHUNK, XmlParser, unescape_xml_string
 
 MAX_COLUMNS, MAX_ROWS = 16_384, 1_048_576
 """Maximum number of columns and rows of a sheet, as in Excel."""
@@ -155,9 +157,8 @@ class Workbook:
     def damaged_error(self, message: str) -> InputRefused:
         """Create the error for a file that is not a valid Excel file."""
         hint = "copy or download it again, or open it in Excel and save it"
-        return InputRefused(
-            "damaged_file", f"the file is not a valid Excel file: {message}", where=self.path, hint=hint
-        )
+        message = f"the file is not a valid Excel file: {message}"
+        return InputRefused("damaged_file", message, where=self.path, hint=hint)
 
     def strings(self) -> SharedStrings:
         """Read the shared strings of the workbook."""
@@ -266,19 +267,17 @@ class SharedStrings:
 
 
 class _SharedStringParser(XmlParser):
-    """A parser that adds each shared string to `strings`. Pronunciation guides (phonetic text) are omitted."""
+    """A parser that adds each shared string to `strings`."""
 
     def __init__(self, strings: SharedStrings) -> None:
         super().__init__()
-        self._strings, self._texts, self._phonetic = strings, list[str](), False
+        self._strings, self._texts = strings, list[str]()
 
     def start(self, name: str, _attributes: dict[str, str]) -> None:
-        if name == "t" and not self._phonetic:
+        if name == "t":
             self.collect_text(on=True)
         elif name == "si":
             self._texts, self.size = [], 0
-        elif name == "rPh":
-            self._phonetic = True
 
     def end(self, name: str) -> None:
         if name == "t":
@@ -287,8 +286,6 @@ class _SharedStringParser(XmlParser):
             self._texts.append(unescape_xml_string(self.text()))
         elif name == "si":
             self._strings.add("".join(self._texts) if self.size <= MAX_LINE else "", self.size)
-        elif name == "rPh":
-            self._phonetic = False
 
 
 class _SheetParser(XmlParser):
@@ -297,7 +294,7 @@ class _SheetParser(XmlParser):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.rows: list[SheetRow] = []
-        self._path, self._phonetic = path, False
+        self._path = path
         self._number = self._column = 0
         self._cells: list[Cell] = []
         self._cell: dict[str, str] | None = None
@@ -311,12 +308,10 @@ class _SheetParser(XmlParser):
             self._start_row(self._parse_number(attributes["r"]) if "r" in attributes else self._number + 1)
         elif self._cell is None:
             return
-        elif name == "v" or (name == "t" and not self._phonetic):
+        elif name in ("v", "t"):
             self.collect_text(on=True)
         elif name == "f":
             self._formula = True
-        elif name == "rPh":
-            self._phonetic = True
 
     def end(self, name: str) -> None:
         if name == "row":
@@ -331,8 +326,6 @@ class _SheetParser(XmlParser):
         elif name == "t":
             self.collect_text(on=False)
             self._value = (self._value or "") + unescape_xml_string(self.text())
-        elif name == "rPh":
-            self._phonetic = False
         elif name == "c":
             self._add_cell(self._cell)
             self._cell = None
@@ -367,22 +360,18 @@ class _SheetParser(XmlParser):
         return int(text)
 
 
-_column_numbers: dict[str, int] = {}
-
-
 def _parse_column(coordinate: str) -> int:
     """Return the column number, from 1, of a cell coordinate such as `B7`. Return 0 for an invalid coordinate."""
     match = _COORDINATE.fullmatch(coordinate)
-    if match is None:
-        return 0
-    name = match[1]
-    if (number := _column_numbers.get(name)) is None:
-        number = 0
-        for char in name.upper():
-            number = 26 * number + ord(char) - 64
-        # The cache is bounded: there are at most 143,364 names of up to three characters.
-        _column_numbers[name] = number
-    return number
+    return 0 if match is None else _column_number(match[1])
+
+
+@cache
+def _column_number(name: str) -> int:
+    # The cache is bounded: there are at most 143,364 names of up to three characters.
+    from openpyxl.utils import column_index_from_string
+
+    return int(column_index_from_string(name))
 
 
 def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, str, str]]:
@@ -401,19 +390,13 @@ def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, st
 
     relationships = str(folder / "_rels" / f"{name}.rels")
     if relationships in book.archive.NameToInfo:
-        book.parse_all(relationships, ElementParser({"Relationship": add}))
+        book.parse_all(relationships, XmlParser({"Relationship": add}))
     return related
 
 
 def _normalize_path(path: str) -> str:
     """Resolve `.` and `..` in a path inside the archive."""
-    names: list[str] = []
-    for name in path.split("/"):
-        if name == "..":
-            names = names[:-1]
-        elif name not in ("", "."):
-            names.append(name)
-    return "/".join(names)
+    return posixpath.normpath(f"/{path}").lstrip("/")
 
 
 def _read_main(book: Workbook, part: str, by_id: Mapping[str, str]) -> None:
@@ -427,7 +410,7 @@ def _read_main(book: Workbook, part: str, by_id: Mapping[str, str]) -> None:
             visible = attributes.get("state", "visible") == "visible"
             book.sheets.append(Sheet(attributes.get("name", ""), by_id[identity], visible))
 
-    book.parse_all(part, ElementParser({"workbookPr": read_properties, "sheet": add_sheet}))
+    book.parse_all(part, XmlParser({"workbookPr": read_properties, "sheet": add_sheet}))
 
 
 def _read_styles(book: Workbook, part: str) -> None:

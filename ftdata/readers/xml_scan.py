@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from xml.parsers import expat
 
@@ -15,7 +15,7 @@ CHUNK = 1 << 16
 
 _MAX_TAG, _MAX_DEPTH = 1 << 20, 64
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
-_NAMES = ("si", "t", "rPh", "row", "c", "v", "f", "workbookPr", "sheet", "numFmt", "cellXfs", "xf")
+_NAMES = ("si", "t", "row", "c", "v", "f", "workbookPr", "sheet", "numFmt", "cellXfs", "xf")
 _NAMESPACES = (
     "http://schemas.openxmlformats.org/spreadsheetml/2006/main",
     "http://purl.oclc.org/ooxml/spreadsheetml/main",
@@ -24,22 +24,31 @@ _LOCAL_NAMES = {f"{namespace} {name}": name for name in _NAMES for namespace in 
 _LOCAL_NAMES["http://schemas.openxmlformats.org/package/2006/relationships Relationship"] = "Relationship"
 """Local names of the elements by their qualified names, in the transitional and in the strict namespace."""
 
+_PHONETIC = {f"{namespace} rPh" for namespace in _NAMESPACES}
+"""Pronunciation guides, whose text is not part of a cell."""
+
 
 class XmlParser:
     """Base class of XML parsers. Calls `start` and `end` for each element that is relevant to a workbook.
+
+    Elements inside pronunciation guides are skipped.
+
+    Args:
+        callbacks: functions that `start` calls with the attributes of an element, by the local name of the element.
 
     Attributes:
         make_error: function that creates the error for unacceptable XML from a message.
         size: size of the text collected so far, in bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: Mapping[str, Callable[[dict[str, str]], None]] | None = None) -> None:
+        self._callbacks = callbacks or {}
         self.parser = parser = expat.ParserCreate(namespace_separator=" ")
         parser.buffer_text, parser.buffer_size = True, CHUNK
         parser.StartElementHandler, parser.EndElementHandler = self._start_element, self._end_element
         parser.StartDoctypeDeclHandler = self._reject_doctype
         self.make_error: Callable[[str], InputRefused] = lambda message: InputRefused("damaged_file", message)
-        self._depth = self._elements = self._fed = self.size = 0
+        self._depth = self._phonetic = self._elements = self._fed = self.size = 0
         self._text_parts: list[str] = []
 
     def feed(self, chunk: bytes, *, last: bool = False) -> int:
@@ -55,8 +64,10 @@ class XmlParser:
             raise self.make_error(f"a tag or comment is longer than {_MAX_TAG:,} bytes")
         return self._elements
 
-    def start(self, _name: str, _attributes: dict[str, str]) -> None:
+    def start(self, name: str, attributes: dict[str, str]) -> None:
         """Process the start of an element. Subclasses override this method."""
+        if (callback := self._callbacks.get(name)) is not None:
+            callback(attributes)
 
     def end(self, _name: str) -> None:
         """Process the end of an element. Subclasses override this method."""
@@ -84,30 +95,19 @@ class XmlParser:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise self.make_error(f"the XML is nested deeper than {_MAX_DEPTH} levels")
-        if (local_name := _LOCAL_NAMES.get(name)) is not None:
+        self._phonetic += name in _PHONETIC
+        if (local_name := _LOCAL_NAMES.get(name)) is not None and not self._phonetic:
             self.start(local_name, attributes)
 
     def _end_element(self, name: str) -> None:
         self._depth -= 1
-        if (local_name := _LOCAL_NAMES.get(name)) is not None:
+        self._phonetic -= name in _PHONETIC
+        if (local_name := _LOCAL_NAMES.get(name)) is not None and not self._phonetic:
             self.end(local_name)
 
     def _reject_doctype(self, *_: Any) -> None:
         # Entities of a document type can expand to text of any length.
         raise self.make_error("the XML declares a document type, which is not allowed in Excel files")
-
-
-class ElementParser(XmlParser):
-    """An XML parser with a callback for each element name. A callback receives the attributes of an element."""
-
-    def __init__(self, callbacks: dict[str, Callable[[dict[str, str]], None]]) -> None:
-        super().__init__()
-        self._callbacks = callbacks
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        """Call the callback that is registered for the name of the element, if any."""
-        if (callback := self._callbacks.get(name)) is not None:
-            callback(attributes)
 
 
 def unescape_xml_string(text: str) -> str:

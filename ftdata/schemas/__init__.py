@@ -37,7 +37,7 @@ from ftdata.schemas.messages import (
     is_messages,
     is_single_message,
     message_notes,
-    parse_json_field,
+    parse_json,
     read_messages,
     read_tools,
 )
@@ -75,31 +75,11 @@ _MESSAGE_COLUMNS = ((schemas.get("messages"), "messages"), (schemas.get("sharegp
 """Schemas whose rows are messages in one column. Compared by identity: a user can register a changed `Schema`."""
 
 _RESERVED_VARIABLES = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "cycler",
-    "dict",
-    "documents",
-    "joiner",
-    "loop",
-    "max_length",
-    "messages",
-    "namespace",
-    "padding",
-    "raise_exception",
-    "range",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "self",
-    "strftime_now",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-}
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "cycler", "dict", "documents",
+    "joiner", "loop", "max_length", "messages", "namespace", "padding", "raise_exception", "range",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "self", "strftime_now", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
 """Template variables that a row must not set: ftdata sets them, or they would replace the template."""
 
 
@@ -238,10 +218,8 @@ def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[s
         problem = f"the function of schema {name} raised {type(error).__name__}: {error}"
         raise BadRow("schema_failed", problem, hint="fix the function or the row") from error
     if not isinstance(conversation, Conversation):
-        problem = (
-            f"the function of schema {name} returned a {type(conversation).__name__}, "
-            "expected a ftdata.types.Conversation"
-        )
+        kind = type(conversation).__name__
+        problem = f"the function of schema {name} returned a {kind}, expected a ftdata.types.Conversation"
         raise BadRow("schema_failed", problem)
     return conversation if isinstance(schema, Schema) else _normalize_user_conversation(conversation, name)
 
@@ -256,9 +234,8 @@ def _normalize_user_conversation(conversation: Conversation, name: str) -> Conve
         and isinstance(conversation.fields, Mapping)
     )
     if not has_valid_types:
-        raise BadRow(
-            "schema_failed", f"the function of schema {name} returned a Conversation with fields of wrong types"
-        )
+        message = f"the function of schema {name} returned a Conversation with fields of wrong types"
+        raise BadRow("schema_failed", message)
     if conversation.tokens is not None:
         ids = {"input_ids": np.asarray(conversation.tokens.input_ids).tolist()}
         mask = np.asarray(conversation.tokens.trained).astype(int).tolist()
@@ -297,11 +274,8 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         if not isinstance(actual, str) or not actual:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
         if name not in canonical:
-            raise UsageError(
-                "unknown_column",
-                f"columns= maps {name!r}, but no schema has a column of this name",
-                hint=suggest_names(name, canonical),
-            )
+            message = f"columns= maps {name!r}, but no schema has a column of this name"
+            raise UsageError("unknown_column", message, hint=suggest_names(name, canonical))
 
 
 def _detectable_schemas() -> dict[str, Schema]:
@@ -320,29 +294,32 @@ def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[s
         raise BadRow("not_a_row", f"the row is a {type(data).__name__}, expected an object or a list of messages")
     if not columns and not row.flat:
         return data, None
+    mapped, missing = _rename_columns(data, columns) if columns else (dict(data), None)
+    if row.flat:
+        chats = {name: parse_json_list(mapped[name]) for name in _TEXT_OR_CHAT_COLUMNS & set(mapped)}
+        mapped |= {name: chat for name, chat in chats.items() if is_messages(chat)}
+    return mapped, missing
+
+
+def _rename_columns(data: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], BadRow | None]:
+    """Move the values at the names or paths in `columns` to their canonical columns.
+
+    A mapped column replaces the columns of the same canonical name. If a path leads into an object, the other fields of
+    this object stay in the row, under their paths.
+    """
+    replaced = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
+    nested = [actual for actual in columns.values() if actual not in data]
+    roots = {re.split(r"[.\[]", actual, maxsplit=1)[0] if actual in nested else actual for actual in columns.values()}
+    mapped = {key: value for key, value in data.items() if key not in replaced | roots}
+    paths = [_split_path(actual) for actual in nested]
+    for root in roots & {str(path[0]) for path in paths if path}:
+        mapped |= _unmapped_fields(data.get(root), root, [path[1:] for path in paths if path[:1] == [root]])
     missing: BadRow | None = None
-    mapped = dict(data)
-    if columns:
-        # A mapped column replaces the columns of the same canonical name, and its source column is moved.
-        replaced = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
-        roots = {
-            re.split(r"[.\[]", actual, maxsplit=1)[0] if actual not in data else actual for actual in columns.values()
-        }
-        mapped = {key: value for key, value in data.items() if key not in replaced | roots}
-        paths = [_split_path(actual) for actual in columns.values() if actual not in data]
-        for root in roots & {str(path[0]) for path in paths if path}:
-            mapped |= _unmapped_fields(data.get(root), root, [path[1:] for path in paths if path[:1] == [root]])
-    for canonical, actual in (columns or {}).items():
+    for canonical, actual in columns.items():
         try:
             mapped[canonical] = data[actual] if actual in data else _get_path(data, actual, canonical)
         except BadRow as error:
             missing = missing or error
-    if row.flat:
-        mapped |= {
-            name: chat
-            for name in _TEXT_OR_CHAT_COLUMNS & set(mapped)
-            if is_messages(chat := parse_json_list(mapped[name]))
-        }
     return mapped, missing
 
 
@@ -355,12 +332,8 @@ def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
                 raise TypeError
             value = cast("Any", value)[key]
         except (LookupError, TypeError):
-            raise BadRow(
-                "missing_column",
-                f"the row has no column {path!r}, which columns= maps to {canonical!r}",
-                field=path,
-                hint=suggest_names(path, map(str, data)),
-            ) from None
+            message = f"the row has no column {path!r}, which columns= maps to {canonical!r}"
+            raise BadRow("missing_column", message, field=path, hint=suggest_names(path, map(str, data))) from None
     return value
 
 
@@ -394,15 +367,12 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template variables of a row (`chat_template_kwargs`)."""
     variables = data.get("chat_template_kwargs")
     if isinstance(variables, str):
-        variables = parse_json_field(variables, "chat_template_kwargs") if variables.strip() else None
+        variables = parse_json(variables, "chat_template_kwargs") if variables.strip() else None
     if variables is None:
         return {}
     if not isinstance(variables, Mapping):
-        raise BadRow(
-            "row_options",
-            f"the value is a {type(variables).__name__}, expected an object",
-            field="chat_template_kwargs",
-        )
+        message = f"the value is a {type(variables).__name__}, expected an object"
+        raise BadRow("row_options", message, field="chat_template_kwargs")
     # Tables have every key in every row, so an empty reserved variable means that the row does not set it.
     variables = {
         name: value
@@ -411,12 +381,9 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in variables:
         if not isinstance(name, str) or name in _RESERVED_VARIABLES or name.endswith("_token"):
-            raise BadRow(
-                "row_options",
-                "the variable is reserved: only ftdata or the tokenizer can set it",
-                field=f"chat_template_kwargs.{str(name)[:100]}",
-                hint="remove it; a row can set variables of the template, such as enable_thinking",
-            )
+            message = "the variable is reserved: only ftdata or the tokenizer can set it"
+            hint = "remove it; a row can set variables of the template, such as enable_thinking"
+            raise BadRow("row_options", message, field=f"chat_template_kwargs.{str(name)[:100]}", hint=hint)
     return variables
 
 
@@ -441,32 +408,21 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
         return "chat_log"
     columns = ", ".join(map(repr, data)) or "none"
     if names:
-        raise BadRow(
-            "ambiguous_schema",
-            f"the row matches several schemas ({', '.join(names)}); its columns: {columns}",
-            hint=f"choose a schema, e.g. schema={names[0]!r}",
-        )
+        message = f"the row matches several schemas ({', '.join(names)}); its columns: {columns}"
+        raise BadRow("ambiguous_schema", message, hint=f"choose a schema, e.g. schema={names[0]!r}")
     if logs:
-        raise BadRow(
-            "ambiguous_schema",
-            f"the row has several columns with messages ({', '.join(logs)})",
-            hint=f"choose a column, e.g. columns={{'messages': {logs[0]!r}}}",
-        )
+        message = f"the row has several columns with messages ({', '.join(logs)})"
+        raise BadRow("ambiguous_schema", message, hint=f"choose a column, e.g. columns={{'messages': {logs[0]!r}}}")
     if is_single_message(data):
-        raise BadRow(
-            "one_message",
-            "the row is a single message, expected a whole conversation",
-            hint="put the messages of each conversation in one list",
-        )
+        message = "the row is a single message, expected a whole conversation"
+        raise BadRow("one_message", message, hint="put the messages of each conversation in one list")
     candidates = "; ".join(
         f"{name}: {', '.join(s.columns[:3])}" for name, s in _detectable_schemas().items() if s.columns
     )
     canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
     nulls = [name for name, value in data.items() if value is None and name in canonical]
     null_columns = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
-    raise BadRow(
-        "unknown_schema",
-        f"the row matches no schema; its columns: {columns}{null_columns}",
-        hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
-        f"Known schemas: {candidates}",
+    hint = (
+        f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. Known schemas: {candidates}"
     )
+    raise BadRow("unknown_schema", f"the row matches no schema; its columns: {columns}{null_columns}", hint=hint)

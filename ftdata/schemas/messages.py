@@ -19,31 +19,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, cast
 
 from ftdata.errors import BadRow, suggest_names
-from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, is_guarded, read_flag
+from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, describe_value, is_guarded, read_flag
 from ftdata.types import Message
 
 ROLES = {
     "system": "system",
     "developer": "developer",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function_response": "tool",
-    "tool_response": "tool",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "bing", "bard", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function_response", "tool_response"), "tool"),
 }
 """Role name in data -> the role that chat templates expect."""
 
@@ -60,43 +49,15 @@ _ROLE_KEYS = ("from", "speaker", "author", "sender")
 _CONTENT_KEYS = ("value", "text", "message", "utterance", "content")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 _BLOCK_ARGUMENT_KEYS = ("input", "arguments", "parameters", "args")
-_COMMON_KEYS = {
-    "role",
-    "content",
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "name",
-    "reasoning_content",
-    "thinking",
-    "id",
-}
-_COMMON_KEYS |= {*_ROLE_KEYS, *_CONTENT_KEYS, *TRAIN_FIELDS}
+_CHAT_KEYS = {"role", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "thinking", "id"}
+_COMMON_KEYS = {*_CHAT_KEYS, *_ROLE_KEYS, *_CONTENT_KEYS, *TRAIN_FIELDS}
 _TOOL_ROLES = {"tool", *STANDS_FOR}
 _PART_TYPES = {
-    "text",
-    "input_text",
-    "output_text",
-    "refusal",
-    "thinking",
-    "reasoning",
-    "tool_use",
-    "tool_result",
-    "file",
-}
-_PART_TYPES |= {
-    "image",
-    "image_url",
-    "input_image",
-    "video",
-    "video_url",
-    "audio",
-    "audio_url",
-    "input_audio",
-    "document",
-}
+    "text", "input_text", "output_text", "refusal", "thinking", "reasoning", "tool_use", "tool_result", "file",
+    "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio", "document",
+}  # fmt: skip
 """Types of the parts of a message's content."""
-_EXPECTED_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
+_EXPECTED_ROLES = {*ROLES.values(), *SPECIAL_ROLES}
 
 
 def is_message(value: Any) -> bool:
@@ -128,7 +89,7 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         BadRow: a message is invalid; `field` is the path of the value.
     """
     if isinstance(value, str):
-        value = parse_json_field(value, field)
+        value = parse_json(value, field)
     if not isinstance(value, list):
         raise BadRow("messages_type", f"is {describe_value(value)}, expected a list of messages", field=field)
     if not value:
@@ -185,7 +146,7 @@ def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     name = "tools" if data.get("tools") else "functions"
     tools = data.get(name)
     if isinstance(tools, str):
-        tools = parse_json_field(tools, name) if tools.strip() else None
+        tools = parse_json(tools, name) if tools.strip() else None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -200,12 +161,10 @@ def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]
         BadRow: the value has another type.
     """
     content = data[name]
-    return (
-        content if isinstance(content, str) else list(_check_content(content, has_calls=False, field=name)["content"])
-    )
+    return content if isinstance(content, str) else _read_parts(content, name)
 
 
-def parse_json_field(text: str, field: str) -> Any:
+def parse_json(text: str, field: str) -> Any:
     """Parse the JSON text in a field of a row.
 
     Raises:
@@ -228,22 +187,14 @@ def parse_json_field(text: str, field: str) -> Any:
         raise BadRow("json_text", f"the text is not valid JSON: {error}", field=field) from None
 
 
-def describe_value(value: Any) -> str:
-    """Describe a value for error messages by its type and its first 60 characters."""
-    if value is None:
-        return "null or absent"
-    return f"{type(value).__name__} {str(value)[:60]!r}"
-
-
 def _find_content_key(item: Mapping[str, Any]) -> str | None:
     return next((key for key in _CONTENT_KEYS if key in item), None)
 
 
 def _read_message(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
-        raise BadRow(
-            "message_type", f"is {describe_value(item)}, expected an object with role and content", field=field
-        )
+        problem = f"is {describe_value(item)}, expected an object with role and content"
+        raise BadRow("message_type", problem, field=field)
     if len(item) > _MAX_KEYS:
         raise BadRow("message_type", f"the message has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
     role, item = _split_role(item, field)
@@ -278,13 +229,10 @@ def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, 
         problem = f"the message has both {text} and {other}, and they contain different texts"
         raise BadRow("content_type", problem, field=f"{field}.{other}", hint="remove one of them")
     if name == "function_call":
-        calls = parse_json_field(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
+        calls = parse_json(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
         if not isinstance(calls, dict | list):
-            raise BadRow(
-                "tool_calls_type",
-                "the text must contain a tool call, or a list of tool calls, as JSON",
-                field=f"{field}.{text}",
-            )
+            message = "the text must contain a tool call, or a list of tool calls, as JSON"
+            raise BadRow("tool_calls_type", message, field=f"{field}.{text}")
         return "assistant", {**fields, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     # Speaker names are written by people, so case and whitespace are ignored, unlike in `role`.
     role = _read_role(name.strip().lower() if isinstance(name, str) else name, f"{field}.{speaker}")
@@ -304,13 +252,12 @@ def _read_tool_calls(message: dict[str, Any], field: str) -> dict[str, Any]:
     calls, field = message.get("tool_calls"), f"{field}.tool_calls"
     if message.get("function_call"):
         if calls:
-            raise BadRow(
-                "two_calls", "the message has both tool_calls and function_call, expected only one of them", field=field
-            )
+            problem = "the message has both tool_calls and function_call, expected only one of them"
+            raise BadRow("two_calls", problem, field=field)
         call, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
-        calls = [parse_json_field(call, field) if isinstance(call, str) else call]
+        calls = [parse_json(call, field) if isinstance(call, str) else call]
     if isinstance(calls, str):
-        calls = parse_json_field(calls, field) if calls.strip() else []
+        calls = parse_json(calls, field) if calls.strip() else []
     if calls is None:
         message.pop("tool_calls", None)
         return {}
@@ -325,17 +272,16 @@ def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
         _check_part({key: value for key, value in call.items() if key not in _ARGUMENT_KEYS}, field)
     function = call.get("function")
     if function is None and isinstance(call.get("name"), str):
-        arguments_key = next((key for key in _ARGUMENT_KEYS if key in call), None)
-        function = {"name": call["name"], "arguments": {} if arguments_key is None else call[arguments_key]}
-        call = {key: value for key, value in call.items() if key not in ("name", arguments_key)}
-        call = {"type": "function", **call, "function": function}
+        arguments_key, arguments = _find_arguments(call)
+        function = {"name": call["name"], "arguments": arguments}
+        fields = {key: value for key, value in call.items() if key not in ("name", arguments_key)}
+        call = {"type": "function", **fields, "function": function}
     elif isinstance(function, Mapping) and "arguments" not in function:
         owner = function if any(key in function for key in _ARGUMENT_KEYS) else call
-        arguments_key = next((key for key in _ARGUMENT_KEYS if key in owner), None)
-        arguments = {} if arguments_key is None else owner[arguments_key]
+        arguments_key, arguments = _find_arguments(owner)
         fields = {key: value for key, value in function.items() if key != arguments_key}
-        call = {key: value for key, value in call.items() if key != arguments_key}
-        call["function"] = function = {**fields, "arguments": arguments}
+        function = {**fields, "arguments": arguments}
+        call = {key: value for key, value in call.items() if key != arguments_key} | {"function": function}
     if isinstance(function, Mapping):
         _check_part({key: value for key, value in function.items() if key != "arguments"}, f"{field}.function")
     text = function.get("arguments") if isinstance(function, Mapping) else None
@@ -343,11 +289,15 @@ def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:
-            arguments_field = f"{field}.function.arguments"
-            raise BadRow(
-                "tool_arguments", f"the arguments are not valid JSON: {error}", field=arguments_field
-            ) from None
+            problem = f"the arguments are not valid JSON: {error}"
+            raise BadRow("tool_arguments", problem, field=f"{field}.function.arguments") from None
     return dict(call)
+
+
+def _find_arguments(call: Mapping[str, Any], keys: Sequence[str] = _ARGUMENT_KEYS) -> tuple[str | None, Any]:
+    """Return the key and the value of a tool call's arguments. Absent arguments are an empty object."""
+    key = next((key for key in keys if key in call), None)
+    return key, {} if key is None else call[key]
 
 
 def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
@@ -413,36 +363,26 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
             _check_part(block, block_field)
         if _is_part(block, "text") and isinstance(block.get("text"), str):
             if calls:
-                raise BadRow(
-                    "block_order",
-                    "the text follows a tool_use block, and no template renders this order",
-                    field=block_field,
-                )
+                problem = "the text follows a tool_use block, and no template renders this order"
+                raise BadRow("block_order", problem, field=block_field)
             texts.append(block["text"])
         elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:
             thoughts.append(block["thinking"])
         elif _is_part(block, "tool_use") and isinstance(block.get("name"), str):
-            arguments_key = next((key for key in _BLOCK_ARGUMENT_KEYS if key in block), None)
-            function = {"name": block["name"], "arguments": {} if arguments_key is None else block[arguments_key]}
+            _, arguments = _find_arguments(block, _BLOCK_ARGUMENT_KEYS)
+            function = {"name": block["name"], "arguments": arguments}
             call = {"type": "function", "id": block.get("id", ""), "function": function}
             calls.append(_read_tool_call(call, block_field))
         elif _is_part(block, "tool_result") and not texts and not calls:
-            error_mark = {"is_error": True} if block.get("is_error") else {}
-            result = {
-                "role": "tool",
-                "content": _read_tool_result(block, block_field),
-                "tool_call_id": block.get("tool_use_id", ""),
-            }
-            yield {**result, **error_mark, **({"train": message["train"]} if "train" in message else {})}
+            content, call_id = _read_tool_result(block, block_field), block.get("tool_use_id", "")
+            flags = {"is_error": True} if block.get("is_error") else {}
+            flags |= {"train": message["train"]} if "train" in message else {}
+            yield {"role": "tool", "content": content, "tool_call_id": call_id, **flags}
         else:
-            raise BadRow(
-                "block_type",
-                f"is {describe_value(block)}, which is not a supported block at this position",
-                field=block_field,
-                hint=_BLOCK_ORDER_HINT,
-            )
+            problem = f"is {describe_value(block)}, which is not a supported block at this position"
+            raise BadRow("block_type", problem, field=block_field, hint=_BLOCK_ORDER_HINT)
     if texts or thoughts or calls:
-        content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
+        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
         reasoning = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
         yield {**message, "content": content, **reasoning, **({"tool_calls": calls} if calls else {})}
 
@@ -452,9 +392,11 @@ def _read_tool_result(block: Mapping[str, Any], field: str) -> str | list[dict[s
     if isinstance(content, list) and len(content) == 1 and _is_part(content[0], "text"):
         _check_part(content[0], f"{field}.content[0]")
         content = content[0].get("text")
-    if not isinstance(content, str):
-        return list(_check_content(content, has_calls=False, field=f"{field}.content")["content"])
-    return content
+    return content if isinstance(content, str) else _read_parts(content, f"{field}.content")
+
+
+def _read_parts(content: Any, field: str) -> list[dict[str, Any]]:
+    return list(_check_content(content, has_calls=False, field=field)["content"])
 
 
 def _read_required_flag(value: Any, field: str) -> bool:

@@ -11,15 +11,8 @@ import orjson
 
 from ftdata.errors import BadRow
 from ftdata.registry import Registry
-from ftdata.schemas.messages import (
-    describe_value,
-    is_messages,
-    is_single_message,
-    parse_json_field,
-    read_messages,
-    read_system,
-    read_tools,
-)
+from ftdata.schemas.messages import is_messages, is_single_message, parse_json, read_messages, read_system, read_tools
+from ftdata.schemas.training_fields import describe_value
 from ftdata.types import IGNORE_INDEX, Conversation, Message, RowTokens
 
 Convert = Callable[[Mapping[str, Any]], Conversation]
@@ -67,7 +60,7 @@ def parse_json_list(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        return parse_json_field(value, "")
+        return parse_json(value, "")
     except BadRow:
         return value
 
@@ -104,12 +97,9 @@ def _read_text(data: Mapping[str, Any], column: str) -> str:
     value = _get_column(data, column)
     if isinstance(value, Mapping):
         if len(value) != 1:
-            raise BadRow(
-                "nested_cell",
-                f"the cell contains {len(value)} values, expected a single value",
-                field=column,
-                hint="write one row per value, or the whole file as a single object with a list per column",
-            )
+            message = f"the cell contains {len(value)} values, expected a single value"
+            hint = "write one row per value, or the whole file as a single object with a list per column"
+            raise BadRow("nested_cell", message, field=column, hint=hint)
         value = next(iter(value.values()))
     if not isinstance(value, str):
         raise BadRow("content_type", f"is {describe_value(value)}, expected text", field=column)
@@ -190,9 +180,8 @@ def _preference(data: Mapping[str, Any]) -> Conversation:
     has_question = after_system[:1] != () and after_system[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         if not has_question:
-            raise BadRow(
-                "no_prompt", "the conversation has no question, and the row has no prompt column", field="chosen"
-            )
+            message = "the conversation has no question, and the row has no prompt column"
+            raise BadRow("no_prompt", message, field="chosen")
         messages = answer
     elif has_question:
         # Some data sets repeat the question in both answers.
@@ -313,17 +302,15 @@ def _pretokenized(data: Mapping[str, Any]) -> Conversation:
         trained = labels != IGNORE_INDEX
         if (wrong := np.flatnonzero(trained & (labels != ids))).size:
             index = int(wrong[0])
-            problem = (
-                f"the label is {labels[index]}, expected the token id at its position ({ids[index]}) or {IGNORE_INDEX}"
-            )
+            label, id_ = labels[index], ids[index]
+            problem = f"the label is {label}, expected the token id at its position ({id_}) or {IGNORE_INDEX}"
             raise BadRow("label_value", problem, field=f"labels[{index}]")
     elif masks:
         trained = next(iter(masks.values()))
     else:
         hint = f"add labels, or one of {', '.join(_MASKS)}"
-        raise BadRow(
-            "no_labels", "the row has no labels, so the trained tokens are unknown", field="input_ids", hint=hint
-        )
+        message = "the row has no labels, so the trained tokens are unknown"
+        raise BadRow("no_labels", message, field="input_ids", hint=hint)
     for name, mask in masks.items():
         if not np.array_equal(mask, trained):
             index = int(np.flatnonzero(mask != trained)[0])
@@ -340,9 +327,8 @@ def _read_mask(data: Mapping[str, Any], name: str, length: int) -> Any:
     """Read a mask column of zeros and ones. Return a boolean array of shape `[length]`."""
     values = _read_integers(data, name)
     if len(values) != length or not np.isin(values, (0, 1)).all():
-        raise BadRow(
-            "tokens_shape", f"the mask must be a list of {length} zeros and ones, one per token id", field=name
-        )
+        message = f"the mask must be a list of {length} zeros and ones, one per token id"
+        raise BadRow("tokens_shape", message, field=name)
     return values == 1
 
 
@@ -358,10 +344,9 @@ def _read_integers(data: Mapping[str, Any], column: str) -> Any:
     return np.asarray(value, dtype=np.int64)
 
 
-def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool]:
-    present = _has_columns(first, second)
+def _is_prompt_completion(data: Mapping[str, Any]) -> bool:
     # `instruction` and `response` are columns of Alpaca data, not of prompt and completion.
-    return lambda data: present(data) and (first != "prompt" or "instruction" not in data)
+    return "instruction" not in data and _has_columns("prompt", "completion")(data)
 
 
 def _is_plain_text(data: Mapping[str, Any]) -> bool:
@@ -371,29 +356,16 @@ def _is_plain_text(data: Mapping[str, Any]) -> bool:
 COMMON_COLUMNS = ("system", "tools", "functions")
 """Optional columns of most schemas."""
 
-for _name, _schema in {
-    "messages": Schema(("messages", *COMMON_COLUMNS), _has_list("messages"), _convert_messages("messages")),
-    "sharegpt": Schema(
-        ("conversations", *COMMON_COLUMNS), _has_list("conversations"), _convert_messages("conversations")
-    ),
-    "prompt_completion": Schema(
-        ("prompt", "completion", "history", *COMMON_COLUMNS), _is_text_pair("prompt", "completion"), _prompt_completion
-    ),
-    "preference": Schema(
-        ("prompt", "chosen", "rejected", "history", *COMMON_COLUMNS), _has_columns("chosen", "rejected"), _preference
-    ),
-    "alpaca": Schema(
-        ("instruction", "output", "input", "history", *COMMON_COLUMNS), _has_columns("instruction", "output"), _alpaca
-    ),
-    "question_answer": Schema(
-        ("question", "answer", "history", *COMMON_COLUMNS), _has_columns("question", "answer"), _question_answer
-    ),
-    "text": Schema(("text",), _is_plain_text, _plain_text),
-    "tokens": Schema(
-        ("input_ids", "labels", *_MASKS, "attention_mask", "position_ids", "cu_seqlens", *_LENGTHS),
-        _has_list("input_ids"),
-        _pretokenized,
-    ),
-    "chat_log": Schema(COMMON_COLUMNS, lambda _: False, _chat_log),
-}.items():
-    schemas.register(_name)(_schema)
+for _name, _columns, _matches, _convert in (
+    ("messages", ("messages",), _has_list("messages"), _convert_messages("messages")),
+    ("sharegpt", ("conversations",), _has_list("conversations"), _convert_messages("conversations")),
+    ("prompt_completion", ("prompt", "completion", "history"), _is_prompt_completion, _prompt_completion),
+    ("preference", ("prompt", "chosen", "rejected", "history"), _has_columns("chosen", "rejected"), _preference),
+    ("alpaca", ("instruction", "output", "input", "history"), _has_columns("instruction", "output"), _alpaca),
+    ("question_answer", ("question", "answer", "history"), _has_columns("question", "answer"), _question_answer),
+):
+    schemas.register(_name)(Schema((*_columns, *COMMON_COLUMNS), _matches, _convert))
+schemas.register("text")(Schema(("text",), _is_plain_text, _plain_text))
+_token_columns = ("input_ids", "labels", *_MASKS, "attention_mask", "position_ids", "cu_seqlens", *_LENGTHS)
+schemas.register("tokens")(Schema(_token_columns, _has_list("input_ids"), _pretokenized))
+schemas.register("chat_log")(Schema(COMMON_COLUMNS, lambda _: False, _chat_log))

@@ -44,9 +44,8 @@ _MASK_NAME = re.compile("mask|train|loss|weight")
 _HARMLESS = re.compile("constrain|restrain|strain|terrain|pretrained|trainer|gloss|floss|blossom")
 """Words that contain a match of `_MASK_NAME` but do not name masks."""
 
-_TEXT_FLAGS = dict.fromkeys(("0", "false", "no", "off", "n", "none"), False) | dict.fromkeys(
-    ("1", "true", "yes", "on", "y"), True
-)
+_FALSE, _TRUE = ("0", "false", "no", "off", "n", "none"), ("1", "true", "yes", "on", "y")
+_TEXT_FLAGS = {**dict.fromkeys(_FALSE, False), **dict.fromkeys(_TRUE, True)}
 _IDS = re.compile(r"\s*(?:\[.*\]|-?\d+(?:[\s,;]+-?\d+)+)\s*", re.DOTALL)
 """Matches the text of several integers, and any text in brackets."""
 
@@ -123,12 +122,9 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
             continue
         if is_media_name(last_name) or _is_media(value):
-            raise BadRow(
-                "media",
-                f"the field contains media ({_describe(value)}), which the model would not receive",
-                field=where,
-                hint="remove these rows (images, audio and video are not supported), or rename the field if it is text",
-            )
+            message = f"the field contains media ({describe_value(value)}), which the model would not receive"
+            hint = "remove these rows (images, audio and video are not supported), or rename the field if it is text"
+            raise BadRow("media", message, field=where, hint=hint)
         if last_name.lower() in _TOKEN_FIELDS:
             _check_tokens(value, where)
         elif last_name.lower() in _PREFERENCE_FIELDS:
@@ -136,12 +132,9 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         elif last_name.lower() in _METADATA_FIELDS:
             _check_metadata(value, where)
         elif is_mask_name(last_name) and (path or last_name not in TRAIN_FIELDS or not _read_row_flag(value, where)):
-            raise BadRow(
-                "unknown_mask_field",
-                f"is {_describe(value)}; a field of this name could be a mask, but its format is unknown",
-                field=where,
-                hint=f"set one of {', '.join(TRAIN_FIELDS)} to true or false in each message; {_SCHEMA_HINT}",
-            )
+            message = f"is {describe_value(value)}; a field of this name could be a mask, but its format is unknown"
+            hint = f"set one of {', '.join(TRAIN_FIELDS)} to true or false in each message; {_SCHEMA_HINT}"
+            raise BadRow("unknown_mask_field", message, field=where, hint=hint)
 
 
 def _is_media(value: Any) -> bool:
@@ -155,12 +148,9 @@ def _is_media(value: Any) -> bool:
 
 def _check_tokens(value: Any, where: str) -> None:
     if isinstance(value, list | tuple) or (isinstance(value, str) and _IDS.fullmatch(value)):
-        raise BadRow(
-            "labels_beside_text",
-            "the row has both tokens and text, and the text would be tokenized and masked again",
-            field=where,
-            hint="remove the field, or remove the text and use schema='tokens'",
-        )
+        message = "the row has both tokens and text, and the text would be tokenized and masked again"
+        hint = "remove the field, or remove the text and use schema='tokens'"
+        raise BadRow("labels_beside_text", message, field=where, hint=hint)
 
 
 def _check_preference(name: str, value: Any, where: str) -> None:
@@ -169,12 +159,9 @@ def _check_preference(name: str, value: Any, where: str) -> None:
     is_false = value == 0 if is_number else _is_false(value)
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
     if is_false and not is_class:
-        raise BadRow(
-            "row_not_trained",
-            f"is {_describe(value)}, which marks the answer as undesirable (KTO data)",
-            field=where,
-            hint=f"to keep only rows with a true value, pass where='{name}'; or remove the field",
-        )
+        message = f"is {describe_value(value)}, which marks the answer as undesirable (KTO data)"
+        hint = f"to keep only rows with a true value, pass where='{name}'; or remove the field"
+        raise BadRow("row_not_trained", message, field=where, hint=hint)
 
 
 def _read_row_flag(value: Any, where: str) -> bool:
@@ -185,12 +172,9 @@ def _read_row_flag(value: Any, where: str) -> bool:
     """
     flag = read_flag(value, where) if isinstance(value, str | int | float) else None
     if flag is False:
-        raise BadRow(
-            "row_not_trained",
-            f"is {_describe(value)}, which excludes the row from training",
-            field=where,
-            hint=f"to keep only rows with a true or non-zero value, pass where='{where}'",
-        )
+        message = f"is {describe_value(value)}, which excludes the row from training"
+        hint = f"to keep only rows with a true or non-zero value, pass where='{where}'"
+        raise BadRow("row_not_trained", message, field=where, hint=hint)
     return flag is True
 
 
@@ -206,12 +190,12 @@ def _check_metadata(value: Any, where: str) -> None:
             return
     for name, item in value.items() if isinstance(value, Mapping) else ():
         if isinstance(name, str) and is_mask_name(name) and _is_false(item):
-            raise BadRow(
-                "unknown_mask_field",
-                f"is {_describe(item)}; a field of this name could be a mask, and masks in metadata are not supported",
-                field=f"{where}.{name}",
-                hint=f"set train: false in the message; {_SCHEMA_HINT}",
+            message = (
+                f"is {describe_value(item)}; "
+                "a field of this name could be a mask, and masks in metadata are not supported"
             )
+            hint = f"set train: false in the message; {_SCHEMA_HINT}"
+            raise BadRow("unknown_mask_field", message, field=f"{where}.{name}", hint=hint)
         _check_metadata(item, f"{where}.{name}")
     for number, item in enumerate(value) if isinstance(value, list) else ():
         _check_metadata(item, f"{where}[{number}]")
@@ -238,12 +222,14 @@ def read_flag(value: Any, field: str) -> bool | None:
         return bool(value)
     if isinstance(value, str) and ((flag := read_text_flag(value)) is not None or not _is_number(value)):
         return flag
-    raise BadRow(
-        "weight_value",
-        f"is {_describe(value)}, expected 0 or 1, because fractional weights are not supported",
-        field=field,
-        hint=f"round the weight. {_SCHEMA_HINT[0].upper()}{_SCHEMA_HINT[1:]}",
-    )
+    message = f"is {describe_value(value)}, expected 0 or 1, because fractional weights are not supported"
+    hint = f"round the weight. {_SCHEMA_HINT[0].upper()}{_SCHEMA_HINT[1:]}"
+    raise BadRow("weight_value", message, field=field, hint=hint)
+
+
+def describe_value(value: Any) -> str:
+    """Describe a value for error messages by its type and its first 60 characters."""
+    return "null or absent" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def read_text_flag(text: str) -> bool | None:
@@ -257,7 +243,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _describe(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ftdata.errors import FtdataError, HubError, InternalError, StorageError
+from ftdata.errors import FtdataError, InternalError, StorageError
 from ftdata.storage import build_records, disk
 
 _log = logging.getLogger(__name__)
@@ -71,17 +71,8 @@ class Workspace:
             StorageError: `workspace_unknown`: the workspace contains files that no build writes.
         """
         token = self.folder / "token"
-        is_recorded = token.is_file() and build_records.has_record(
-            "workplace", self._record_content(token.read_bytes())
-        )
-        if not is_recorded:
-            foreign = next((path for path in _list_paths(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
-            if foreign is not None or self._old.exists():
-                raise StorageError(
-                    "workspace_unknown",
-                    f"{self.folder} contains {foreign or 'old'}, but this user has no record of a build in this folder",
-                    hint=f"inspect and remove {self.folder}, or choose another output folder",
-                )
+        if not (token.is_file() and build_records.has_record("workplace", self._record_content(token.read_bytes()))):
+            self._check_foreign_files()
             self._remove_content(keep="lock")
             new_token = secrets.token_hex(16).encode()
             disk.write(token, new_token)
@@ -91,6 +82,14 @@ class Workspace:
         unfinished = (path for path in self.shards.glob(".*") if _TEMPORARY.fullmatch(path.name))
         for path in (self.new, self._old, *unfinished):
             disk.remove(path)
+
+    def _check_foreign_files(self) -> None:
+        foreign = next((path for path in _list_paths(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
+        if foreign is not None or self._old.exists():
+            foreign = foreign or "old"
+            message = f"{self.folder} contains {foreign}, but this user has no record of a build in this folder"
+            hint = f"inspect and remove {self.folder}, or choose another output folder"
+            raise StorageError("workspace_unknown", message, hint=hint)
 
     def _record_content(self, token: bytes) -> bytes:
         return os.fsencode(self.folder) + b"\0" + token
@@ -205,12 +204,9 @@ def _clear_after(workspace: Workspace) -> Iterator[None]:
     """Remove the workspace after the `with` block. After an error, keep it if the same command can resume the build."""
     try:
         yield
-    except FtdataError as error:
-        if not isinstance(error, StorageError | HubError | InternalError):
-            workspace.clear()
-        raise
     except Exception as error:
-        if not isinstance(error, OSError):
+        # `StorageError` and `HubError` are OS errors.
+        if not isinstance(error, OSError | InternalError):
             workspace.clear()
         raise
     workspace.clear()
@@ -312,15 +308,7 @@ def _convert_os_errors(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    lock = _acquire_lock(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _acquire_lock(folder: Path) -> int:
-    """Lock a folder, and return the file descriptor of the lock file.
+    """Lock a folder. If another process holds the lock, wait for that process.
 
     The folder and the lock file are created if necessary, because the previous process may have removed both.
     """
@@ -333,7 +321,7 @@ def _acquire_lock(folder: Path) -> int:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue
-        try:
+        with open(lock, "rb"):  # noqa: PTH123  (a file descriptor)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -342,11 +330,8 @@ def _acquire_lock(folder: Path) -> int:
                 has_logged = True
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if _is_same_file(lock, path):
-                return lock
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
+                yield
+                return
 
 
 def _is_same_file(lock: int, path: Path) -> bool:

@@ -20,10 +20,8 @@ _MAX_RECORDS = 20_000
 
 def add_record(kind: str, content: bytes) -> None:
     """Record that this user wrote `content`. If the record folder is not writable, do nothing."""
-    folder = _record_folder()
-    if folder is None:
-        return
     with suppress(OSError):
+        folder = _record_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_old_records(folder)
         (folder / _key(kind, content)).touch(mode=0o600)
@@ -31,10 +29,8 @@ def add_record(kind: str, content: bytes) -> None:
 
 def has_record(kind: str, content: bytes) -> bool:
     """Return whether `add_record` recorded `content`. If other users can write to the record folder, return `False`."""
-    folder = _record_folder()
-    if folder is None:
-        return False
     try:
+        folder = _record_folder()
         status = folder.lstat()
         trusted = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
         return trusted and stat.S_ISREG((folder / _key(kind, content)).lstat().st_mode)
@@ -44,17 +40,16 @@ def has_record(kind: str, content: bytes) -> bool:
 
 def remove_record(kind: str, content: bytes) -> None:
     """Remove the record of `content`, if it exists."""
-    folder = _record_folder()
-    if folder is not None:
-        with suppress(OSError):
-            (folder / _key(kind, content)).unlink()
+    with suppress(OSError):
+        (_record_folder() / _key(kind, content)).unlink()
 
 
-def _record_folder() -> Path | None:
-    with suppress(RuntimeError):
-        # Path.home() fails if the user has no home directory, as in many containers.
+def _record_folder() -> Path:
+    try:
         return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ftdata" / "records"
-    return None
+    except RuntimeError as error:
+        # Path.home() fails if the user has no home directory, as in many containers.
+        raise OSError(str(error)) from None
 
 
 def _key(kind: str, content: bytes) -> str:

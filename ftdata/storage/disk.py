@@ -24,6 +24,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,17 +145,12 @@ def _renameat2() -> Any:
 
 def remove(path: Path) -> None:
     """Remove a file, or remove a folder with its contents. Ignore a missing path or a failed removal."""
-    try:
+    with suppress(OSError):
         _check_failpoint("remove", path)
-    except OSError:
-        return
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
-        except OSError:
-            return
 
 
 def read_regular_file(path: Path) -> bytes:

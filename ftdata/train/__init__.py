@@ -281,11 +281,8 @@ def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any
 def _check_installed() -> None:
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingDependency(
-            "missing_train",
-            f"training needs packages that are not installed: {', '.join(missing)}",
-            hint="pip install 'ftdata[train]'",
-        )
+        message = f"training needs packages that are not installed: {', '.join(missing)}"
+        raise MissingDependency("missing_train", message, hint="pip install 'ftdata[train]'")
 
 
 def _silence_libraries() -> None:
@@ -335,7 +332,8 @@ def _resolve(
         defaults = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
         changed = {name: value for name, value in config.build_options().items() if value != defaults[name]}
         _check_build_options(build, changed)
-        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_fingerprint(build):
+        expected = read_manifest(build)["options"]["tokenizer"]["fingerprint"]
+        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != expected:
             message = f"{config.data} is a finished build, so the tokenizer cannot change"
             raise UsageError("already_built", message, hint="build the data again")
         return config, build
@@ -355,12 +353,9 @@ def _resolve(
 def _check_not_redacted(config: Config, file: Path) -> None:
     """Raise an error if the field `data` of a saved configuration contains a redacted secret."""
     if is_redacted(config.data):
-        raise UsageError(
-            "redacted",
-            "the data field contains a secret that was redacted when the file was saved",
-            where=str(file),
-            hint="pass the data again, with its credentials: --set data=...",
-        )
+        message = "the data field contains a secret that was redacted when the file was saved"
+        hint = "pass the data again, with its credentials: --set data=..."
+        raise UsageError("redacted", message, where=str(file), hint=hint)
 
 
 def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
@@ -411,10 +406,6 @@ def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _tokenizer_fingerprint(build: Path) -> str:
-    return str(read_manifest(build)["options"]["tokenizer"]["fingerprint"])
-
-
 def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
     """Raise an error if the user requests a value of an option that differs from the value in a finished build.
 
@@ -430,11 +421,9 @@ def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
     }
     differing = [name for name, value in requested.items() if name in built and built[name] != value and name != "seed"]
     if differing:
-        raise UsageError(
-            "already_built",
-            f"{build} is a finished build, so these options cannot change: {', '.join(differing)}",
-            hint="build the data again with these options, or train from the original data",
-        )
+        message = f"{build} is a finished build, so these options cannot change: {', '.join(differing)}"
+        hint = "build the data again with these options, or train from the original data"
+        raise UsageError("already_built", message, hint=hint)
 
 
 def _merge_settings(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:

@@ -27,25 +27,12 @@ from ftdata.storage.atomic import check_no_links
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
 
 CHANGEABLE_SETTINGS = (
-    "num_train_epochs",
-    "max_steps",
-    "disable_tqdm",
-    "report_to",
-    "run_name",
-    "load_best_model_at_end",
-    "use_cpu",
-)
+    "num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu",
+)  # fmt: skip
 CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
 """Settings that may change when a run is resumed: training length, logging, saving and evaluation."""
 
-_OVERRIDDEN_DEFAULTS = (
-    "train_sampling_strategy",
-    "learning_rate",
-    "optim",
-    "bf16",
-    "fp16",
-    "activation_checkpointing",
-)
+_OVERRIDDEN_DEFAULTS = ("train_sampling_strategy", "learning_rate", "optim", "bf16", "fp16", "activation_checkpointing")
 """Settings whose default in ftdata differs from the default in `SFTConfig`."""
 
 SEAL = "ftdata.json"
@@ -188,11 +175,9 @@ def _check_same_run(run: Path, metadata: dict[str, Any], now: dict[str, Any]) ->
         # The same model is in another folder.
         changed.remove("model")
     if changed:
-        raise InputRefused(
-            "run_differs",
-            f"the run in {run} has different settings: {'; '.join(_describe_changes(changed, before, now))}",
-            hint="resume with the original settings, or start a new run in another folder",
-        )
+        message = f"the run in {run} has different settings: {'; '.join(_describe_changes(changed, before, now))}"
+        hint = "resume with the original settings, or start a new run in another folder"
+        raise InputRefused("run_differs", message, hint=hint)
 
 
 def _find_last_intact(run: Path, metadata: dict[str, Any], folders: list[Path], *, keeps_best: bool) -> PreviousRun:
@@ -306,12 +291,11 @@ def read_run_json(run: Path) -> dict[str, Any]:
         InputRefused: the file is damaged.
     """
     path = run / "run.json"
+    hint = "start a new run in another folder"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        hint = "start a new run in another folder"
         raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint=hint) from None
     if not isinstance(metadata, dict) or (metadata and not {"fingerprint", "setup"} <= metadata.keys()):
-        hint = "start a new run in another folder"
         raise InputRefused("damaged_run", f"{path} does not contain the keys fingerprint and setup", hint=hint)
     return metadata

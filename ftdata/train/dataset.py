@@ -77,11 +77,9 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
         raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build the data again")
     expected = manifest["options"]["tokenizer"]
     if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
-        raise InputRefused(
-            "tokenizer_mismatch",
-            f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}",
-            hint="build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build",
-        )
+        message = f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}"
+        hint = "build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build"
+        raise InputRefused("tokenizer_mismatch", message, hint=hint)
     return TrainingData(build, manifest, training_splits(load_build(build)))
 
 
@@ -95,21 +93,17 @@ def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
         UsageError: no split, or more than one, is for training; or more than one is for evaluation.
     """
     kinds = {name: name if name in ("train", "test") else split_from_name(name) or "train" for name in build}
+    hint = "in the mapping of the source, set the key 'split' to one of these names"
     splits = {}
     for purpose, candidates in (("train", ("train",)), ("test", ("test", "validation"))):
-        for kind in candidates:
-            names = [name for name in build if kinds[name] == kind]
-            exact = [name for name in names if name == kind] or names
-            if len(exact) > 1:
-                listed = ", ".join(exact)
-                message = f"the data has several {purpose} splits: {listed}"
-                hint = "in the mapping of the source, set the key 'split' to one of these names"
-                raise UsageError("splits", message, hint=hint)
-            if exact:
-                splits[purpose] = build[exact[0]]
-                break
+        by_kind = ([name for name in build if kinds[name] == kind] for kind in candidates)
+        names = next(filter(None, by_kind), [])
+        names = [name for name in names if name == kinds[name]] or names
+        if len(names) > 1:
+            raise UsageError("splits", f"the data has several {purpose} splits: {', '.join(names)}", hint=hint)
+        if names:
+            splits[purpose] = build[names[0]]
     if "train" not in splits:
-        hint = "in the mapping of the source, set the key 'split' to one of these names"
         raise UsageError("splits", f"none of the splits is a train split: {', '.join(build)}", hint=hint)
     return datasets.DatasetDict(splits)
 

@@ -29,7 +29,7 @@ _STEPS_PER_EPOCH = 50
 _MAX_BATCH_TOKENS = 8192
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DataFacts:
     """Properties of the data and the model that determine the values in the generated configuration.
 
@@ -66,17 +66,11 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     statistics = stats(data, config.tokenizer or model, template, limit=config.limit, where=config.where)
     model_config = load_model_config(model, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=config.trust_remote_code
-        ).num_parameters()
-    facts = DataFacts(
-        statistics=statistics,
-        template=template,
-        parameters=parameters,
-        positions=getattr(model_config.get_text_config(), "max_position_embeddings", None),
-        leaks=has_leaking_architecture(model_config, config.attn_implementation),
-        model_type=model_config.model_type,
-    )
+        shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        parameters = shapes.num_parameters()
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    leaks = has_leaking_architecture(model_config, config.attn_implementation)
+    facts = DataFacts(statistics, template, parameters, positions, leaks, model_config.model_type)
     parts = {
         "data": ("Training data: a file, glob, folder, URL or Hub id, or a list of them.", data),
         "template": (_template_comment(template), template),
@@ -93,12 +87,11 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     for name in config.__struct_fields__:
         if name in fields and name not in ("data", "model", "output_dir"):
             parts[name] = ("Set on the command line.", fields[name])
-    return "\n".join(_format_part(name, *part) for name, part in parts.items() if part is not None)
-
-
-def _format_part(name: str, comment: str, value: Any) -> str:
-    text = dump_yaml({name: value})
-    return "".join(f"# {line}\n" for line in comment.splitlines()) + text
+    texts = [
+        "".join(f"# {line}\n" for line in comment.splitlines()) + dump_yaml({name: value})
+        for name, (comment, value) in parts.items()
+    ]
+    return "\n".join(texts)
 
 
 def _choose_template(data: str, tokenizer: str, limit: int | None) -> str | None:
@@ -129,10 +122,8 @@ def _length(facts: DataFacts) -> tuple[str, dict[str, Any]]:
         return f"{comment} No example is truncated.", {"max_length": max_length, "overlong": "reject"}
     overlong = "drop_turns" if (facts.all_rows.turns or 0) > facts.all_rows.examples else "reject"
     effect = "turns are dropped from longer examples" if overlong == "drop_turns" else "longer examples are rejected"
-    return f"{comment}\nThe model has {positions:,} positions: {effect}.", {
-        "max_length": positions,
-        "overlong": overlong,
-    }
+    values = {"max_length": positions, "overlong": overlong}
+    return f"{comment}\nThe model has {positions:,} positions: {effect}.", values
 
 
 def _pack(facts: DataFacts) -> tuple[str, str | None]:
@@ -164,9 +155,8 @@ def _test_size(facts: DataFacts) -> tuple[str, int | None]:
         return "The data already has a test split.", None
     if facts.all_rows.rows < 20:
         return "null: there are too few rows for a test split.", None
-    return "Number of random rows in the test split, for evaluation and for `ftdata eval`.", min(
-        facts.all_rows.rows // 10, 500
-    )
+    size = min(facts.all_rows.rows // 10, 500)
+    return "Number of random rows in the test split, for evaluation and for `ftdata eval`.", size
 
 
 def _weights(facts: DataFacts) -> dict[str, tuple[str, Any]]:

@@ -140,26 +140,26 @@ def test_tsv_with_csv_quoting_is_read_back(rows):
     import csv
     import io
 
-    from ftdata.readers.quote_detection import _Quotes
+    from ftdata.readers.quote_detection import _count_cells, _is_csv
 
     text = io.StringIO()
     csv.writer(text, delimiter="\t", lineterminator="\n").writerows([["question", "answer"], *rows])
-    found = _Quotes.count(io.BytesIO(text.getvalue().encode()), b"\t")
-    assert found.is_csv
-    assert not found.literal
+    found = _count_cells(io.BytesIO(text.getvalue().encode()), b"\t")
+    assert _is_csv(found)
+    assert not found["literal"]
 
 
 @given(st.lists(st.lists(st.text(st.sampled_from('ab" ,'), min_size=1), min_size=2, max_size=2), min_size=1))
 def test_tsv_without_quoting_is_read_back(rows):
     import io
 
-    from ftdata.readers.quote_detection import _Quotes
+    from ftdata.readers.quote_detection import _count_cells, _is_csv
 
     text = "\n".join(["question\tanswer", *map("\t".join, rows)]) + "\n"
     literal = any('"' in cell and not (cell[0] == cell[-1] == '"' and len(cell) > 1) for row in rows for cell in row)
-    found = _Quotes.count(io.BytesIO(text.encode()), b"\t")
-    if literal and found.needed == 0 and found.quoted <= found.plain:
-        assert not found.is_csv
+    found = _count_cells(io.BytesIO(text.encode()), b"\t")
+    if literal and found["needed"] == 0 and found["quoted"] <= found["plain"]:
+        assert not _is_csv(found)
 
 
 def test_quoting_on_standard_input_is_detected(tmp_path):

@@ -6,7 +6,8 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow
 from ftdata.templates.attribution.agreement import common_prefix_length
@@ -57,20 +58,15 @@ def recover_attribution(
                 pieces = _insert(pieces, TextPiece(position, position, Part.CONTENT, index, 0))
             continue
         for part, keys in _KEYS.items():
-            texts = _expected_texts(message, part)
-            is_known = _all_printed(texts, printed[index, part]) or (is_recorded and printed[index, part])
-            if is_known or isinstance(message.get("content"), list | Mapping):
-                continue
-            # Many templates omit reasoning on purpose, so it is recovered only if the rendered text contains it.
-            if part is Part.REASONING and not _all_printed(texts, text):
+            is_cut = is_recorded and printed[index, part]
+            if is_cut or not _is_lost(message, part, printed[index, part], text):
                 continue
             for key in filter(message.get, keys):
                 for start, end in _find_ranges(text, message, index, key, rerender):
-                    pieces = [
-                        new
-                        for old in pieces
-                        for new in override_part(old, start, end, Part.SCAFFOLD, part=part, message=index)
-                    ]
+                    changed = (
+                        override_part(old, start, end, Part.SCAFFOLD, part=part, message=index) for old in pieces
+                    )
+                    pieces = list(chain.from_iterable(changed))
     return tuple(pieces)
 
 
@@ -100,44 +96,99 @@ def check_coverage(
     flags: set[str] = set()
     printed, segments = _join_pieces(text, parts), _message_segments(text, parts)
     for index, message in enumerate(messages):
-        content, calls = printed[index, Part.CONTENT], printed[index, Part.TOOL_CALL]
-        if _is_fully_printed(message, content):
+        if _is_fully_printed(message, printed[index, Part.CONTENT]):
             continue
-        segment = segments.get(index, "")
-        texts = _expected_texts(message, Part.CONTENT)
-        if _is_object(message.get("content")):
-            _check_object(message["content"], text, content, segment, f"messages[{index}].content")
-            continue
-        literal = _any_printed(filter(None, texts), text) if not content else len(content) > sum(map(len, texts))
-        if isinstance(message.get("content"), list) and any(map(str.strip, texts)) and literal:
-            raise BadRow(
-                "content_stringified",
-                "the template prints the content as a Python list instead of printing the text of its parts",
-                field=f"messages[{index}].content",
-                hint="convert the content to a string",
-            )
-        lost_call = bool(message.get("tool_calls")) and not (
-            _calls_printed(message, calls, segment) and _each_call_printed(message, segment, partial(rerender, index))
-        )
-        if (any(map(str.strip, texts)) and not content) or lost_call:
-            if on_dropped_message == "flag" and message["role"] != "assistant":
-                flags.add("message_dropped")
-                continue
-            raise BadRow(
-                "message_dropped",
-                f"the template changes or omits the text of this {message['role']} message",
-                field=f"messages[{index}].{'tool_calls' if lost_call else 'content'}",
-                hint="use a template that prints the message, or remove the message from the data",
-            )
-        fully_printed = _all_printed(texts, content) or _has_reformatted_thinking(texts, segment)
-        if not fully_printed or not _all_printed(_expected_texts(message, Part.TOOL_CALL), calls):
-            flags.add("message_truncated")
-        flags |= _flag_reasoning(message, printed[index, Part.REASONING])
-        if not _fields_printed(message, printed[index, Part.OTHER] + printed[index, Part.TOOL_CALL], segment):
-            flags.add("fields_dropped")
+        by_part = {part: printed[index, part] for part in Part}
+        rendered = _RenderedMessage(message, f"messages[{index}]", text, segments.get(index, ""), by_part)
+        flags |= _check_message(rendered, partial(rerender, index), on_dropped_message)
     if not _tools_printed(tools, printed[-1, Part.TOOLS]):
         flags.add("tools_dropped")
     return frozenset(flags)
+
+
+class _RenderedMessage(NamedTuple):
+    """A message, and the parts of the rendered text that belong to it.
+
+    Attributes:
+        message: the message.
+        field: path of the message in the row.
+        text: the rendered text of the whole conversation.
+        segment: the rendered text from the end of the previous message to the start of the next message.
+        printed: the rendered text of each kind of field.
+    """
+
+    message: Mapping[str, Any]
+    field: str
+    text: str
+    segment: str
+    printed: Mapping[Part, str]
+
+
+def _check_message(
+    rendered: _RenderedMessage, rerender: Callable[[dict[str, Any]], str | None], on_dropped_message: str
+) -> set[str]:
+    """Check that the rendered text contains a message. Return flags for a partly printed message."""
+    message = rendered.message
+    if _is_object(message.get("content")):
+        _check_object(rendered)
+        return set()
+    _check_stringified(rendered)
+    if dropped_key := _find_dropped_key(rendered, rerender):
+        if on_dropped_message == "flag" and message["role"] != "assistant":
+            return {"message_dropped"}
+        problem = f"the template changes or omits the text of this {message['role']} message"
+        hint = "use a template that prints the message, or remove the message from the data"
+        raise BadRow("message_dropped", problem, field=f"{rendered.field}.{dropped_key}", hint=hint)
+    flags = _flag_reasoning(message, rendered.printed[Part.REASONING])
+    if not _content_printed(rendered) or not _all_printed(
+        _expected_texts(message, Part.TOOL_CALL), rendered.printed[Part.TOOL_CALL]
+    ):
+        flags.add("message_truncated")
+    other_text = rendered.printed[Part.OTHER] + rendered.printed[Part.TOOL_CALL]
+    if not _fields_printed(message, other_text, rendered.segment):
+        flags.add("fields_dropped")
+    return flags
+
+
+def _check_stringified(rendered: _RenderedMessage) -> None:
+    """Reject a message if the template prints its list of text parts as a Python literal."""
+    content, printed = rendered.message.get("content"), rendered.printed[Part.CONTENT]
+    if not isinstance(content, list):
+        return
+    texts = _expected_texts(rendered.message, Part.CONTENT)
+    # A literal either lost its owners, or it contains brackets and quotes in addition to the texts.
+    is_literal = len(printed) > sum(map(len, texts)) if printed else _any_printed(filter(None, texts), rendered.text)
+    if is_literal and any(map(str.strip, texts)):
+        problem = "the template prints the content as a Python list instead of printing the text of its parts"
+        field = f"{rendered.field}.content"
+        raise BadRow("content_stringified", problem, field=field, hint="convert the content to a string")
+
+
+def _find_dropped_key(rendered: _RenderedMessage, rerender: Callable[[dict[str, Any]], str | None]) -> str | None:
+    """Return the key of a message that the rendered text does not contain: `tool_calls`, `content` or `None`."""
+    message, printed = rendered.message, rendered.printed
+    if message.get("tool_calls") and not (
+        _calls_printed(message, printed[Part.TOOL_CALL], rendered.segment)
+        and _each_call_printed(message, rendered.segment, rerender)
+    ):
+        return "tool_calls"
+    has_text = any(map(str.strip, _expected_texts(message, Part.CONTENT)))
+    return "content" if has_text and not printed[Part.CONTENT] else None
+
+
+def _content_printed(rendered: _RenderedMessage) -> bool:
+    texts = _expected_texts(rendered.message, Part.CONTENT)
+    is_printed = _all_printed(texts, rendered.printed[Part.CONTENT])
+    return is_printed or _has_reformatted_thinking(texts, rendered.segment)
+
+
+def _is_lost(message: Mapping[str, Any], part: Part, printed: str, text: str) -> bool:
+    """Return whether the rendered text may contain a kind of field of a message whose position is not recorded."""
+    texts = _expected_texts(message, part)
+    if isinstance(message.get("content"), list | Mapping) or _all_printed(texts, printed):
+        return False
+    # Many templates omit reasoning on purpose, so it is recovered only if the rendered text contains it.
+    return part is not Part.REASONING or _all_printed(texts, text)
 
 
 def _is_object(content: Any) -> bool:
@@ -146,30 +197,21 @@ def _is_object(content: Any) -> bool:
     return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
 
 
-def _check_object(content: Any, text: str, printed: str, segment: str, field: str) -> None:
+def _check_object(rendered: _RenderedMessage) -> None:
     """Reject a tool result if the template prints it as a Python literal, or omits a part of it.
-
-    Args:
-        content: the tool result.
-        text: the rendered text.
-        printed: the part of the rendered text that is attributed to the tool result.
-        segment: the rendered text of the message, which also contains its keys and numbers.
-        field: path of the result in the row.
 
     Raises:
         BadRow: `content_stringified` or `message_dropped`.
     """
-    plain = _untrack(content)
+    plain, field = _untrack(rendered.message["content"]), f"{rendered.field}.content"
     hint = "convert the result to JSON text, which every template prints"
-    literal = str(plain)
-    if literal in text and literal not in {json.dumps(plain, ensure_ascii=ascii_only) for ascii_only in (False, True)}:
-        raise BadRow(
-            "content_stringified",
-            "the template prints the tool result as a Python literal instead of JSON",
-            field=field,
-            hint=hint,
-        )
-    if not _all_printed(_strings(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), segment):
+    literal, json_texts = str(plain), {json.dumps(plain, ensure_ascii=ascii_only) for ascii_only in (False, True)}
+    if literal in rendered.text and literal not in json_texts:
+        problem = "the template prints the tool result as a Python literal instead of JSON"
+        raise BadRow("content_stringified", problem, field=field, hint=hint)
+    # Keys and numbers have no owner, so the text around the message is searched for them.
+    has_keys_and_numbers = _any_printed((*_keys(plain), *_numbers(plain)), rendered.segment)
+    if not _all_printed(_strings(plain), rendered.printed[Part.CONTENT]) or not has_keys_and_numbers:
         raise BadRow("message_dropped", "the template omits a part of the tool result", field=field, hint=hint)
 
 
@@ -219,12 +261,8 @@ def _each_call_printed(
     calls = message["tool_calls"]
     for number, call in enumerate(calls if len(calls) > 1 else ()):
         other_calls = [*calls[:number], *calls[number + 1 :]]
-        other_text = "\n".join(
-            [
-                *_expected_texts(message, Part.CONTENT),
-                *(text for other_call in other_calls for text in _call_texts(other_call)),
-            ]
-        )
+        call_texts = (text for other_call in other_calls for text in _call_texts(other_call))
+        other_text = "\n".join([*_expected_texts(message, Part.CONTENT), *call_texts])
         if any(text not in other_text and _count_occurrences(text, printed) for text in _call_texts(call)):
             continue
         marked = _make_unique(call)
@@ -309,9 +347,8 @@ def _any_printed(expected: Iterable[str], text: str) -> bool:
 
 def _count_occurrences(expected: str, text: str) -> int:
     """Count how often the text contains a string. If there is no exact match, count its JSON-escaped form."""
-    return text.count(expected) or max(
-        text.count(json.dumps(expected, ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)
-    )
+    escaped = (json.dumps(expected, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return text.count(expected) or max(map(text.count, escaped))
 
 
 def _expected_texts(message: Mapping[str, Any], part: Part) -> list[str]:
@@ -358,11 +395,18 @@ def _numbers(value: Any) -> Iterator[str]:
 
 
 def _scalars(value: Any) -> Iterator[Any]:
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
-    if inner is None:
-        yield value
-    for item in inner or ():
-        yield from _scalars(item)
+    return (leaf for _, leaf in _leaves(value))
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the path and the value of each string, number, boolean and null in a JSON value."""
+    pairs = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else None
+    )
+    if pairs is None:
+        yield path, value
+    for key, inner in pairs or ():
+        yield from _leaves(inner, (*path, key))
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -375,9 +419,10 @@ def _keys(value: Any) -> Iterator[str]:
 def _find_ranges(
     text: str, message: Mapping[str, Any], index: int, key: str, rerender: Rerender
 ) -> Iterator[tuple[int, int]]:
-    for number, path in enumerate(_leaf_paths(message[key], (key,))):
-        if number == _MAX_LEAVES:
-            return
+    leaves = ((path, leaf) for path, leaf in _leaves(message[key], (key,)) if isinstance(leaf, str) and leaf)
+    # The ids and types of tool calls are not attributed.
+    paths = (path for path, _ in leaves if path[-1] not in ("id", "type"))
+    for path in islice(paths, _MAX_LEAVES):
         before, after = (rerender(index, _change_leaf(message, path, change)) for change in (_add_prefix, _add_suffix))
         if before is None or after is None or text in (before, after):
             continue
@@ -404,17 +449,6 @@ def _insert(pieces: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
         split += [piece._replace(end=empty.start), piece._replace(start=empty.start)] if inside else [piece]
     position = next((n for n, piece in enumerate(split) if piece.start >= empty.start), len(split))
     return [*split[:position], empty, *split[position:]]
-
-
-def _leaf_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of each non-empty string in a JSON value, except the values of the keys `id` and `type`."""
-    if isinstance(value, str):
-        if value and path[-1] not in ("id", "type"):
-            yield path
-        return
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, inner in pairs:
-        yield from _leaf_paths(inner, (*path, key))
 
 
 def _change_leaf(value: Any, path: tuple[Any, ...], change: Callable[[str], str]) -> Any:

@@ -18,11 +18,7 @@ _PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOL
 _CODES = {part: code for code, part in enumerate(_PARTS)}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CALLS = ("tool_calls", "function_call", "function_calls")
-_KEYS = {
-    "content": Part.CONTENT,
-    **dict.fromkeys(_CALLS, Part.TOOL_CALL),
-    **dict.fromkeys(_REASONING, Part.REASONING),
-}
+_KEYS = {"content": Part.CONTENT, **dict.fromkeys(_CALLS, Part.TOOL_CALL), **dict.fromkeys(_REASONING, Part.REASONING)}
 
 _OPENING_TAG, _TRAILING_OPENING_TAG = re.compile(rf"\s*<({THINKING_NAMES})>"), re.compile(rf"<({THINKING_NAMES})>\s*$")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Self, SupportsIndex
 
 from markupsafe import Markup
@@ -135,9 +135,8 @@ class TrackedString(str):
             return TrackedString(text, self.runs)
         # A few characters (ß, ŉ) become several characters.
         ends = [len(change(str.__getitem__(self, slice(end)))) for end in accumulate(length for length, _ in self.runs)]
-        return TrackedString(
-            text, [(b - a, owner) for a, b, (_, owner) in zip([0, *ends], ends, self.runs, strict=False)]
-        )
+        runs = [(end - start, owner) for (start, end), (_, owner) in zip(pairwise([0, *ends]), self.runs, strict=True)]
+        return TrackedString(text, runs)
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Apply `str.split`. The results still record which field each character comes from."""
@@ -243,26 +242,17 @@ def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: boo
     Raises:
         ValueError: the value contains every noncharacter that could be used.
     """
-    text = plain(value)
-    mark = next(
-        (
-            chr(point)
-            for point in range(0xFDD1, 0xFDF0)
-            if not {chr(point), f"\\u{point:04x}"} & _find_noncharacters(text)
-        ),
-        None,
-    )
-    if mark is None:
-        raise ValueError("the data contains all Unicode noncharacters from U+FDD1 to U+FDEF, expected an unused one")
-    replaced: list[TrackedString] = []
+    mark = _choose_mark(plain(value))
+    strings: list[TrackedString] = []
 
     def replace_strings(item: Any) -> Any:
+        """Replace each string, and each value whose strings have the same owner, by its number between two marks."""
         owners = _find_owners(item)
         if isinstance(item, TrackedString):
-            replaced.append(_escape(item, plain))
+            strings.append(_escape(item, plain))
         elif len(owners) == 1 and _UNTRACKED not in owners:
             output = plain(_sort_keys(item) if sort_keys else item)
-            replaced.append(TrackedString(output, ((len(output), owners.pop()),)))
+            strings.append(TrackedString(output, ((len(output), owners.pop()),)))
         elif isinstance(item, dict):
             pairs = sorted(item.items()) if sort_keys else item.items()
             return {replace_strings(key): replace_strings(inner) for key, inner in pairs}
@@ -270,19 +260,32 @@ def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: boo
             return [replace_strings(inner) for inner in item]
         else:
             return item
-        return f"{mark}{len(replaced) - 1}{mark}"
+        return f"{mark}{len(strings) - 1}{mark}"
 
+    # `plain` may escape the marks.
     skeleton = plain(replace_strings(value)).replace(f"\\u{ord(mark):04x}", mark)
-    return concat_tracked(_fill_skeleton(skeleton, re.compile(f'"{mark}([0-9]+){mark}"'), replaced))
+    return concat_tracked(_fill_skeleton(skeleton, mark, strings))
 
 
-def _fill_skeleton(skeleton: str, pattern: re.Pattern[str], strings: list[TrackedString]) -> Iterator[str]:
+def _choose_mark(text: str) -> str:
+    r"""Return a Unicode noncharacter that a JSON text does not contain, neither literally nor escaped as `\uXXXX`."""
+    used = set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
+    for point in range(0xFDD1, 0xFDF0):
+        if used.isdisjoint({chr(point), f"\\u{point:04x}"}):
+            return chr(point)
+    raise ValueError("the data contains all Unicode noncharacters from U+FDD1 to U+FDEF, expected an unused one")
+
+
+def _fill_skeleton(skeleton: str, mark: str, strings: list[TrackedString]) -> Iterator[str]:
+    """Yield a JSON text in pieces, in which the marked numbers are replaced by the strings with these numbers."""
     position = 0
-    for match in pattern.finditer(skeleton):
+    for match in re.finditer(f'"{mark}([0-9]+){mark}"', skeleton):
         yield skeleton[position : match.start()]
-        line = skeleton[skeleton.rfind("\n", 0, match.start()) + 1 : match.start()]
-        margin = line[: len(line) - len(line.lstrip())]
-        yield TrackedString.from_str(strings[int(match.group(1))]).replace("\n", f"\n{margin}")
+        # An indented JSON value continues with the indentation of the line that contains its number.
+        line_start = skeleton.rfind("\n", 0, match.start()) + 1
+        line = skeleton[line_start : match.start()]
+        indentation = line[: len(line) - len(line.lstrip())]
+        yield TrackedString.from_str(strings[int(match[1])]).replace("\n", f"\n{indentation}")
         position = match.end()
     yield skeleton[position:]
 
@@ -309,19 +312,13 @@ def _sort_keys(value: Any) -> Any:
     return [_sort_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _find_noncharacters(text: str) -> set[str]:
-    r"""Return all Unicode noncharacters U+FDD0 to U+FDEF in a JSON text. Return escaped characters as `\uXXXX`."""
-    return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
-
-
 def _escape(text: TrackedString, plain: Callable[[Any], str]) -> TrackedString:
+    """Return the JSON text of a string. Its quotes are template text; escaped characters keep their owners."""
     escaped = plain(str.__str__(text))
-    runs: list[Run] = [(1, 0)]
-    if len(escaped) == len(text) + 2:
-        runs += text.runs
-    else:
-        position = 0
-        for length, owner in text.runs:
-            runs.append((len(plain(str.__getitem__(text, slice(position, position + length)))) - 2, owner))
-            position += length
-    return TrackedString(escaped, [*runs, (1, 0)])
+    runs: Iterable[Run] = text.runs
+    quotes = len('""')
+    if len(escaped) != len(text) + quotes:
+        ends = list(accumulate(length for length, _ in text.runs))
+        ranges = [str.__getitem__(text, slice(start, end)) for start, end in pairwise([0, *ends])]
+        runs = [(len(plain(part)) - quotes, owner) for part, (_, owner) in zip(ranges, text.runs, strict=True)]
+    return TrackedString(escaped, [(1, 0), *runs, (1, 0)])

@@ -9,8 +9,9 @@ opens, the boundaries are uncertain, and the row is rejected. The error contains
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ftdata.errors import BadRow
 from ftdata.templates.attribution.agreement import (
@@ -67,10 +68,8 @@ def regions_from_blocks(
             # The answer is empty. Blocks are in the order of the messages.
             owners = {indices[position] for indices in (assistants, turns) if len(indices) == len(blocks)}
         if len(owners) != 1:
-            raise BadRow(
-                "generation_tags",
-                f"generation block {position} of the template contains text of {len(owners)} messages, expected 1",
-            )
+            message = f"generation block {position} of the template contains text of {len(owners)} messages, expected 1"
+            raise BadRow("generation_tags", message)
         regions.append(TurnRegion(owners.pop(), inside[0].start, inside[-1].end))
     return [region for region in regions if region.message in turns]
 
@@ -91,46 +90,90 @@ def locate_turn(
     Raises:
         BadRow: `no_prompt`, `history_drift`, `interleaved` or `unknown_stop`, with the rendered text.
     """
-    is_last = turn == count - 1
     start, flags = _find_start(text, parts, turn, prefix, stops)
-    ended = TrackedString.from_str(text) if is_last else _render_or_none(prefix, turn + 1)
-    is_prefix = ended is not None and text.startswith(ended)
-    pieces = _message_pieces(parts, turn, len(ended) if ended is not None and is_prefix else None, start)
-    answer_end = pieces[-1].end if pieces else start
-    gap = text[answer_end : _find_next_start(parts, turn, answer_end)]
-    tail = ended[answer_end:][: len(gap)] if ended is not None and is_prefix else ""
-    if tail.strip():
-        stop_length = stops.find_end(tail)
-        # The tail may end in a closing tag, and the stop token may be printed with the next message.
-        stop_length = (
-            stop_length if is_last or stops.find_known_end(tail) else max(stop_length, stops.find_late_end(gap))
-        )
-    elif is_last:
-        stop_length = 0
-    else:
-        ending, is_rewritten = _find_ending(ended, text[:answer_end], turn)
-        flags |= {"history_rewritten"} if is_rewritten else set()
-        stop_length = stops.find_end_between(ending, gap)
-        # An empty answer has no text to compare, so the generated template text is compared.
-        if not pieces and ending is not None and not ending.startswith(gap[:stop_length]):
-            flags |= {"history_rewritten"}
-    end = answer_end + stop_length
-    if is_last and stops.is_late and not stops.find_known_end(tail):
-        flags |= {"missing_final_stop"}
-    elif not stop_length:
-        flags |= {"missing_final_stop" if is_last and not tail.strip() and stops.stop.strip() else "no_trained_stop"}
-    if not pieces and stops.stop.strip() not in text[start:end]:
-        # The stop token is the only trained text of an empty answer.
-        flags |= {"no_trained_stop"}
-    if ended is None:
-        flags |= {"history_not_compared"}
-    if is_last and text[end:].strip():
-        flags |= {"text_after_last_stop"}
-    if not stops.is_probed:
-        flags |= {"template_not_probed"}
-    _check_region(parts, turn, start, end, pieces[0].start if pieces else end)
-    _check_text_before_stop(text, parts, turn, answer_end, stops)
+    answer = _find_answer(text, parts, turn, prefix, start, is_last=turn == count - 1)
+    stop_length, is_rewritten = _measure_stop(text, answer, stops)
+    end = answer.end + stop_length
+    flags |= _flag_turn(text, answer, stop_length, stops)
+    flags |= {"history_rewritten"} if is_rewritten else set()
+    _check_region(parts, turn, start, end, answer.pieces[0].start if answer.pieces else end)
+    _check_text_before_stop(text, parts, turn, answer.end, stops)
     return LocatedTurn(TurnRegion(turn, start, end), frozenset(flags))
+
+
+class _Answer(NamedTuple):
+    """The text of an assistant message that the model generates, and the template text after it.
+
+    Attributes:
+        message: index of the message.
+        start: start of the turn.
+        end: end of the answer, where its stop token begins.
+        pieces: the pieces of the answer; empty for an empty answer.
+        is_last: whether the message is the last message of the conversation.
+        ended: rendering of the conversation up to this message; `None` if the template rejects it.
+        gap: text between the answer and the next text that does not belong to the answer.
+        tail: the part of `gap` that the template also prints at the end of the conversation. It is empty if the
+            template renders the conversation up to this message differently than the whole conversation.
+    """
+
+    message: int
+    start: int
+    end: int
+    pieces: Sequence[TextPiece]
+    is_last: bool
+    ended: TrackedString | None
+    gap: str
+    tail: str
+
+
+def _find_answer(
+    text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, start: int, *, is_last: bool
+) -> _Answer:
+    ended = TrackedString.from_str(text) if is_last else _render_or_none(prefix, turn + 1)
+    same_ended = ended if ended is not None and text.startswith(ended) else None
+    pieces = _message_pieces(parts, turn, None if same_ended is None else len(same_ended), start)
+    end = pieces[-1].end if pieces else start
+    gap = text[end : _find_next_start(parts, turn, end)]
+    tail = "" if same_ended is None else same_ended[end:][: len(gap)]
+    return _Answer(turn, start, end, pieces, is_last, ended, gap, tail)
+
+
+def _measure_stop(text: str, answer: _Answer, stops: TurnStops) -> tuple[int, bool]:
+    """Return the length of the text up to the end of the stop token, and whether the template rewrites the turn.
+
+    A template rewrites a turn if it renders the turn differently once more messages follow.
+    """
+    gap, tail = answer.gap, answer.tail
+    if tail.strip():
+        length = stops.find_end(tail)
+        # The tail may end in a closing tag, and the stop token may be printed with the next message.
+        may_be_late = not answer.is_last and not stops.find_known_end(tail)
+        return max(length, stops.find_late_end(gap)) if may_be_late else length, False
+    if answer.is_last:
+        return 0, False
+    ending, is_rewritten = _find_ending(answer.ended, text[: answer.end], answer.message)
+    length = stops.find_end_between(ending, gap)
+    if not answer.pieces and ending is not None:
+        # An empty answer has no text to compare, so the generated template text is compared.
+        is_rewritten |= not ending.startswith(gap[:length])
+    return length, is_rewritten
+
+
+def _flag_turn(text: str, answer: _Answer, stop_length: int, stops: TurnStops) -> set[str]:
+    end, stop, is_last = answer.end + stop_length, stops.stop.strip(), answer.is_last
+    is_late = is_last and stops.is_late and not stops.find_known_end(answer.tail)
+    has_stop = is_late or stop_length > 0
+    lacks_final_stop = is_last and not answer.tail.strip() and bool(stop)
+    # The stop token is the only trained text of an empty answer.
+    is_untrained = not answer.pieces and stop not in text[answer.start : end]
+    conditions = {
+        "missing_final_stop": is_late or (not has_stop and lacks_final_stop),
+        "no_trained_stop": is_untrained or (not has_stop and not lacks_final_stop),
+        "history_not_compared": answer.ended is None,
+        "text_after_last_stop": is_last and bool(text[end:].strip()),
+        "template_not_probed": not stops.is_probed,
+    }
+    return {flag for flag, applies in conditions.items() if applies}
 
 
 def _check_region(parts: Sequence[TextPiece], turn: int, start: int, end: int, first: int) -> None:
@@ -153,10 +196,8 @@ def _check_text_before_stop(
     if following is None or following.message != turn or following.part is not Part.OTHER:
         return
     if not stops.find_known_end(text[answer_end : following.start]):
-        raise BadRow(
-            "interleaved",
-            "the template prints another field of the message between the answer and the stop token",
-        )
+        message = "the template prints another field of the message between the answer and the stop token"
+        raise BadRow("interleaved", message)
 
 
 def _find_start(
@@ -164,30 +205,33 @@ def _find_start(
 ) -> tuple[int, set[str]]:
     """Find the end of the generation prompt, where the generated text of a turn starts. Also return flags."""
     if turn == 0:
-        raise BadRow(
-            "no_prompt",
-            "the conversation begins with an assistant message, which cannot be trained without a prompt",
-            hint="put a message before it",
-        )
+        message = "the conversation begins with an assistant message, which cannot be trained without a prompt"
+        raise BadRow("no_prompt", message, hint="put a message before it")
     prompt = prefix(turn, True)
     if text.startswith(prompt):
         return len(prompt), set()
     # The prompt may add template text, such as an open thinking block, that the whole conversation does not contain.
     first = next((p.start for p in parts if p.message == turn and p.part is not Part.SCAFFOLD), len(text))
     start = _find_divergence(prompt, text, first)
+    printed, forced = text[start:first].strip() if first < len(text) else "", prompt[start:].strip()
+    is_thinking = bool(_THINKING.search(forced)) or not TAG.sub("", forced).strip()
+    has_other_header = _have_shared_tags(printed, forced) or stops.find_known_end(forced)
+    if not is_thinking or has_other_header or not _find_header(prompt[:start], prompt, turn, prefix, stops):
+        raise BadRow("history_drift", _describe_difference(prompt, text), hint=_SPLIT_HINT)
+    return start, {"prompt_mismatch"}
+
+
+def _find_header(shared: str, prompt: TrackedString, turn: int, prefix: RenderPrefix, stops: TurnStops) -> str:
+    """Return the header of a turn: the text after all earlier messages in the part of the prompt that both texts share.
+
+    If the shared text contains no header, the prompt is for a different turn.
+    """
     history = _render_or_none(prefix, turn)
     history_end = max((piece.end for piece in pieces_of(prompt) if piece.part is not Part.SCAFFOLD), default=0)
     if history is not None and history != prompt and prompt.startswith(history):
         history_end = max(history_end, len(history))
-    # At least the header of the turn must be equal in both texts. Otherwise, the prompt is for a different turn.
-    header = (
-        prompt[history_end:start].replace(stops.stop.strip(), "") if stops.stop.strip() else prompt[history_end:start]
-    )
-    printed, forced = text[start:first].strip() if first < len(text) else "", prompt[start:].strip()
-    is_thinking = _THINKING.search(forced) or not TAG.sub("", forced).strip()
-    if not header.strip() or not is_thinking or _have_shared_tags(printed, forced) or stops.find_known_end(forced):
-        raise BadRow("history_drift", _describe_difference(prompt, text), hint=_SPLIT_HINT)
-    return start, {"prompt_mismatch"}
+    header, stop = shared[history_end:], stops.stop.strip()
+    return (header.replace(stop, "") if stop else header).strip()
 
 
 def _have_shared_tags(printed: str, forced: str) -> bool:
@@ -269,31 +313,17 @@ def detect_stops(probe: Callable[[str], TrackedString | None], unprobed: TurnSto
     ranges = _content_ranges(joint)
     if joint is None or len(ranges) < len("uaua"):
         return unprobed
-    before, first_gap, gap = (
-        joint[: ranges[0][0]],
-        joint[ranges[0][1] : ranges[1][0]],
-        joint[ranges[1][1] : ranges[2][0]],
-    )
-    shared = common_suffix(before, gap)
-    bos = before.removesuffix(shared).strip()
-    # The opener is certain if nothing except BOS precedes it, or if two consecutive user messages show it.
-    exact = shared if shared.strip() and (not bos or TAG.fullmatch(bos)) else _detect_opener(probe, gap)
-    # EOS ends a turn, so the opener of the next message begins after it.
-    opener = (shared if exact is None else exact).rpartition(unprobed.eos or "\0")[2]
-    stops = replace(unprobed, is_probed=True, opener=opener, first_opener=before if exact is None else "")
+    before, first_gap, gap, _, last = _template_texts(joint, ranges)
+    exact, stops = _detect_openers(probe, before, gap, unprobed)
     half = probe("ua")
     tail = half[ranges[1][1] :] if half is not None and joint.startswith(half) else None
-    ending = (
-        half[half_ranges[1][1] :]
-        if half is not None and len(half_ranges := _content_ranges(half)) == len("ua")
-        else None
-    )
+    half_ranges = _content_ranges(half)
+    ending = half[half_ranges[1][1] :] if half is not None and len(half_ranges) == len("ua") else None
     try:
         stop = tail[: stops.find_end(tail)] if tail and tail.strip() else gap[: stops.find_end_between(ending, gap)]
     except BadRow:
         stop = ""
     stops = replace(stops, stop=stop)
-    last = joint[ranges[3][1] :]
     if stop_end := stops.find_known_end(last):
         return replace(stops, footer=last[stop_end:])
     has_no_stop = not TAG.search(last) and not (unprobed.control is not None and unprobed.control.search(last))
@@ -305,7 +335,33 @@ def detect_stops(probe: Callable[[str], TrackedString | None], unprobed: TurnSto
     closing = gap if exact is None else gap.removesuffix(exact)
     footer = last[len(common_prefix(closing if tail is None else tail, last)) :]
     token = unprobed.control.match(footer.strip()) if unprobed.control is not None else None
-    return stops if token and token.group() not in joint[: ranges[3][1]] else replace(stops, footer=footer)
+    is_stop = token is not None and token.group() not in joint[: ranges[3][1]]
+    return stops if is_stop else replace(stops, footer=footer)
+
+
+def _detect_openers(
+    probe: Callable[[str], TrackedString | None], before: str, gap: str, unprobed: TurnStops
+) -> tuple[str | None, TurnStops]:
+    """Detect the text that the template prints before a user message.
+
+    Args:
+        probe: see `detect_stops`.
+        before: text before the first user message.
+        gap: text between an answer and the next user message.
+        unprobed: see `detect_stops`.
+
+    Returns:
+        The text, or `None` if it is uncertain, and the stops with this text.
+    """
+    shared = common_suffix(before, gap)
+    bos = before.removesuffix(shared).strip()
+    # The opener is certain if nothing except BOS precedes it, or if two consecutive user messages show it.
+    is_certain = shared.strip() and (not bos or TAG.fullmatch(bos))
+    exact = shared if is_certain else _detect_opener(probe, gap)
+    # EOS ends a turn, so the opener of the next message begins after it.
+    opener = (shared if exact is None else exact).rpartition(unprobed.eos or "\0")[2]
+    first_opener = before if exact is None else ""
+    return exact, replace(unprobed, is_probed=True, opener=opener, first_opener=first_opener)
 
 
 def _detect_opener(probe: Callable[[str], TrackedString | None], gap: str) -> str | None:
@@ -320,6 +376,12 @@ def _detect_opener(probe: Callable[[str], TrackedString | None], gap: str) -> st
     between, closing = double[ranges[0][1] : ranges[1][0]], single[single_ranges[0][1] :]
     opener = between.removeprefix(closing)
     return opener if between.startswith(closing) and gap.endswith(opener) else None
+
+
+def _template_texts(text: str, ranges: Mapping[int, tuple[int, int]]) -> list[str]:
+    """Return the texts before, between and after the contents of the messages, in the order of the messages."""
+    edges = [0, *(edge for _, content in sorted(ranges.items()) for edge in content), len(text)]
+    return [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _content_ranges(text: TrackedString | None) -> dict[int, tuple[int, int]]:

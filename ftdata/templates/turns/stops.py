@@ -53,11 +53,9 @@ class TurnStops:
             tail = tail.rstrip().removesuffix(self.footer.rstrip())
         end = self.find_known_end(tail)
         if not end and (end := _find_last_end(self.control, tail)) and tail[end:].strip():
-            raise BadRow(
-                "unknown_stop",
-                f"the stop token of the turn is uncertain: the template prints {tail[:80]!r} after the answer",
-                hint="mark the generated text with {% generation %} in a copy of the template",
-            )
+            message = f"the stop token of the turn is uncertain: the template prints {tail[:80]!r} after the answer"
+            hint = "mark the generated text with {% generation %} in a copy of the template"
+            raise BadRow("unknown_stop", message, hint=hint)
         return end or len(tail.rstrip())
 
     def find_end_between(self, ending: str | None, gap: str) -> int:
@@ -71,17 +69,18 @@ class TurnStops:
             The number of characters up to the end of the stop token, or 0 without a stop token.
         """
         closing = self._before_opener(gap)
-        is_certain = closing is not None and not self.first_opener
         if end := self.find_known_end(gap if closing is None else closing):
             return end
+        if closing is not None and not self.first_opener:
+            return self._find_last_mark(closing)
         shared = common_prefix(ending or "", gap)
         # If the template always adds a generation prompt, both texts may continue with the same opening tag.
-        for candidate in (closing or "",) if is_certain else (shared[: len(closing or "")], shared):
-            if end := _find_last_end(self.control, candidate) or _find_last_end(TAG, candidate):
-                return end
-        if closing is None or is_certain:
+        if end := self._find_last_mark(shared[: len(closing or "")]) or self._find_last_mark(shared):
+            return end
+        if closing is None:
             return 0
-        end = _find_last_end(self.control, closing) or _find_last_end(TAG, closing)
+        # The last tag may belong to the next message if the first message begins with the same tag.
+        end = self._find_last_mark(closing)
         opening_tags = {_replace_digits(tag) for tag in find_tags(self.first_opener)}
         return 0 if opening_tags & {_replace_digits(tag) for tag in find_tags(closing[:end])} else end
 
@@ -103,6 +102,10 @@ class TurnStops:
             return gap.removesuffix(self.opener) if self.opener and gap.endswith(self.opener) else None
         before, opener, _ = gap.partition(self.opener)
         return before if opener else None
+
+    def _find_last_mark(self, text: str) -> int:
+        """Find the end of the last control token, or else of the last tag. Return 0 if `text` contains neither."""
+        return _find_last_end(self.control, text) or _find_last_end(TAG, text)
 
     def _find_eos_end(self, tail: str) -> int:
         return tail.find(self.eos) + len(self.eos) if self.eos and self.eos in tail else 0

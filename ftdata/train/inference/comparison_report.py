@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +43,8 @@ class Scores:
     bleu: float
     chrf: float
 
+
+_PAGE = Path(__file__).with_name("comparison.html")
 
 _SCORE_FORMATS = {
     "perplexity": ("perplexity", "{:.3f}"),
@@ -86,12 +89,8 @@ class Comparison:
         table = Table("prompt", "expected", "base", "tuned", show_lines=True)
         for row in self.rows:
             style = "green" if row.tuned.strip() == row.expected.strip() else "red"
-            texts = [Text(escape_unprintable(text)) for text in (row.prompt, row.expected)]
-            table.add_row(
-                *texts,
-                Text(escape_unprintable(row.base), style="dim"),
-                Text(escape_unprintable(row.tuned), style=style),
-            )
+            cells = ((row.prompt, ""), (row.expected, ""), (row.base, "dim"), (row.tuned, style))
+            table.add_row(*(Text(escape_unprintable(text), style=style) for text, style in cells))
         console.print(table)
         scores = Table("", "base", "tuned", box=None, pad_edge=False)
         for title, *values in self.scores():
@@ -107,14 +106,10 @@ class Comparison:
             f"<td class={'right' if row.tuned.strip() == row.expected.strip() else 'other'}>{_cell(row.tuned)}\n"
             for row in self.rows
         )
-        return _PAGE.format(
-            data_name=_cell(self.data_name),
-            base=_cell(self.base_model),
-            tuned=_cell(self.tuned_model),
-            count=len(self.rows),
-            scores=scores,
-            rows=rows,
-        )
+        names = {"data_name": self.data_name, "base": self.base_model, "tuned": self.tuned_model}
+        cells = {name: _cell(text) for name, text in names.items()}
+        page = Template(_PAGE.read_text(encoding="utf-8"))
+        return page.substitute(count=len(self.rows), scores=scores, rows=rows, **cells)
 
     def write_html(self, path: Path) -> None:
         """Write the comparison to a self-contained HTML file.
@@ -127,42 +122,3 @@ class Comparison:
 
 def _cell(text: str) -> str:
     return escape(escape_unprintable(text))
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="generator" content="ftdata">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Base model and tuned model: {data_name}</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
-body {{ margin: 2em auto; max-width: 90em; padding: 0 1em }}
-table {{ border-collapse: collapse; margin: 1em 0 }}
-th, td {{ border: 1px solid #8886; padding: .4em .7em; text-align: left; vertical-align: top }}
-td {{ white-space: pre-wrap; overflow-wrap: anywhere }}
-.right {{ background: #2a72 }}
-.other {{ background: #a331 }}
-</style>
-</head>
-<body>
-<main>
-<h1>Base model and tuned model</h1>
-<p>{count} rows of {data_name}</p>
-<p>base model: {base}<br>tuned model: {tuned}</p>
-<table>
-<thead><tr><th>score<th>base<th>tuned</thead>
-<tbody>
-{scores}</tbody>
-</table>
-<table>
-<thead><tr><th>prompt<th>expected<th>base<th>tuned</thead>
-<tbody>
-{rows}</tbody>
-</table>
-</main>
-</body>
-</html>
-"""

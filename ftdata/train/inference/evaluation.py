@@ -15,7 +15,6 @@ import torch
 from ftdata.build.dataset import load_build
 from ftdata.errors import InputRefused
 from ftdata.redaction import redact_text
-from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.train.dataset import training_splits
 from ftdata.train.inference.chat import base_generation_config
 from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
@@ -50,7 +49,6 @@ def compare_models(
     run = open_run(run_dir, trust_remote_code=trust_remote_code)
     if data is None:
         run.check_build()
-    if data is None:
         data_name, documents = _read_build_documents(run)
     else:
         data_name, documents = redact_text(str(data)), encode_rows(data, run.recipe)
@@ -76,7 +74,7 @@ def compare_models(
             meter.next_model()
 
     _evaluate_both(run, evaluate_model)
-    questions = [_decode_prompt(tokenizer, ids) for ids in prompts]
+    questions = [tokenizer.decode(ids, skip_control=True).strip() for ids in prompts]
     rows = tuple(ComparedAnswer(*columns) for columns in zip(questions, expected, *answers, strict=True))
     return Comparison(data_name, str(run.metadata["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
@@ -167,7 +165,3 @@ def _evaluate_both(run: FinishedRun, evaluate_model: Callable[[Any], None]) -> N
     del base
     gc.collect()
     evaluate_model(load_tuned_model(run))
-
-
-def _decode_prompt(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_control=True).strip()

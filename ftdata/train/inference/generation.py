@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.inference.progress import GenerationStep
 from ftdata.train.inference.prompts import cut_at_stop
 from ftdata.train.model.device import fit_threads
@@ -64,16 +64,14 @@ def generate_ids(
                 ids = torch.tensor([_pad_left([pad_id], prompts[number], width) for number in batch])
                 mask = torch.tensor([_pad_left([0], [1] * len(prompts[number]), width) for number in batch])
                 arguments["max_new_tokens"] = min(max_new_tokens, positions - width)
-                output = model.generate(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **arguments
-                )
+                inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+                output = model.generate(**inputs, **arguments)
                 for number, answer in zip(batch, output[:, width:].tolist(), strict=True):
                     answers[number] = cut_at_stop(answer, stop_ids)
                 reporter.end_batch(start + len(batch))
     except (ValueError, TypeError) as error:
-        raise UsageError(
-            "generation", f"model.generate rejects the options: {' '.join(str(error).split())[:300]}"
-        ) from None
+        message = f"model.generate rejects the options: {describe_exception(error)}"
+        raise UsageError("generation", message) from None
     finally:
         model.train(was_training)
     return answers
@@ -89,14 +87,12 @@ class TokenReporter:
     """
 
     def __init__(self, progress: Callable[[GenerationStep], None] | None, batches: int, max_tokens: int) -> None:
-        self._progress, self._batches, self._max_tokens = progress, batches, max_tokens
-        self._batch = self._token = self._answers = 0
+        self._progress, self._step = progress, GenerationStep(0, batches, 0, max_tokens, 0)
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
         """Report one more token of the current batch. Return false for every prompt, to continue the generation."""
         del scores
-        self._token += 1
-        self._report(ended=False)
+        self._report(self._step._replace(token=self._step.token + 1))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def end_batch(self, answers: int) -> None:
@@ -105,13 +101,12 @@ class TokenReporter:
         Args:
             answers: number of prompts that have an answer, in all batches so far.
         """
-        self._answers = answers
-        self._report(ended=True)
-        self._batch, self._token = self._batch + 1, 0
+        self._report(self._step._replace(answers=answers, ended=True))
+        self._step = self._step._replace(batch=self._step.batch + 1, token=0, ended=False)
 
-    def _report(self, *, ended: bool) -> None:
+    def _report(self, step: GenerationStep) -> None:
+        self._step = step
         if self._progress is not None:
-            step = GenerationStep(self._batch, self._batches, self._token, self._max_tokens, self._answers, ended)
             self._progress(step)
 
 
@@ -129,11 +124,9 @@ def _check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> int:
         raise InputRefused("prompt_too_long", message)
     largest = max((max(ids) for ids in prompts if ids), default=0)
     if largest >= rows:
-        raise InputRefused(
-            "vocabulary",
-            f"a prompt contains token id {largest}, but the model has only {rows:,} embeddings",
-            hint="remove this token from the prompt: the model was trained without it",
-        )
+        message = f"a prompt contains token id {largest}, but the model has only {rows:,} embeddings"
+        hint = "remove this token from the prompt: the model was trained without it"
+        raise InputRefused("vocabulary", message, hint=hint)
     return positions
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ftdata.errors import InputRefused, UsageError, check_choice, describe_exception
 from ftdata.tokenizing.tokenizer import Tokenizer, find_control_tokens
+from ftdata.train.inference.generation import max_positions
 from ftdata.train.inference.run_dir import LOGIT_TOLERANCES, FinishedRun, load_base_model, load_tuned_model
 from ftdata.train.model.load import load_model_config
 
@@ -67,11 +68,8 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
     check_choice("dtype", dtype, DTYPES)
     merged, error = _merge(run, DTYPES[dtype])
     if not error <= LIMITS[dtype]:
-        hint = (
-            "use the adapter without merging"
-            if dtype == "float32"
-            else "merge with --dtype float32, or use the adapter without merging"
-        )
+        keep = "use the adapter without merging"
+        hint = keep if dtype == "float32" else "merge with --dtype float32, or use the adapter without merging"
         message = f"merging in {dtype} changes a logit by {error:.2g} times the largest logit"
         raise InputRefused("merge_error", f"{message}, expected at most {LIMITS[dtype]:g}", hint=hint)
     merged.generation_config = run.generation_config
@@ -96,14 +94,12 @@ def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
         after = _logits(merged, ids, ordinary)
     except torch.OutOfMemoryError:
         hint = "merge on the CPU: CUDA_VISIBLE_DEVICES= ftdata merge ..."
-        raise InputRefused(
-            "out_of_memory", f"the model of {run.folder} does not fit on the GPU in float32", hint=hint
-        ) from None
+        message = f"the model of {run.folder} does not fit on the GPU in float32"
+        raise InputRefused("out_of_memory", message, hint=hint) from None
     except ValueError as error:
         # PEFT rejects weights that are NaN or infinite, and adapter types that cannot be merged.
-        raise InputRefused(
-            "merge_error", f"the adapter {run.model} cannot be merged: {describe_exception(error)}"
-        ) from None
+        message = f"the adapter {run.model} cannot be merged: {describe_exception(error)}"
+        raise InputRefused("merge_error", message) from None
     error_ratio = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     return merged, error_ratio if math.isfinite(error_ratio) else math.inf
 
@@ -127,9 +123,8 @@ def _find_ordinary_tokens(tokenizer: Tokenizer, template: str) -> tuple[list[int
 def _logits(model: Any, ids: list[int], ordinary: torch.Tensor) -> torch.Tensor:
     """Compute a model's logits for a token sequence. Leave out the logits of control tokens (float32, on the CPU)."""
     model.eval()
-    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids))
     with torch.inference_mode():
-        inputs = torch.tensor([ids[:positions]]).to(model.device)
+        inputs = torch.tensor([ids[: max_positions(model)]]).to(model.device)
         logits = model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
     # The embedding matrix may be padded with rows that belong to no token.
     return logits[:, : len(ordinary)][:, ordinary[: logits.shape[1]]]

@@ -124,18 +124,11 @@ def load_base_model(
     """
     setup = run.metadata["setup"]
     if setup["weights"] and checkpoints.digest_weights(setup["model"]) != setup["weights"]:
-        raise InputRefused(
-            "base_model_differs",
-            f"the base model {setup['model']} has changed since the training of {run.folder}",
-            hint="restore the original files of the model, or train again",
-        )
-    model = load_model(
-        setup["model"],
-        quantization,
-        dtype=dtype,
-        attention=setup.get("attn_implementation"),
-        trust_remote_code=run.trust_remote_code,
-    )
+        message = f"the base model {setup['model']} has changed since the training of {run.folder}"
+        hint = "restore the original files of the model, or train again"
+        raise InputRefused("base_model_differs", message, hint=hint)
+    attention, trusts = setup.get("attn_implementation"), run.trust_remote_code
+    model = load_model(setup["model"], quantization, dtype=dtype, attention=attention, trust_remote_code=trusts)
     if answers:
         model = dequantize(model)
     rows = run.metadata.get("embeddings")
@@ -162,16 +155,13 @@ def load_tuned_model(run: FinishedRun, base: Any = None, *, dtype: Any = None) -
             check_weights(run.model)
             model = PeftModel.from_pretrained(base, str(run.model))
         else:
-            attention = setup.get("attn_implementation")
-            model = load_model(
-                str(run.model), dtype=dtype, attention=attention, trust_remote_code=run.trust_remote_code
-            )
+            attention, trusts = setup.get("attn_implementation"), run.trust_remote_code
+            model = load_model(str(run.model), dtype=dtype, attention=attention, trust_remote_code=trusts)
     except FtdataError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputRefused(
-            "damaged_model", f"{run.model} cannot be loaded: {describe_exception(error)}", hint="train again"
-        ) from None
+        message = f"{run.model} cannot be loaded: {describe_exception(error)}"
+        raise InputRefused("damaged_model", message, hint="train again") from None
     model.generation_config = run.generation_config
     return model
 

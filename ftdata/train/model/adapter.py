@@ -52,11 +52,8 @@ def check_lora(config: Config) -> None:
     _check_initialization(config, config.lora.extra_fields.get("init_lora_weights"))
     name = quantization_name(config.quantization)
     if config.lora.extra_fields.get("use_dora") and name == "int8" and not torch.cuda.is_available():
-        raise UsageError(
-            "train_setting",
-            "lora.use_dora with int8 quantization needs a GPU",
-            hint="set quantization: nf4, or remove use_dora",
-        )
+        message = "lora.use_dora with int8 quantization needs a GPU"
+        raise UsageError("train_setting", message, hint="set quantization: nf4, or remove use_dora")
     _lora_config(config.lora, {})
 
 
@@ -127,9 +124,11 @@ def check_modules(config: Config, model: Any) -> None:
         known = _last_parts(modules)
         suggestion = f"pass a list: [{pattern}]" if pattern in known else suggest_names(pattern, known)
         raise _missing_error(config, "lora.target_modules", f"module that matches {pattern!r}", suggestion)
-    _check_layers(config, fields.get("layers_to_transform"), model)
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    _check_numbers(config, "layers_to_transform", "layer", fields.get("layers_to_transform"), layers)
     _check_patterns(config, fields, modules)
-    _check_tokens(config, fields.get("trainable_token_indices"), model)
+    tokens = int(model.get_input_embeddings().num_embeddings)
+    _check_numbers(config, "trainable_token_indices", "token", fields.get("trainable_token_indices"), tokens)
     lora = make_lora_config(config, model, grows=False, shapes=True)
     try:
         get_peft_model(model, lora)
@@ -146,11 +145,12 @@ def _check_names(config: Config, field: str, targets: Iterable[str], names: Sequ
             raise _missing_error(config, field, f"module {target!r}", suggestion)
 
 
-def _check_layers(config: Config, indices: Any, model: Any) -> None:
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    for number in indices if isinstance(indices, list) else () if indices is None else (indices,):
-        if not 0 <= number < layers:
-            raise _missing_error(config, "lora.layers_to_transform", f"layer {number}", f"expected 0 to {layers - 1}")
+def _check_numbers(config: Config, field: str, noun: str, numbers: Any, size: int) -> None:
+    """Raise an error if a LoRA field contains the number of a layer or token that does not exist in the model."""
+    values = chain.from_iterable(numbers.values()) if isinstance(numbers, Mapping) else numbers
+    for number in values if isinstance(values, Iterable) else () if values is None else (values,):
+        if not 0 <= number < size:
+            raise _missing_error(config, f"lora.{field}", f"{noun} {number}", f"expected 0 to {size - 1}")
 
 
 def _check_patterns(config: Config, fields: Mapping[str, Any], modules: Sequence[str]) -> None:
@@ -165,14 +165,6 @@ def _check_patterns(config: Config, fields: Mapping[str, Any], modules: Sequence
     if isinstance(excluded, str) and not _any_match(excluded, modules, "lora.exclude_modules"):
         suggestion = suggest_names(excluded, _last_parts(modules))
         raise _missing_error(config, "lora.exclude_modules", f"module that matches {excluded!r}", suggestion)
-
-
-def _check_tokens(config: Config, indices: Any, model: Any) -> None:
-    tokens = int(model.get_input_embeddings().num_embeddings)
-    ids = chain.from_iterable(indices.values()) if isinstance(indices, Mapping) else indices or ()
-    for id_ in ids:
-        if not 0 <= id_ < tokens:
-            raise _missing_error(config, "lora.trainable_token_indices", f"token {id_}", f"expected 0 to {tokens - 1}")
 
 
 def _missing_error(config: Config, field: str, name: str, hint: str) -> UsageError:
@@ -192,9 +184,8 @@ def _any_match(pattern: str, names: Iterable[str], field: str = "lora.target_mod
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
         message = f"{field} is {pattern!r}, which is not a valid regular expression: {error}"
-        raise UsageError(
-            "train_setting", message, hint="pass a list of names: target_modules: [q_proj, v_proj]"
-        ) from None
+        hint = "pass a list of names: target_modules: [q_proj, v_proj]"
+        raise UsageError("train_setting", message, hint=hint) from None
 
 
 def _long_names(lora: Lora) -> dict[str, Any]:
@@ -210,6 +201,5 @@ def _lora_config(lora: Lora, overrides: Mapping[str, Any]) -> LoraConfig:
             warnings.simplefilter("error", UserWarning)
             return LoraConfig(**convert_fields(fields, LoraConfig), task_type="CAUSAL_LM")
     except (ValueError, TypeError, ImportError, UserWarning) as error:
-        raise UsageError(
-            "train_setting", f"LoraConfig rejects the lora settings: {describe_exception(error)}"
-        ) from None
+        message = f"LoraConfig rejects the lora settings: {describe_exception(error)}"
+        raise UsageError("train_setting", message) from None

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from types import NoneType
 from typing import Any, Literal
 
 from ftdata.config import LORA_NAMES
@@ -107,9 +108,8 @@ def check_fields(section: str, values: Mapping[str, Any], kind: Callable[..., An
             raise UsageError("fixed_setting", f"{section}.{name} cannot be set: {fixed[name]}")
         if name not in fields:
             usable = {*fields, *(LORA_NAMES.values() if section == "lora" else ())} - fixed.keys()
-            raise UsageError(
-                "train_setting", f"{kind_name} has no field {name!r}", hint=suggest_names(str(name), usable)
-            )
+            message = f"{kind_name} has no field {name!r}"
+            raise UsageError("train_setting", message, hint=suggest_names(str(name), usable))
         check_type(section, name, value, fields[name])
 
 
@@ -207,12 +207,8 @@ def _describe_type(hint: Any) -> str:
     """Describe a type in words for an error message."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        members = [
-            member
-            for member in inner
-            if member is not type(None) and not (isinstance(member, type) and issubclass(member, Enum))
-        ]
-        return " or ".join(dict.fromkeys(map(_describe_type, members)))
+        kinds = [member for member in inner if not (isinstance(member, type) and issubclass(member, Enum | NoneType))]
+        return " or ".join(dict.fromkeys(map(_describe_type, kinds)))
     if origin is Literal:
         return f"one of {', '.join(str(literal) for literal in inner)}" if len(inner) > 1 else str(inner[0])
     if origin is list:

@@ -26,17 +26,9 @@ from ftdata.train.model.quantization import bytes_per_weight, quantization_name,
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
-    "adafactor": 0.05,
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "lion": 4,
-    "lion_8bit": 1,
-    "lion_32bit": 4,
-    "paged_lion_8bit": 1,
-    "paged_lion_32bit": 4,
-    "sgd": 0,
-}
+    "adafactor": 0.05, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion": 4, "lion_8bit": 1,
+    "lion_32bit": 4, "paged_lion_8bit": 1, "paged_lion_32bit": 4, "sgd": 0,
+}  # fmt: skip
 """Bytes of optimizer state per trained weight; Adam and unlisted optimizers use 8, two float32 values."""
 
 FEW_STEPS = 20
@@ -130,20 +122,11 @@ class Estimate:
     def __str__(self) -> str:
         share = self.trainable / self.parameters
         kind = f"{self.quantization}, computing in {self.dtype}" if self.quantization else self.dtype
-        parts = " + ".join(
-            f"{_bytes(value)} {name}"
-            for name, value in (
-                ("weights", self.weights),
-                ("gradients", self.gradients),
-                ("optimizer", self.optimizer),
-                ("activations", self.activations),
-            )
-        )
+        names = ("weights", "gradients", "optimizer", "activations")
+        parts = " + ".join(f"{_bytes(getattr(self, name))} {name}" for name in names)
         scope = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        note = (
-            "\nnote     a model hardly changes in so few steps: increase num_train_epochs, or use fewer rows per step"
-        )
-        short_note = note if self.steps < FEW_STEPS else ""
+        note = "a model hardly changes in so few steps: increase num_train_epochs, or use fewer rows per step"
+        short_note = f"\nnote     {note}" if self.steps < FEW_STEPS else ""
         return (
             f"model    {self.model}: {self.parameters:,} parameters, {self.trainable:,} trained ({share:.2%}), {kind}\n"
             f"data     {self.rows:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
@@ -217,14 +200,7 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    seconds = (
-        flops
-        * steps
-        * shares
-        / 6
-        / device.process_count()
-        / (device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION)
-    )
+    flops_per_second = device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION * device.process_count()
     state = OPTIMIZER_BYTES.get(str(getattr(arguments.optim, "value", arguments.optim)), 8)
     return Estimate(
         model=config.model,
@@ -244,7 +220,7 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
         tokens_per_step=tokens_per_step,
         flops_per_step=flops,
         flops=flops * steps,
-        seconds=seconds,
+        seconds=flops * steps * shares / 6 / flops_per_second,
         weights=weights + (4 * trainable if lora is not None else 0),
         gradients=4 * trainable,
         optimizer=round(state * trainable),
@@ -266,13 +242,12 @@ def check_memory(estimate: Estimate) -> None:
             fixes.insert(0, "lora: {r: 16}")
         if estimate.quantization is None:
             fixes.insert(0, "quantization: nf4")
-        raise InputRefused(
-            "too_large",
+        message = (
             f"{estimate.model} cannot be trained on this machine: "
             f"weights, gradients and optimizer need {_bytes(minimum)}, "
-            f"but only {_bytes(estimate.free)} are free on {estimate.device}",
-            hint=", or ".join(fixes),
+            f"but only {_bytes(estimate.free)} are free on {estimate.device}"
         )
+        raise InputRefused("too_large", message, hint=", or ".join(fixes))
 
 
 def count_steps(rows: int, arguments: Any, epochs: float | None = None) -> int:
@@ -292,15 +267,13 @@ def count_steps(rows: int, arguments: Any, epochs: float | None = None) -> int:
 
 
 def _make_shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
-    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    options["trust_remote_code"] = config.trust_remote_code
     try:
-        return AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
-        )
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
     except (ValueError, ImportError) as error:
-        raise UsageError(
-            "model_setting", f"the model {config.model} cannot be created: {describe_exception(error)}"
-        ) from None
+        message = f"the model {config.model} cannot be created: {describe_exception(error)}"
+        raise UsageError("model_setting", message) from None
 
 
 def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
@@ -314,13 +287,9 @@ def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head and not name.endswith(skipped)
     }
-    full_size, quantized_size = dtype.itemsize, bytes_per_weight(config.quantization)
-    return round(
-        sum(
-            int(weight.numel()) * (quantized_size if id(weight) in quantized_ids else full_size)
-            for weight in model.parameters()
-        )
-    )
+    sizes = {True: bytes_per_weight(config.quantization), False: dtype.itemsize}
+    total: float = sum(weight.numel() * sizes[id(weight) in quantized_ids] for weight in model.parameters())
+    return round(total)
 
 
 def _kept_per_token(model: Any, dtype: torch.dtype, longest: int, *, recomputes: bool) -> float:

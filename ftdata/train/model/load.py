@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,8 @@ def load_model_config(name: str, *, trust_remote_code: bool = False) -> Any:
         InputRefused: the model does not exist, is an adapter, or needs remote code.
     """
     if (Path(name) / "adapter_config.json").is_file():
-        raise InputRefused(
-            "is_adapter",
-            f"{name} is an adapter, not a model",
-            hint="pass the base model, or merge the adapter into it first (ftdata merge)",
-        )
+        hint = "pass the base model, or merge the adapter into it first (ftdata merge)"
+        raise InputRefused("is_adapter", f"{name} is an adapter, not a model", hint=hint)
     check_weights(Path(name))
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -74,19 +72,14 @@ def load_model(
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         quantized.llm_int8_skip_modules = sorted({*quantized.llm_int8_skip_modules, *embedding_names(shapes)})
-    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    options = {"dtype": dtype, "quantization_config": quantized, "trust_remote_code": trust_remote_code}
+    options |= {"attn_implementation": attention} if attention else {}
     if torch.cuda.is_available() and not device.is_sharded():
         # The isolation probe runs before training, and FlashAttention needs the model on the GPU.
         options["device_map"] = {"": torch.cuda.current_device()}
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            quantization_config=quantized,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            name, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise _load_error(name, error) from None
@@ -161,30 +154,23 @@ def _make_savable(settings: GenerationConfig) -> GenerationConfig:
     sampled = copy.deepcopy(settings)
     sampled.do_sample = True
     for candidate in (settings, sampled):
-        try:
+        with suppress(ValueError):
             candidate.validate(strict=True)
-        except ValueError:
-            continue
-        return candidate
+            return candidate
     return GenerationConfig(**tokens)
 
 
 def _pickle_error(name: str) -> InputRefused:
-    return InputRefused(
-        "no_safetensors",
-        f"the weights of {name} are pickles, which can run code when they are loaded",
-        hint="convert them to safetensors: load them on a machine that you can trust, and call save_pretrained",
-    )
+    message = f"the weights of {name} are pickles, which can run code when they are loaded"
+    hint = "convert them to safetensors: load them on a machine that you can trust, and call save_pretrained"
+    return InputRefused("no_safetensors", message, hint=hint)
 
 
 def _load_error(name: str, error: Exception) -> InputRefused:
     description = describe_exception(error, 2_000)
     if "trust_remote_code" in description:
-        return InputRefused(
-            "remote_code",
-            f"{name} contains Python code, which is not run by default",
-            hint="read the code, then set trust_remote_code: true (--trust-remote-code)",
-        )
+        hint = "read the code, then set trust_remote_code: true (--trust-remote-code)"
+        return InputRefused("remote_code", f"{name} contains Python code, which is not run by default", hint=hint)
     if "safetensors" in description and "bin" in description:
         return _pickle_error(name)
     hint = "pass a folder with config.json and safetensors, or a Hub id"
@@ -222,22 +208,18 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
     if is_enlarged:
         added = set(tokenizer.get_added_vocab().values())
         if not added.issuperset(range(rows, size)):
-            raise UsageError(
-                "vocabulary",
-                f"the data contains token id {size - 1}, but the model has only {rows} embeddings",
-                hint="build with the model's tokenizer",
-            )
+            message = f"the data contains token id {size - 1}, but the model has only {rows} embeddings"
+            raise UsageError("vocabulary", message, hint="build with the model's tokenizer")
         size = max(size, len(tokenizer))
         resize_embeddings(model, size)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
+    embedded = range(max(rows, size))
+    if tokenizer.pad_token_id not in embedded:
         # Padding is masked by position, not by id, so the EOS token can also be the pad token.
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
-        raise UsageError(
-            "pad_token",
-            f"the model has {rows} embeddings, but no embedding for the tokenizer's pad token or EOS token",
-            hint="in tokenizer_config.json, set a pad token that has an embedding in the model",
-        )
+    if tokenizer.pad_token_id not in embedded:
+        message = f"the model has {rows} embeddings, but no embedding for the tokenizer's pad token or EOS token"
+        hint = "in tokenizer_config.json, set a pad token that has an embedding in the model"
+        raise UsageError("pad_token", message, hint=hint)
     return is_enlarged
 
 

@@ -41,9 +41,8 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     try:
         import bitsandbytes  # noqa: F401  (checks that it is installed)
     except ImportError:
-        raise MissingDependency(
-            "missing_bitsandbytes", "quantization needs the package bitsandbytes", hint="pip install bitsandbytes"
-        ) from None
+        message = "quantization needs the package bitsandbytes"
+        raise MissingDependency("missing_bitsandbytes", message, hint="pip install bitsandbytes") from None
     if fields.get("load_in_4bit"):
         fields = {"bnb_4bit_compute_dtype": dtype, **fields}
     try:
@@ -87,11 +86,7 @@ def _fields(quantization: str | dict[str, Any]) -> dict[str, Any]:
     check_fields("quantization", quantization, BitsAndBytesConfig, {})
     if bool(quantization.get("load_in_4bit")) == bool(quantization.get("load_in_8bit")):
         state = "both" if quantization.get("load_in_4bit") else "neither"
-        raise UsageError(
-            "train_setting",
-            f"quantization sets {state} of load_in_4bit and load_in_8bit, but exactly one must be set",
-            hint="set load_in_4bit: true, or use a name: nf4, fp4, int8",
-        )
-    return convert_fields(
-        {name: value for name, value in quantization.items() if value is not None}, BitsAndBytesConfig
-    )
+        message = f"quantization sets {state} of load_in_4bit and load_in_8bit, but exactly one must be set"
+        raise UsageError("train_setting", message, hint="set load_in_4bit: true, or use a name: nf4, fp4, int8")
+    fields = {name: value for name, value in quantization.items() if value is not None}
+    return convert_fields(fields, BitsAndBytesConfig)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,9 @@ class TrainingProgressCallback(TrainerCallback):
     """
 
     def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        counts = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
         self._console = console
-        self._bar = Progress(*columns, console=console)
+        self._bar = Progress(*counts, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task("train", status="")
         self._live: Live | None = None
         self._losses: list[float] = []
@@ -66,11 +60,9 @@ class TrainingProgressCallback(TrainerCallback):
         logs = logs or {}
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise InputRefused(
-                "diverged",
-                f"the loss is {loss} at step {state.global_step}: training diverged",
-                hint="lower train.learning_rate, or set train.max_grad_norm; complete checkpoints are kept",
-            )
+            message = f"the loss is {loss} at step {state.global_step}: training diverged"
+            hint = "lower train.learning_rate, or set train.max_grad_norm; complete checkpoints are kept"
+            raise InputRefused("diverged", message, hint=hint)
         if loss is not None:
             self._losses.append(loss)
             self._status["loss"] = f"loss {loss:.4f}"
@@ -85,12 +77,11 @@ class TrainingProgressCallback(TrainerCallback):
             self._live.update(self._render_live())
         elif loss is not None or "eval_loss" in logs:
             step_seconds = (time.perf_counter() - self._start_time) / max(state.global_step - self._start_step, 1)
-            is_evaluation = "eval_loss" in logs
-            parts = [self._status["eval"]] if is_evaluation else [self._status["loss"], self._status.get("speed", "")]
+            shown = ["eval"] if "eval_loss" in logs else ["loss", "speed"]
+            status = "  ".join(self._status[name] for name in shown if name in self._status)
             time_left = f"{step_seconds * (state.max_steps - state.global_step):.0f} s left"
-            self._print_line(
-                f"step {state.global_step}/{state.max_steps}  {'  '.join(filter(None, parts))}  {time_left}"
-            )
+            line = f"step {state.global_step}/{state.max_steps}  {status}  {time_left}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop()
@@ -113,9 +104,6 @@ class TrainingProgressCallback(TrainerCallback):
         charts = [Text(draw_chart(self._losses, width), style="cyan")] if self._losses else []
         return Group(*charts, self._bar)
 
-    def _print_line(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
 
 def _read_step(line: str) -> float:
     try:
@@ -125,10 +113,11 @@ def _read_step(line: str) -> float:
         return math.inf
 
 
+@dataclass(eq=False)
 class SampleCallback(TrainerCallback):
     """Generates answers to the same prompts at every evaluation, and writes them to `samples.jsonl` and the console.
 
-    Args:
+    Attributes:
         prompts: token ids of the prompts.
         expected: token ids of the expected answers, or `None` for prompts without an expected answer.
         tokenizer: the tokenizer that decodes prompts and answers.
@@ -136,40 +125,35 @@ class SampleCallback(TrainerCallback):
         console: the console that prompts and answers are printed to.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[list[int]],
-        expected: Sequence[list[int] | None],
-        tokenizer: Tokenizer,
-        path: Path,
-        console: Console,
-    ) -> None:
-        self._prompts, self._expected, self._tokenizer = prompts, expected, tokenizer
-        self._path, self._console = path, console
+    prompts: Sequence[list[int]]
+    expected: Sequence[list[int] | None]
+    tokenizer: Tokenizer
+    path: Path
+    console: Console
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run repeats the evaluations after its checkpoint, so their samples are removed.
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        with replace_file(self._path) as file:
-            text = "".join(f"{line}\n" for line in lines if _read_step(line) <= state.global_step)
-            file.write_text(text, encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        earlier = "".join(f"{line}\n" for line in lines if _read_step(line) <= state.global_step)
+        with replace_file(self.path) as file:
+            file.write_text(earlier, encoding="utf-8")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        answers = generate_ids(model, self._prompts, max_new_tokens=SAMPLE_TOKENS)
-        with self._path.open("a", encoding="utf-8") as file:
-            for prompt, expected, answer in zip(self._prompts, self._expected, answers, strict=True):
+        answers = generate_ids(model, self.prompts, max_new_tokens=SAMPLE_TOKENS)
+        with self.path.open("a", encoding="utf-8") as file:
+            for prompt, expected, answer in zip(self.prompts, self.expected, answers, strict=True):
                 sample = {
                     "step": state.global_step,
-                    "prompt": self._tokenizer.decode(prompt),
-                    "expected": None if expected is None else self._tokenizer.decode(expected),
-                    "answer": self._tokenizer.decode(answer),
+                    "prompt": self.tokenizer.decode(prompt),
+                    "expected": None if expected is None else self.tokenizer.decode(expected),
+                    "answer": self.tokenizer.decode(answer),
                 }
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-                prompt_text = self._tokenizer.decode(prompt, skip_control=True).strip()
+                prompt_text = self.tokenizer.decode(prompt, skip_control=True).strip()
                 self._print_sample(prompt_text, sample["answer"])
 
     def _print_sample(self, prompt: str, answer: str) -> None:
         prompt, answer = (escape_unprintable(" ".join(text.split())) for text in (prompt, answer))
         line = Text.assemble("  ", (prompt[-50:], "dim"), " → ", (answer, "green"))
-        line.truncate(max(self._console.width, 60), overflow="ellipsis")
-        self._console.print(line)
+        line.truncate(max(self.console.width, 60), overflow="ellipsis")
+        self.console.print(line)

@@ -46,9 +46,8 @@ def finish_run(
     """
     stop_ids = set_stop_tokens(trainer, config, data)
     # The trainer enables the output of router logits, which inference does not need.
-    router = getattr(
-        load_model_config(config.model, trust_remote_code=config.trust_remote_code), "output_router_logits", None
-    )
+    base_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    router = getattr(base_config, "output_router_logits", None)
     if router is not None:
         trainer.model.config.output_router_logits = router
     trainer.save_model(str(run / "model"))

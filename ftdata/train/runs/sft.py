@@ -281,13 +281,9 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
 
 def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer:
     set_seed(int(config.train.get("seed", 42)))
-    model = load_model(
-        config.model,
-        config.quantization,
-        dtype=weights_dtype(config),
-        attention=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    trusts, attention = config.trust_remote_code, config.attn_implementation
+    options: dict[str, Any] = {"dtype": weights_dtype(config), "attention": attention, "trust_remote_code": trusts}
+    model = load_model(config.model, config.quantization, **options)
     isolated = measure_leak(model) <= LEAK
     if data.is_packed and not isolated:
         raise _leak_error(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
@@ -312,11 +308,9 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
 
 
 def _leak_error(model: str, kind: str) -> InputRefused:
-    return InputRefused(
-        "model_leaks",
-        f"packed documents attend to each other in the model {model} ({kind})",
-        hint="build without packing (pack: null), so that rows are padded; or set another attn_implementation",
-    )
+    message = f"packed documents attend to each other in the model {model} ({kind})"
+    hint = "build without packing (pack: null), so that rows are padded; or set another attn_implementation"
+    return InputRefused("model_leaks", message, hint=hint)
 
 
 def _make_sample_callback(

@@ -120,11 +120,8 @@ def check_devices(settings: Mapping[str, Any]) -> None:
     """
     gpus = torch.cuda.device_count()
     if gpus > 1 and process_count() == 1 and not settings.get("use_cpu"):
-        raise UsageError(
-            "several_gpus",
-            f"{gpus} GPUs are visible to a single process",
-            hint=f"run accelerate launch --num_processes {gpus} -m ftdata train ..., or set CUDA_VISIBLE_DEVICES=0",
-        )
+        hint = f"run accelerate launch --num_processes {gpus} -m ftdata train ..., or set CUDA_VISIBLE_DEVICES=0"
+        raise UsageError("several_gpus", f"{gpus} GPUs are visible to a single process", hint=hint)
 
 
 def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
@@ -147,16 +144,12 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
     dtype = compute_dtype(config.train)
     strategy = config.train.get("eval_strategy", "epoch" if evaluates else "no")
     if not evaluates and str(strategy) != "no":
-        raise UsageError(
-            "no_test_split", f"eval_strategy is {strategy!r}, but there is no test split", hint="set test_size"
-        )
+        message = f"eval_strategy is {strategy!r}, but there is no test split"
+        raise UsageError("no_test_split", message, hint="set test_size")
     stops_early = config.early_stopping is not None
     if stops_early and (not evaluates or strategy == "no"):
-        raise UsageError(
-            "early_stopping",
-            "early_stopping needs evaluations during training",
-            hint="set test_size, or use data with a test split",
-        )
+        message = "early_stopping needs evaluations during training"
+        raise UsageError("early_stopping", message, hint="set test_size, or use data with a test split")
     best = {"load_best_model_at_end": True, "save_strategy": strategy} if stops_early else {}
     if stops_early and "eval_steps" in config.train:
         best["save_steps"] = config.train["eval_steps"]
@@ -204,9 +197,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         get_reporting_integration_callbacks(settings.report_to)
         settings.get_process_log_level()
     except Exception as error:  # noqa: BLE001  (an invalid value can raise any exception in other libraries)
-        raise UsageError(
-            "train_setting", f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
-        ) from None
+        message = f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
+        raise UsageError("train_setting", message) from None
     return settings
 
 
@@ -244,10 +236,8 @@ def _compare_padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
         size = len(row["input_ids"])
         yield from _compare("tokens", batch["input_ids"][index][:size], np.asarray(row["input_ids"]))
         yield from _compare("labels", batch["labels"][index][:size], np.asarray(row["labels"]))
-        if (
-            int(batch["attention_mask"][index].sum()) != size
-            or int(batch["attention_mask"][index][:size].sum()) != size
-        ):
+        mask = batch["attention_mask"][index]
+        if int(mask.sum()) != size or int(mask[:size].sum()) != size:
             yield "unmasked padding"
         if bool((batch["labels"][index][size:] != IGNORE_INDEX).any()):
             yield "trained padding"

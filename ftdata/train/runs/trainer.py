@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class BuildTrainer(SFTTrainer):
             arguments.data_seed if arguments.data_seed is not None else arguments.seed,
             # At the end of an epoch, the trainer already reports the number of the next epoch.
             lambda: int((self.state.epoch or 0) + 1e-9),
-            self._lengths if strategy == "group_by_length" else None,
+            lengths=self._lengths if strategy == "group_by_length" else None,
             shuffled=strategy != "sequential",
             multiple_of=batch_rows if arguments.world_size > 1 else 1,
         )
@@ -170,6 +171,7 @@ class BuildTrainer(SFTTrainer):
         pass
 
 
+@dataclass(eq=False)
 class EpochSampler(torch.utils.data.Sampler):
     """A sampler whose row order depends only on the seed and the epoch, so a resumed run uses the same order.
 
@@ -177,7 +179,7 @@ class EpochSampler(torch.utils.data.Sampler):
     the longest row comes first. With several processes, all of them need the same number of rows; an untrained filler
     row is repeated to make the numbers equal.
 
-    Args:
+    Attributes:
         size: number of rows.
         per_step: number of rows per optimizer step.
         seed: random seed.
@@ -187,39 +189,32 @@ class EpochSampler(torch.utils.data.Sampler):
         multiple_of: number that divides the number of samples; index `size`, the filler row, is repeated as needed.
     """
 
-    def __init__(
-        self,
-        size: int,
-        per_step: int,
-        seed: int,
-        get_epoch: Callable[[], int],
-        lengths: NDArray[np.int64] | None,
-        *,
-        shuffled: bool,
-        multiple_of: int,
-    ) -> None:
-        self._size, self._per_step, self._seed, self._get_epoch = size, per_step, seed, get_epoch
-        self._lengths, self._shuffled = lengths, shuffled
-        self._fillers = -size % multiple_of
+    size: int
+    per_step: int
+    seed: int
+    get_epoch: Callable[[], int]
+    lengths: NDArray[np.int64] | None = field(kw_only=True)
+    shuffled: bool = field(kw_only=True)
+    multiple_of: int = field(kw_only=True)
 
     def __len__(self) -> int:
-        return self._size + self._fillers
+        return self.size + -self.size % self.multiple_of
 
     def __iter__(self) -> Iterator[int]:
-        order = np.arange(self._size)
-        if self._shuffled:
-            generator = np.random.default_rng((self._seed, self._get_epoch()))
-            order = generator.permutation(self._size)
-            if self._lengths is not None:
-                order = self._group_by_length(order, self._lengths, generator)
-        return iter([*order.tolist(), *[self._size] * self._fillers])
+        order = np.arange(self.size)
+        if self.shuffled:
+            generator = np.random.default_rng((self.seed, self.get_epoch()))
+            order = generator.permutation(self.size)
+            if self.lengths is not None:
+                order = self._group_by_length(order, self.lengths, generator)
+        return iter([*order.tolist(), *[self.size] * (-self.size % self.multiple_of)])
 
     def _group_by_length(
         self, order: NDArray[np.int64], lengths: NDArray[np.int64], generator: np.random.Generator
     ) -> NDArray[np.int64]:
-        pools = np.split(order, range(self._per_step * _POOL, len(order), self._per_step * _POOL))
+        pools = np.split(order, range(self.per_step * _POOL, len(order), self.per_step * _POOL))
         order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
-        batches = np.split(order, range(self._per_step, len(order), self._per_step))
+        batches = np.split(order, range(self.per_step, len(order), self.per_step))
         full = len(batches) - 1
         # The last batch may have fewer rows, so it stays last.
         mixed = [batches[number] for number in generator.permutation(full)] + batches[full:]
