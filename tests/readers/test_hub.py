@@ -4,12 +4,12 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 from hub.server import serving
 
 from ftdata import read
@@ -37,9 +37,7 @@ def hub(tmp_path, monkeypatch):
 
 def python(code):
     """Run code in a subprocess: the client of the hub reads the endpoint when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", QUICK + code], capture_output=True, text=True, check=False, env=os.environ
-    )
+    done = subprocess.run(warm.python("-c", QUICK + code), capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -212,7 +210,7 @@ import json
 from ftdata import build_sft_dataset
 build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, test_size=4, output_dir={str(tmp_path / "out")!r})
 print(json.dumps(0))""")
-    command = [sys.executable, "-m", "ftdata", "push", str(tmp_path / "out"), "me/built", "--private"]
+    command = warm.python("-m", "ftdata", "push", tmp_path / "out", "me/built", "--private")
     hub.faults.append((r"/commit/", 503))
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
