@@ -19,10 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIGHT = (
     "ftdata.cli", "ftdata.build.dataset", "ftdata.build.convert", "ftdata.build.push", "ftdata.inspection.preview",
-    "ftdata.inspection.audit", "pydantic.type_adapter", "zoneinfo", "ftdata.inspection.stats", "ftdata.inspection.diff", "ftdata.templates.worker",
+    "ftdata.inspection.audit", "ftdata.inspection.stats", "ftdata.inspection.diff", "ftdata.templates.worker",
+    "pydantic.type_adapter", "zoneinfo",
 )  # fmt: skip
+HUB = (*LIGHT, "datasets", "huggingface_hub.hf_api", "huggingface_hub.hf_file_system", "ftdata.readers.remote_files")
 TRAINING = (
-    *LIGHT, "datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.pyplot",
+    *HUB, "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.pyplot",
     "sacrebleu", "sacrebleu.tokenizers.tokenizer_13a", "transformers.models.llama.modeling_llama", "ftdata.train.runs.sft",
     "ftdata.train.inference.chat", "ftdata.train.inference.evaluation", "ftdata.train.inference.merge_adapter",
 )  # fmt: skip
@@ -30,9 +32,8 @@ TRAINING = (
 
 def python(*arguments, modules=LIGHT, environment=os.environ):
     """Return a command that does what `python ARGUMENTS...` does in an environment, but has imported these modules."""
-    at_import = tuple(
-        sorted((name, value) for name, value in environment.items() if name.startswith(("HF_", "PYTHON")))
-    )
+    prefixes = ("HF_", "PYTHON") if modules != LIGHT else "PYTHON"
+    at_import = tuple(sorted((name, value) for name, value in environment.items() if name.startswith(prefixes)))
     return [*_start(modules, at_import), *map(str, arguments)]
 
 
