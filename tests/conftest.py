@@ -1,6 +1,7 @@
 """Shared fixtures: tokenizers, tiny models, a browser and the shared test data."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import laws  # noqa: F401  (profiles of Hypothesis)
 import pytest
+import warm
 from tokenizer_makers import MAKERS, tiny_bpe
 
 # Nothing may be taken from an earlier run.
@@ -18,7 +20,8 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 # Tiny models gain nothing from threads, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = Path(os.environ.get("FTDATA_SHARED", Path(__file__).parents[2] / "shared"))
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("FTDATA_SHARED", ROOT.parent / "shared"))
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -44,6 +47,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="there is no Chromium (apt install chromium)"))
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="the shared test data is not here (FTDATA_SHARED)"))
+
+
+def pytest_collection_finish():
+    # The modules that tests import have millions of objects, through which each full garbage collection would go.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +127,24 @@ def tiny_model(folder, kind="llama", *, seed=0):
 def llama(tmp_path_factory):
     """A tiny Llama with the tiny byte-level tokenizer and a ChatML template."""
     return tiny_model(tiny_bpe(tmp_path_factory.mktemp("models") / "llama"))
+
+
+@pytest.fixture(scope="session")
+def hub_environment(tmp_path_factory):
+    """The environment of a process that uses a hub on localhost; the hub serves tiny models and data sets."""
+    pytest.importorskip("trl")
+    from hub.small import small_hub
+
+    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    variables |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "", "COLUMNS": "200"}
+    with small_hub(tmp_path_factory.mktemp("hub")) as addresses:
+        yield variables | addresses
+
+
+@pytest.fixture(scope="session")
+def training_python(hub_environment):
+    """Return a Python command that has imported the training libraries already, and that uses the hub on localhost."""
+    return lambda *arguments: warm.python(*arguments, modules=warm.TRAINING, environment=hub_environment)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
+import warm
 
 from ftdata import build_sft_dataset, verify
 from ftdata.errors import UsageError
@@ -24,7 +24,7 @@ def data(tmp_path):
 
 
 def run(*words):
-    done = subprocess.run([sys.executable, "-m", "ftdata", *map(str, words)], capture_output=True, check=False)
+    done = subprocess.run(warm.python("-m", "ftdata", *words), capture_output=True, check=False)
     assert b"internal" not in done.stderr, done.stderr
     assert b"Traceback" not in done.stderr, done.stderr
     return done.returncode

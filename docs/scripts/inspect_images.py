@@ -46,16 +46,15 @@ def terminal(path, command, show):
     path.write_text(console.export_svg(title="ftdata", code_format=FONTS.sub("", CONSOLE_SVG_FORMAT)) + "\n")
 
 
-def browser(play, source, path, *, scheme="light", height=900, work=None):
+def browser(launched, source, path, *, scheme="light", height=900, work=None):
     """Take a picture of a page."""
-    launched = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
     page = launched.new_page(color_scheme=scheme, viewport={"width": 1100, "height": height})
     page.goto(f"file://{source}")
     page.wait_for_selector("#list[data-ready]", state="attached")
     if work:
         work(page)
     page.screenshot(path=path)
-    launched.close()
+    page.close()
 
 
 def search(page):
@@ -91,9 +90,11 @@ def main(out):
             other.print,
         )
         preview(*given, **options, packing="bfd", html="page.html")
-        browser(play, Path("page.html").resolve(), out / "page.png", work=lambda page: page.click("#packs summary"))
-        browser(play, Path("page.html").resolve(), out / "page-dark.png", scheme="dark", height=620, work=search)
-        browser(play, Path("diff.html").resolve(), out / "diff.png", height=760)
+        launched = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser(launched, Path("page.html").resolve(), out / "page.png", work=lambda page: page.click("#packs summary"))
+        browser(launched, Path("page.html").resolve(), out / "page-dark.png", scheme="dark", height=620, work=search)
+        browser(launched, Path("diff.html").resolve(), out / "diff.png", height=760)
+        launched.close()
 
 
 if __name__ == "__main__":

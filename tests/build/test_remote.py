@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import warm
 from hub.bucket import serving
 
 from ftdata import build_sft_dataset, preview, verify
@@ -50,7 +51,7 @@ def sent(bucket):
 
 
 def ftdata(*arguments):
-    done = subprocess.run([sys.executable, "-m", "ftdata", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(warm.python("-m", "ftdata", *arguments), capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "pandas", "bitsandbytes", "accelerate")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -15,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def ftdata(*arguments, **environment):
     done = subprocess.run(
-        [sys.executable, "-m", "ftdata", *map(str, arguments)],
+        warm.python("-m", "ftdata", *arguments),
         capture_output=True,
         text=True,
         check=False,

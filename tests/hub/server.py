@@ -21,6 +21,9 @@ class Hub:
     """
 
     def __init__(self):
+        self.clear()
+
+    def clear(self):
         self.repos, self.faults, self.asked, self.files = {}, [], [], {}
 
     def add(self, name, files, kind="datasets"):

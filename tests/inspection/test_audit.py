@@ -1,8 +1,10 @@
 """Audit: findings, report formats, inputs and the command."""
 
 import json
+import subprocess
 
 import pytest
+import warm
 from audit_helpers import PLAIN, audit_rows, talk
 from chat_templates import ANSWER, TALK, TOOLED, USER
 from tokenizer_makers import CHATML
@@ -129,15 +131,12 @@ def test_findings_of_a_build_name_its_source_files(tokenizer, tmp_path):
 
 
 def test_audit_command(tokenizer, tmp_path):
-    import subprocess
-    import sys
-
     path, latin = tmp_path / "d.jsonl", tmp_path / "latin.jsonl"
     path.write_text(json.dumps({"messages": [USER, {**ANSWER, "mood": "sunny"}]}) + "\n")
     latin.write_bytes(json.dumps(talk("où", "là"), ensure_ascii=False).encode("cp1252") + b"\n")
 
     def run(*arguments):
-        command = [sys.executable, "-m", "ftdata", "audit", *map(str, arguments), "-t", tokenizer()]
+        command = warm.python("-m", "ftdata", "audit", *arguments, "-t", tokenizer())
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert [run(path, "--fail-on", one).returncode for one in ("note", "warning")] == [1, 0]

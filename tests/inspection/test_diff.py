@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_makers import CHATML
@@ -239,9 +239,7 @@ def test_invalid_sides_are_refused(data, tokenizer_dir, b, says):
 
 
 def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "ftdata", "diff", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(warm.python("-m", "ftdata", "diff", *arguments), capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     return done
 

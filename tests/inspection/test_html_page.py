@@ -27,14 +27,21 @@ def talk(question, answer):
 
 
 @pytest.fixture(scope="module")
-def opened(chromium):
-    """Return a function that opens a page from a file, without a network."""
-    contexts = []
+def context(chromium):
+    """A window without a network."""
+    context = chromium.new_context(offline=True, viewport={"width": 1200, "height": 900})
+    yield context
+    context.close()
 
-    def open_page(path, **options):
-        context = chromium.new_context(offline=True, **{"viewport": {"width": 1200, "height": 900}, **options})
-        contexts.append(context)
+
+@pytest.fixture
+def opened(context):
+    """Return a function that opens a page from a file."""
+    pages = []
+
+    def open_page(path):
         page = context.new_page()
+        pages.append(page)
         page.asked, page.faults = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("pageerror", lambda error: page.faults.append(str(error)))
@@ -44,8 +51,8 @@ def opened(chromium):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
 
 
 SHOWN = """() => [...document.querySelectorAll('.ex')].map((box) => ({
@@ -391,21 +398,20 @@ def test_documents_of_a_pack_link_to_their_rows(simple):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_has_no_accessibility_violations(simple, scheme, chromium, tmp_path):
+def test_page_has_no_accessibility_violations(simple, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
-    simple(
+    page = simple(
         [talk("q", "an answer"), talk("<|im_end|>", "a"), talk("q", ""), talk("q", "long " * 90)],
         packing="bfd",
         max_length=80,
     )
-    context = chromium.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
-    page = context.new_page()
-    page.goto(f"file://{tmp_path / 'page.html'}")
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
     page.wait_for_selector("#list[data-ready]", state="attached")
+    assert page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     violations = Axe().run(page).response["violations"]
-    context.close()
     assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == []
 
 

@@ -109,14 +109,14 @@ def planted(chance, clean, tokenizer):
     }
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
+@pytest.fixture(scope="module", params=[3_000, pytest.param(20_000, marks=pytest.mark.long)])
+def large(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     tokenizer = deepseek(folder / "tokenizer")
     config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<｜▁pad▁｜>"}))
     chance = random.Random(20)
-    clean = [conversation(chance, number) for number in range(20_000)]
+    clean = [conversation(chance, number) for number in range(request.param)]
     held_out = [conversation(chance, 30_000 + number) for number in range(200)]
     faults = planted(chance, clean, tokenizer)
     placed = [(code, row) for code, some in faults.items() for row in some]
@@ -130,7 +130,7 @@ def large(tmp_path_factory):
     with (folder / "faulty.jsonl").open("a") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in leaked)
     expected = {code: [number + 1 for number, (own, _, _) in enumerate(whole) if own == code] for code in faults}
-    return folder, tokenizer, {**expected, "leakage": [8, 71]}
+    return folder, tokenizer, {**expected, "leakage": [8, 71]}, len(clean) + len(held_out)
 
 
 OPTIONS = {"max_length": 1024, "overlong": "truncate", "near_duplicate_threshold": 0.8, "pii": True}
@@ -138,15 +138,15 @@ OPTIONS = {"max_length": 1024, "overlong": "truncate", "near_duplicate_threshold
 
 @pytest.mark.timeout(600)
 def test_clean_data_set_has_no_findings(large):
-    folder, tokenizer, _ = large
+    folder, tokenizer, _, rows = large
     report = audit(folder / "clean.jsonl", tokenizer, against=folder / "held_out.jsonl", **OPTIONS)
-    assert str(report).splitlines() == ["20,200 rows, 0 findings"]
+    assert str(report).splitlines() == [f"{rows:,} rows, 0 findings"]
     assert not report.fails("note")
 
 
 @pytest.mark.timeout(600)
 def test_exactly_the_planted_faults_are_found(large):
-    folder, tokenizer, expected = large
+    folder, tokenizer, expected, _ = large
     report = audit(folder / "faulty.jsonl", tokenizer, against=folder / "held_out.jsonl", **OPTIONS)
     assert {one.code: [place.source.line for place in one.locations] for one in report.findings} == expected
     assert {one.code: one.count for one in report.findings} == {code: len(lines) for code, lines in expected.items()}
@@ -154,7 +154,7 @@ def test_exactly_the_planted_faults_are_found(large):
 
 @pytest.mark.timeout(600)
 def test_build_has_the_findings_that_depend_on_tokens(large, tmp_path):
-    folder, tokenizer, expected = large
+    folder, tokenizer, expected, _ = large
     data = [{"path": folder / "faulty.jsonl"}]
     build_sft_dataset(
         data,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from chat_templates import ANSWER, USER
 from hypothesis import given
 from hypothesis import strategies as st
@@ -241,7 +242,7 @@ def in_terminal(*arguments, columns=80, **environment):
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     base = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
     done = subprocess.Popen(
-        [sys.executable, "-m", "ftdata", *map(str, arguments)],
+        warm.python("-m", "ftdata", *arguments),
         stdin=secondary, stdout=secondary, stderr=subprocess.PIPE, env={**base, "TERM": "xterm-256color", **environment},
     )  # fmt: skip
     os.close(secondary)
@@ -273,9 +274,7 @@ def test_terminal_output_has_colors_and_piped_output_has_marks(tokenizer_dir):
     plain = in_terminal(*arguments, NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", plain)
     assert "⟦We are open" in bare(plain)
-    piped = subprocess.run(
-        [sys.executable, "-m", "ftdata", *map(str, arguments)], capture_output=True, text=True, check=True
-    ).stdout
+    piped = subprocess.run(warm.python("-m", "ftdata", *arguments), capture_output=True, text=True, check=True).stdout
     assert "\x1b" not in piped
     assert piped.replace("\n", "") == bare(plain).replace("\r\n", "\n").replace("\n", "")
 
@@ -303,7 +302,7 @@ def test_long_output_goes_through_the_pager(tokenizer_dir, tmp_path):
     assert "question_answer" in in_terminal(*arguments, "-n", 20, PAGER="nowhere-to-be-found")
     assert "PAGED" not in in_terminal(*arguments, "-n", 20, "--no-pager", PAGER=str(pager))
     done = subprocess.run(
-        [sys.executable, "-m", "ftdata", *map(str, arguments), "-n", "20"],
+        warm.python("-m", "ftdata", *arguments, "-n", 20),
         capture_output=True,
         text=True,
         check=True,

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,7 +180,7 @@ def test_inputs_without_examples_or_tokenizer_are_refused(tokenizer_dir, data):
 
 
 def test_stats_command_prints_tables_and_json(data, tokenizer_dir):
-    command = [sys.executable, "-m", "ftdata", "stats", *data, "-t", tokenizer_dir("tiny_bpe")]
+    command = warm.python("-m", "ftdata", "stats", *data, "-t", tokenizer_dir("tiny_bpe"))
     plain = subprocess.run(
         command, capture_output=True, text=True, check=True, env={"COLUMNS": "80", "PATH": "/usr/bin"}
     ).stdout

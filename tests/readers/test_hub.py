@@ -3,13 +3,14 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 from hub.server import serving
 
 from ftdata import read
@@ -24,21 +25,30 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A hub, and the variables that its client reads when it is imported."""
+    home = {"HF_HOME": str(tmp_path_factory.mktemp("hub") / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
     with serving() as (server, address):
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        yield server
+        yield server, {"HF_ENDPOINT": address, **home}
+
+
+@pytest.fixture
+def hub(served, monkeypatch):
+    """A hub without repositories, requests and faults, and with an empty cache."""
+    server, variables = served
+    server.clear()
+    shutil.rmtree(variables["HF_HOME"], ignore_errors=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return server
 
 
 def python(code):
-    """Run code in a subprocess: the client of the hub reads the endpoint when it is imported."""
+    """Run code in a process whose client of the hub read the endpoint when it was imported."""
     done = subprocess.run(
-        [sys.executable, "-c", QUICK + code], capture_output=True, text=True, check=False, env=os.environ
+        warm.python("-c", QUICK + code, modules=warm.HUB), capture_output=True, text=True, check=False, env=os.environ
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -145,7 +155,7 @@ def test_streaming_reads_without_a_download(hub, tmp_path):
     pq.write_table(table, tmp_path / "t.parquet")
     hub.add("me/chats", {"train.jsonl": lines(ROWS), "test.parquet": (tmp_path / "t.parquet").read_bytes()})
     assert rows_of({"path": "me/chats", "streaming": True}) == {"test": QUESTIONS, "train": QUESTIONS}
-    assert not list((tmp_path / "home").rglob("*.jsonl"))
+    assert not list(Path(os.environ["HF_HOME"]).rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("fault", [503, 429, 500, "cut"])
@@ -212,7 +222,7 @@ import json
 from ftdata import build_sft_dataset
 build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, test_size=4, output_dir={str(tmp_path / "out")!r})
 print(json.dumps(0))""")
-    command = [sys.executable, "-m", "ftdata", "push", str(tmp_path / "out"), "me/built", "--private"]
+    command = warm.python("-m", "ftdata", "push", tmp_path / "out", "me/built", "--private", modules=warm.HUB)
     hub.faults.append((r"/commit/", 503))
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr

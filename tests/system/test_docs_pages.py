@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from docs_pages import PAGES, ROOT, blocks, commands
-from hub.small import small_hub
 
+from ftdata import convert
+
+FTDATA = Path(sys.executable).parent / "ftdata"
 LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/howto/trainer.md"}
 """Pages that train several models; shorter pages or `examples/` cover the same commands."""
 
@@ -21,13 +24,6 @@ def run_pages():
     for page in PAGES:
         if any(kind in ("console", "python") for kind, _, _ in blocks(page)):
             yield pytest.param(page, marks=pytest.mark.long if page in LONG else ())
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    pytest.importorskip("trl")
-    with small_hub(tmp_path_factory.mktemp("hub")) as environment:
-        yield environment
 
 
 @pytest.fixture
@@ -55,53 +51,47 @@ def place(tmp_path, llama):
     (tmp_path / "chats").mkdir()
     packed = gzip.compress(json.dumps({"messages": talk}).encode())
     (tmp_path / "chats" / "a.jsonl.gz").write_bytes(packed)
-    subprocess.run(
-        [sys.executable, "-m", "ftdata", "convert", "data.json", "-o", "tables.parquet"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+    convert(str(tmp_path / "data.json"), str(tmp_path / "tables.parquet"))
     return tmp_path
 
 
-def environment(hub):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    quick = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    return {**quick, **hub, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="session")
+def environment(hub_environment, training_python, tmp_path_factory):
+    """The environment of a page, with `ftdata` and `python` on the `PATH`."""
+    folder = tmp_path_factory.mktemp("programs")
+    for name, arguments in (("python", ()), ("ftdata", (FTDATA,))):
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(training_python(*arguments))} "$@"\n')
+        (folder / name).chmod(0o755)
+    return {**hub_environment, "PATH": os.pathsep.join((str(folder), str(FTDATA.parent), hub_environment["PATH"]))}
 
 
 @pytest.mark.train
 @pytest.mark.parametrize("page", list(run_pages()))
-def test_examples_of_a_page_run_and_print_their_output(page, place, hub):
+def test_examples_of_a_page_run_and_print_their_output(page, place, environment):
     """Run commands and Python blocks, compare the printed output, and write the named files."""
     for language, name, text in blocks(page):
         if name:
             (place / name).write_text(text)
         elif language == "console":
             for command, printed in commands(text):
-                done = subprocess.run(
-                    ["bash", "-c", command],
-                    cwd=place,
-                    env=environment(hub),
-                    capture_output=True,
-                    text=True,
-                    input="Hello?\n",
-                    check=False,
-                    timeout=240,
-                )
-                assert done.returncode == 0, (command, done.stdout, done.stderr)
-                assert_is_printed(printed, done.stdout)
+                assert_is_printed(printed, run_command(["bash", "-c", command], place, environment))
         elif language == "python":
-            done = subprocess.run(
-                [sys.executable, "-c", text],
-                cwd=place,
-                env=environment(hub),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=240,
-            )
-            assert done.returncode == 0, (text, done.stderr)
+            run_command(["python", "-c", text], place, environment)
+
+
+def run_command(command, folder, environment):
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        input="Hello?\n",
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout
 
 
 def assert_is_printed(shown, printed):

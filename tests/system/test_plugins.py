@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from ftdata import build_sft_dataset, read
 from ftdata.errors import FtdataError
@@ -35,7 +36,7 @@ def installed(tmp_path_factory):
 
 
 def ftdata(environment, *arguments, code=0):
-    command = [sys.executable, "-m", "ftdata", *map(str, arguments)]
+    command = warm.python("-m", "ftdata", *arguments, environment=environment)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -103,9 +102,9 @@ class Cells(HTMLParser):
             self.cells[-1] += data
 
 
-def test_comparison_is_written_as_json_and_html(learnt, tmp_path):
+def test_comparison_is_written_as_json_and_html(training_python, learnt, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "ftdata", "eval", str(learnt), "-n", "2", "--html", str(tmp_path / "e.html"), "--json"],
+        training_python("-m", "ftdata", "eval", learnt, "-n", 2, "--html", tmp_path / "e.html", "--json"),
         check=False,
         capture_output=True,
         text=True,
@@ -136,7 +135,7 @@ def test_hostile_answers_are_escaped_in_terminal_and_html():
     assert "\u202e" not in capture.get()
 
 
-def test_chat_keeps_its_history_and_generate_answers(learnt):
+def test_chat_keeps_its_history_and_generate_answers(training_python, learnt):
     assert generate(learnt, ["Spell 3.", "Spell 5."], max_new_tokens=8) != generate(
         learnt, ["Spell 3.", "Spell 5."], base=True, max_new_tokens=8
     )
@@ -146,7 +145,7 @@ def test_chat_keeps_its_history_and_generate_answers(learnt):
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.messages[1]["content"] == first
     done = subprocess.run(
-        [sys.executable, "-m", "ftdata", "chat", str(learnt), "--max-new-tokens", "4"],
+        training_python("-m", "ftdata", "chat", learnt, "--max-new-tokens", 4),
         input="Spell 3.\n/new\nSpell 3.\n",
         check=False,
         capture_output=True,
@@ -156,8 +155,8 @@ def test_chat_keeps_its_history_and_generate_answers(learnt):
     assert done.stdout.splitlines() == [first, first]
 
 
-def test_temperature_zero_is_greedy_and_invalid_top_p_is_refused(learnt):
-    command = [sys.executable, "-m", "ftdata", "generate", str(learnt), "Spell 3.", "--max-new-tokens", "12"]
+def test_temperature_zero_is_greedy_and_invalid_top_p_is_refused(training_python, learnt):
+    command = training_python("-m", "ftdata", "generate", learnt, "Spell 3.", "--max-new-tokens", 12)
     said = {
         tuple(options): subprocess.run([*command, *options], check=False, capture_output=True, text=True)
         for options in ([], ["--temperature", "0"], ["--top-p", "2"])

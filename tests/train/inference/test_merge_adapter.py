@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -86,8 +85,8 @@ def test_merge_error_above_the_limit_stops_and_leaves_no_output(adapted, tmp_pat
         merge(adapted, tmp_path / "merged", dtype="int8")
 
 
-def test_merge_command_prints_dtype_error_and_limit(adapted, tmp_path):
-    command = [sys.executable, "-m", "ftdata", "merge", str(adapted), "-o"]
-    done = subprocess.run([*command, str(tmp_path / "m")], check=True, capture_output=True, text=True)
+def test_merge_command_prints_dtype_error_and_limit(training_python, adapted, tmp_path):
+    command = training_python("-m", "ftdata", "merge", adapted, "-o", tmp_path / "m")
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "in bfloat16" in done.stdout
     assert "(limit 0.05)" in done.stdout

@@ -292,8 +292,8 @@ def test_settings_of_wrong_types_are_refused(settings, says):
         check_settings(settings)
 
 
-def test_command_line_reports_invalid_settings_in_one_line(llama, data, tmp_path):
-    command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run"), "--dry-run"]
+def test_command_line_reports_invalid_settings_in_one_line(training_python, llama, data, tmp_path):
+    command = training_python("-m", "ftdata", "train", data, "-m", llama, "-o", tmp_path / "run", "--dry-run")
     for setting, says in (("bf16=maybe", "expected true or false"), ("lora.use_dorra=true", "did you mean 'use_dora'"),
                           ("quantization.load_in_9bit=true", "has no field 'load_in_9bit'")):  # fmt: skip
         done = subprocess.run([*command, "--set", setting], check=False, capture_output=True, text=True)

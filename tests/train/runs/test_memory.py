@@ -3,7 +3,6 @@
 import gc
 import json
 import subprocess
-import sys
 import weakref
 
 import pytest
@@ -171,14 +170,14 @@ def test_comparison_reports_its_progress_completely(nf4):
     assert shown[-1].answers == 2
 
 
-def test_slow_generation_is_announced_without_a_terminal(nf4):
+def test_slow_generation_is_announced_without_a_terminal(training_python, nf4):
     code = "import importlib; m = importlib.import_module('ftdata.cli.train'); m._ANNOUNCE_SECONDS = 0.0; import ftdata.cli; ftdata.cli.main()"
-    command = [sys.executable, "-c", code, "eval", str(nf4), "-n", "2", "--max-new-tokens", "8", "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    options = ("eval", nf4, "-n", 2, "--max-new-tokens", 8, "--json")
+    done = subprocess.run(training_python("-c", code, *options), check=True, capture_output=True, text=True)
     assert "4 answers take at most" in done.stderr
     assert "s per token" in done.stderr
     assert json.loads(done.stdout)["rows"]
-    quick = subprocess.run([sys.executable, "-m", "ftdata", *command[3:]], check=True, capture_output=True, text=True)
+    quick = subprocess.run(training_python("-m", "ftdata", *options), check=True, capture_output=True, text=True)
     assert "answers take" not in quick.stderr
 
 

@@ -1,7 +1,6 @@
 """G23: a resumed run equals an uninterrupted run; damaged checkpoints and changed inputs are reported."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -351,11 +350,11 @@ run(*eval(sys.argv[3]), **eval(sys.argv[4]))
     ],
 )
 def test_killed_run_loses_only_the_steps_since_the_last_checkpoint(
-    llama, data, whole, tmp_path, point, at, lost, capsys
+    training_python, llama, data, whole, tmp_path, point, at, lost, capsys
 ):
     settings = {**SETTINGS, "save_total_limit": 1}
     given = {"model": llama, "output_dir": str(tmp_path / "run"), "settings": settings, **DROPOUT}
-    call = [sys.executable, "-c", KILLED, point, str(at), repr((data,)), repr(given)]
+    call = training_python("-c", KILLED, point, at, repr((data,)), repr(given))
     assert subprocess.run(call, check=False, capture_output=True).returncode == -signal.SIGKILL
     sound = [path for path in checkpoints.list_checkpoints(tmp_path / "run") if checkpoints.find_damage(path) is None]
     assert sound[-1].name == f"checkpoint-{lost}"
@@ -393,10 +392,10 @@ def test_run_killed_at_any_time_resumes_with_one_command(llama, data, whole, tmp
     same(tmp_path / "run", whole)
 
 
-def test_interrupt_prints_the_resume_command(llama, data, tmp_path):
-    command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run")]
+def test_interrupt_prints_the_resume_command(training_python, llama, data, tmp_path):
+    command = training_python("-m", "ftdata", "train", data, "-m", llama, "-o", tmp_path / "run")
     command += ["--set=num_train_epochs=100000", "--set=save_strategy=steps", "--set=save_steps=1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "FTDATA_CACHE": "off"})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*/ftdata.json")) and time.monotonic() < deadline:
         time.sleep(0.1)

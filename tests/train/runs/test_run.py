@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -395,8 +394,8 @@ def test_init_selects_a_template_and_quarantines_invalid_rows(tmp_path):
     assert load_config_text(init(chats, model), tmp_path).template == "zephyr"
 
 
-def test_init_does_not_overwrite_files(llama, data, tmp_path):
-    command = [sys.executable, "-m", "ftdata", "init", data, "-m", llama, "-o", str(tmp_path / "run.yaml")]
+def test_init_does_not_overwrite_files(training_python, llama, data, tmp_path):
+    command = training_python("-m", "ftdata", "init", data, "-m", llama, "-o", tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text("mine")
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -35,21 +34,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(llama, data, tmp_path_factory):
+def finished(training_python, llama, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "ftdata",
-        "train",
-        data,
-        "-m",
-        llama,
-        "-o",
-        str(folder),
-        "--set",
-        f"hub_token={SECRET}",
-    ]
+    command = training_python("-m", "ftdata", "train", data, "-m", llama, "-o", folder, f"--set=hub_token={SECRET}")
     command += [f"--set={name}={value}" for name, value in SETTINGS.items()]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return folder, done.stdout + done.stderr
