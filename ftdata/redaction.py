@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 REDACTED = "[redacted-by-ftdata]"
@@ -58,6 +59,7 @@ _ASSIGNED = re.compile(
 )
 
 
+@lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
     """Return whether the name of a field or variable indicates that its value is a secret.
 

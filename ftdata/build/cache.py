@@ -42,8 +42,8 @@ _MAX_UNUSED_FACTOR = 3
 def package_hash() -> str:
     """Return a hash of ftdata's source files. It is part of the cache keys, so new code never uses old entries."""
     package = Path(__file__).parents[1]
-    files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
-    return hash_key([(str(path.relative_to(package)), disk.sha256_of_file(path)) for path in files])
+    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".jinja"))
+    return hash_key([(str(path.relative_to(package)), disk.hash_bytes(path.read_bytes())) for path in files])
 
 
 def hash_key(parts: Any) -> str:

@@ -6,6 +6,7 @@ The contents of a shard depend only on its task and the recipe, so a shard that 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,9 @@ from ftdata.types import Reject, Row
 
 Progress = Callable[[int, int, float | None], None]
 """Called with the number of processed rows and tokens, and the processed share of the data (`None` if unknown)."""
+
+_CLOCK_TICK = 5_000_000_000
+"""Nanoseconds that are longer than a tick of the clock of any file system."""
 
 _PARSERS = ("jinja2", "orjson", "pyarrow", "tokenizers")
 """Packages whose version may affect the result."""
@@ -96,7 +100,7 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
             again with the reference encoder.
         InputRefused: a source cannot be read, or changed while it was read.
     """
-    key = shard_key(recipe, task)
+    status, key = _file_status(task.source), shard_key(recipe, task)
     folder = task.home / ((key or f"{task.number:06d}") + ("" if task.trusted else "-reference"))
     stored = key is not None and (atomic.read_sealed(folder) or cache.restore_entry("shards", key, folder))
     if stored:
@@ -112,7 +116,8 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
                 result = replace(_build(recipe, task, scratch, progress), folder=folder, key=key)
             finally:
                 recipe.tokenizer.encoders.cache = None
-        if key != shard_key(recipe, task):
+        is_unchanged = status is not None and status == _file_status(task.source)
+        if not is_unchanged and key != shard_key(recipe, task):
             path = task.source.path
             raise InputRefused(
                 "file_changed", "the file changed while it was read", where=path, hint="run the build again"
@@ -161,6 +166,19 @@ def _hash_content(source: FileSource) -> Any:
         return disk.sha256_of_file(source.path, start, end)
     except OSError:
         return None
+
+
+def _file_status(source: FileSource | MemorySource) -> tuple[int, ...] | None:
+    """Return numbers that change with every change of a local file, or `None` if they might not.
+
+    If a file was changed in the last seconds, a second change could give it the same times, because clocks of file
+    systems are coarse.
+    """
+    if not isinstance(source, FileSource) or is_object_store(source.path) or not _is_regular(source.path):
+        return None
+    status = Path(source.path).stat()
+    is_old = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _CLOCK_TICK
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) if is_old else None
 
 
 def _is_regular(path: str) -> bool:

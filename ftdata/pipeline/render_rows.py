@@ -9,11 +9,11 @@ The results are yielded in batches, in the order of the rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.mask import Policy, is_built_in_policy
@@ -23,6 +23,7 @@ from ftdata.schemas.answer_text import has_answer, has_visible_text
 from ftdata.schemas.training_fields import is_rejected_side
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
+from ftdata.templates.worker.client import PendingTexts
 from ftdata.types import Conversation, Reject, Rendered, RenderedRow, Row, Spans
 
 BATCH, MAX_BATCH_CHARACTERS = 1024, 1 << 20
@@ -56,8 +57,6 @@ _PRETOKENIZED = Rendered("", Spans.from_spans(()), frozenset({"pretokenized"}), 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, skipkeys=True)
 
-_T = TypeVar("_T")
-
 RowAndOutcome = tuple[Row | Reject, RenderedRow | Reject]
 """A row and its rendered row, or its reject."""
 
@@ -87,10 +86,7 @@ def _render_groups(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[lis
     policy = recipe.policy if is_built_in_policy(recipe.train_on) else None
     size, pending, failure_limits = 1, list[_Group](), _FailureLimits(recipe)
     while group := _read_group(rows, size):
-        outcomes = [_try_step(_normalize, recipe, row) for row in group]
-        pending.append(
-            [(row, outcome, _start_render(recipe, outcome)) for row, outcome in zip(group, outcomes, strict=True)]
-        )
+        pending.append([_start_row(recipe, row) for row in group])
         # With long rows, only one group is in memory at a time.
         is_single = size < GROUP or len(group) < size
         while len(pending) > (not is_single):
@@ -103,8 +99,21 @@ def _render_groups(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[lis
     yield from (_finish_group(recipe, group, policy, failure_limits) for group in pending)
 
 
-_Group = list[tuple[Row | Reject, Conversation | RenderedRow | Reject, Callable[[], tuple[Rendered, ...]] | None]]
-"""A group of rows: each row, its conversation or outcome, and a function that waits for the rendered texts."""
+class _StartedRow(NamedTuple):
+    """A row whose rendering has started.
+
+    Attributes:
+        row: the row.
+        conversation: the normalized row.
+        texts: the rendered texts, or a function that waits for them; `None` if rendering has not started.
+    """
+
+    row: Row
+    conversation: Conversation
+    texts: PendingTexts | None
+
+
+_Group = list[_StartedRow | Reject]
 
 
 @dataclass
@@ -171,12 +180,10 @@ def _finish_group(
     recipe: Recipe, group: _Group, policy: Policy | None, failure_limits: _FailureLimits
 ) -> list[RowAndOutcome]:
     finished = list[RowAndOutcome]()
-    for row, outcome, texts in group:
-        result = (
-            _try_step(_render, recipe, row, outcome, policy, texts) if isinstance(outcome, Conversation) else outcome
-        )
-        failure_limits.check(result)
-        finished.append((row, result))
+    for started in group:
+        outcome = started if isinstance(started, Reject) else _finish_row(recipe, started, policy)
+        failure_limits.check(outcome)
+        finished.append((started if isinstance(started, Reject) else started.row, outcome))
     return finished
 
 
@@ -190,46 +197,39 @@ def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
     return group
 
 
-def _try_step(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *arguments: Any) -> _T | Reject:
-    """Run one processing step for a row. If the step fails, return a reject that contains the error."""
+def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
+    """Normalize a row, and start to render it in the template worker."""
     if isinstance(row, Reject):
         return row
     try:
-        return step(recipe, row, *arguments)
+        conversation = normalize(row, recipe.schema, recipe.columns)
+        check_answers(conversation)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
-        return make_reject(row, BadRow("too_deep", "the row is nested too deeply to be read"))
+        return _reject_too_deep(row)
+    # Rows with token ids are not rendered, and rows with template variables need another template.
+    if conversation.tokens is not None or conversation.kwargs:
+        return _StartedRow(row, conversation, None)
+    texts = submit_render(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
+    return _StartedRow(row, conversation, texts)
 
 
-def _normalize(recipe: Recipe, row: Row) -> Conversation:
-    conversation = normalize(row, recipe.schema, recipe.columns)
-    check_answers(conversation)
-    return conversation
+def _finish_row(recipe: Recipe, started: _StartedRow, policy: Policy | None) -> RenderedRow | Reject:
+    """Wait for the rendered texts of a row, check them, and select the trained spans."""
+    row, conversation, pending = started
+    cross_check = row.source.row < CHECKED_FIRST or row.source.row % CHECK_INTERVAL == 0
+    try:
+        texts = render_conversation(recipe, conversation, pending, cross_check=cross_check)
+        return apply_policy(conversation, texts, policy)
+    except BadRow as error:
+        return make_reject(row, error)
+    except RecursionError:
+        return _reject_too_deep(row)
 
 
-def _needs_cross_check(row: Row) -> bool:
-    return row.source.row < CHECKED_FIRST or row.source.row % CHECK_INTERVAL == 0
-
-
-def _start_render(
-    recipe: Recipe, outcome: Conversation | RenderedRow | Reject
-) -> Callable[[], tuple[Rendered, ...]] | None:
-    """Start to render a conversation in the template worker. Skip rows that contain token ids or template variables."""
-    if not isinstance(outcome, Conversation) or outcome.tokens is not None or outcome.kwargs:
-        return None
-    return submit_render(outcome, recipe.template, recipe.turns, recipe.on_dropped_message)
-
-
-def _render(
-    recipe: Recipe,
-    row: Row,
-    conversation: Conversation,
-    policy: Policy | None,
-    pending: Callable[[], tuple[Rendered, ...]] | None,
-) -> RenderedRow:
-    texts = render_conversation(recipe, conversation, pending, cross_check=_needs_cross_check(row))
-    return apply_policy(conversation, texts, policy)
+def _reject_too_deep(row: Row) -> Reject:
+    return make_reject(row, BadRow("too_deep", "the row is nested too deeply to be read"))
 
 
 def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> RenderedRow:
@@ -245,7 +245,7 @@ def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy
 def render_conversation(
     recipe: Recipe,
     conversation: Conversation,
-    pending: Callable[[], tuple[Rendered, ...]] | None = None,
+    pending: PendingTexts | None = None,
     *,
     cross_check: bool = False,
 ) -> tuple[Rendered, ...]:
@@ -254,7 +254,7 @@ def render_conversation(
     Args:
         recipe: the recipe.
         conversation: the normalized row.
-        pending: function that waits for the texts if rendering has already started.
+        pending: the rendered texts, or a function that waits for them, if rendering has already started.
         cross_check: whether to compare the texts with a second, independent rendering.
 
     Raises:
@@ -264,11 +264,9 @@ def render_conversation(
     if conversation.tokens is not None:
         return (_PRETOKENIZED,)
     recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
-    texts = (
-        pending()
-        if pending
-        else render_in_worker(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
-    )
+    if pending is None:
+        pending = submit_render(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
+    texts = pending if isinstance(pending, tuple) else pending()
     _check_control_tokens(recipe, conversation, texts)
     if cross_check:
         _cross_check(recipe, conversation, texts)

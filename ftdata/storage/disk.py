@@ -177,12 +177,13 @@ def sha256_of_file(path: str | Path, start: int = 0, end: int | None = None) -> 
     digest = hashlib.sha256()
     _check_regular(Path(path))
     with Path(path).open("rb") as file:
-        remaining = sys.maxsize if end is None else end - file.seek(start)
-        last_byte = b"\n"
-        while part := file.read(min(1 << 22, remaining)):
+        if end is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        remaining, last_byte = end - file.seek(start), b"\n"
+        while part := file.read(min(_BUFFER_SIZE, remaining)):
             digest.update(part)
             remaining, last_byte = remaining - len(part), part[-1:]
-        while end is not None and last_byte != b"\n" and (part := file.readline(1 << 22)):
+        while last_byte != b"\n" and (part := file.readline(_BUFFER_SIZE)):
             digest.update(part)
             last_byte = part[-1:]
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from reader_helpers import anything, outcomes, write
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError
 from ftdata.readers import resolve_sources
-from ftdata.readers.json_rows import parse_row
+from ftdata.readers.json_parse import parse_row
 from ftdata.types import Reject, Source
 
 

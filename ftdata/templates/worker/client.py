@@ -51,6 +51,10 @@ def start_template_worker() -> None:
         start_worker()
 
 
+PendingTexts = tuple[Rendered, ...] | Callable[[], tuple[Rendered, ...]]
+"""The rendered texts, or a function that waits for them. The function raises the errors of `render_in_worker`."""
+
+
 def render_in_worker(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
@@ -60,22 +64,19 @@ def render_in_worker(
         BadRow: as in `render_chat`; `template_limits`, if the template exceeds the CPU or memory limit.
         TemplateRefused: as in `render_chat`; `template_limits`, if the template exceeds the limits on several rows.
     """
-    return submit_render(conversation, template, turns, on_dropped_message)()
+    texts = submit_render(conversation, template, turns, on_dropped_message)
+    return texts if isinstance(texts, tuple) else texts()
 
 
 def submit_render(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
-) -> Callable[[], tuple[Rendered, ...]]:
-    """Call `render_chat` in the worker process without waiting for the rendered texts.
-
-    Returns:
-        A function that waits for the result and returns it. It raises the errors of `render_in_worker`.
-    """
+) -> PendingTexts:
+    """Call `render_chat` in the worker process without waiting for the rendered texts."""
     try:
-        # In a cached rendering, the work is proportional to the length of the text.
+        # The work to fill in a cached layout is proportional to the length of the text, so it needs no limits.
         cached = render_chat.render_without_template(conversation, template, turns)
         if cached is not None:
-            return lambda: cached
+            return cached
         steps = _count_steps(conversation)
         if _runs_here(template):
             return partial(render_chat.render_chat, conversation, template, turns, on_dropped_message)
