@@ -28,20 +28,30 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 HEAVY = (
-    "test_crashes",
     "test_docs_pages",
-    "test_resume",
-    "test_examples",
-    "test_evaluation",
+    "test_html_page",
+    "test_encode",
+    "test_crashes",
     "test_ray",
+    "test_resume",
+    "test_run",
+    "test_cli",
+    "test_examples",
     "test_package",
+    "test_dataset",
+    "test_hub",
+    "test_preview",
+    "test_planted_faults",
 )
 """The slowest files run first, so that no worker runs one of them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
     for item in items:
+        if item.get_closest_marker("long") or item.get_closest_marker("train"):
+            item.add_marker(pytest.mark.slow)
         # Where tests must tell all, a browser that is not there is a fault.
         if item.get_closest_marker("browser") and CHROMIUM is None and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="there is no Chromium (apt install chromium)"))
