@@ -1,6 +1,8 @@
 """Shared fixtures: tokenizers, tiny models, a browser and the shared test data."""
 
 import atexit
+import fcntl
+import functools
 import gc
 import os
 import shutil
@@ -10,7 +12,7 @@ from pathlib import Path
 import laws  # noqa: F401  (profiles of Hypothesis)
 import pytest
 import warm
-from tokenizer_makers import MAKERS, tiny_bpe
+from tokenizer_makers import MAKERS, REAL, tiny_bpe
 
 # Nothing may be taken from an earlier run.
 os.environ["FTDATA_CACHE"] = "off"
@@ -73,13 +75,38 @@ def shared():
 def tokenizer_dir(tmp_path_factory):
     """Make (once) and return the folder of a tokenizer, by its name in MAKERS."""
     made = {}
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-tokenizers"
 
     def get(name):
         if name not in made:
-            made[name] = MAKERS[name](tmp_path_factory.mktemp("tokenizers") / name)
+            made[name] = str(tmp_path_factory.mktemp("tokenizers") / name)
+            if name in REAL:
+                shutil.copytree(make_once(common, name), made[name])
+            else:
+                MAKERS[name](Path(made[name]))
         return made[name]
 
     return get
+
+
+def make_once(folder, name):
+    """Make a real tokenizer, which takes seconds, in the first worker that needs it; return its folder."""
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            MAKERS[name](folder / f"{name}.new")
+            (folder / f"{name}.new").rename(folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def loaded_tokenizer(tokenizer_dir):
+    """Load (once) and return a tokenizer: a folder is hashed in each call."""
+    from ftdata.tokenizing.load import load_tokenizer
+
+    return functools.cache(lambda name: load_tokenizer(tokenizer_dir(name)))
 
 
 def tiny_model(folder, kind="llama", *, seed=0):

@@ -7,11 +7,10 @@ import fuzz
 import pytest
 from laws import ONCE, profile
 
-
-@pytest.mark.timeout(3600)
 TARGETS = [pytest.param(name, marks=pytest.mark.slow if name == "render" else ()) for name in fuzz.TARGETS]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS)
 def test_random_bytes_are_read_or_refused(target):
     chance = random.Random(target)
