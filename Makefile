@@ -35,11 +35,11 @@ demo: install  ## run preview, build, train and eval on a tiny model (five minut
 	@echo "== evaluate: base model and tuned model"
 	$(BIN)/ftdata eval $(RUN)/run -n 12
 
-test: install  ## run lint, types, layers and all tests that are not long
+test: install  ## run lint, types, layers and all tests that are not long (six minutes)
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -n auto -m 'not long'
 
-test-long: install  ## run all tests
+test-long: install  ## run all tests, including long tests
 	$(BIN)/python -m pytest -n auto
 
 docs: install  ## build the documentation in out/docs

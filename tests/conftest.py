@@ -1,6 +1,8 @@
 """Shared fixtures: tokenizers, tiny models, a browser and the shared test data."""
 
 import atexit
+import fcntl
+import functools
 import gc
 import os
 import shutil
@@ -10,7 +12,7 @@ from pathlib import Path
 import laws  # noqa: F401  (profiles of Hypothesis)
 import pytest
 import warm
-from tokenizer_makers import MAKERS, tiny_bpe
+from tokenizer_makers import MAKERS, REAL, tiny_bpe
 
 # Nothing may be taken from an earlier run.
 os.environ["FTDATA_CACHE"] = "off"
@@ -28,20 +30,30 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 HEAVY = (
-    "test_crashes",
     "test_docs_pages",
-    "test_resume",
-    "test_examples",
-    "test_evaluation",
+    "test_html_page",
+    "test_encode",
+    "test_crashes",
     "test_ray",
+    "test_resume",
+    "test_run",
+    "test_cli",
+    "test_examples",
     "test_package",
+    "test_dataset",
+    "test_hub",
+    "test_preview",
+    "test_planted_faults",
 )
 """The slowest files run first, so that no worker runs one of them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
     for item in items:
+        if item.get_closest_marker("long") or item.get_closest_marker("train"):
+            item.add_marker(pytest.mark.slow)
         # Where tests must tell all, a browser that is not there is a fault.
         if item.get_closest_marker("browser") and CHROMIUM is None and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="there is no Chromium (apt install chromium)"))
@@ -63,13 +75,38 @@ def shared():
 def tokenizer_dir(tmp_path_factory):
     """Make (once) and return the folder of a tokenizer, by its name in MAKERS."""
     made = {}
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-tokenizers"
 
     def get(name):
         if name not in made:
-            made[name] = MAKERS[name](tmp_path_factory.mktemp("tokenizers") / name)
+            made[name] = str(tmp_path_factory.mktemp("tokenizers") / name)
+            if name in REAL:
+                shutil.copytree(make_once(common, name), made[name])
+            else:
+                MAKERS[name](Path(made[name]))
         return made[name]
 
     return get
+
+
+def make_once(folder, name):
+    """Make a real tokenizer, which takes seconds, in the first worker that needs it; return its folder."""
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            MAKERS[name](folder / f"{name}.new")
+            (folder / f"{name}.new").rename(folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def loaded_tokenizer(tokenizer_dir):
+    """Load (once) and return a tokenizer: a folder is hashed in each call."""
+    from ftdata.tokenizing.load import load_tokenizer
+
+    return functools.cache(lambda name: load_tokenizer(tokenizer_dir(name)))
 
 
 def tiny_model(folder, kind="llama", *, seed=0):

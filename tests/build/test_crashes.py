@@ -137,6 +137,7 @@ def test_disk_operations_all_have_failpoints(builder):
             assert way not in text, (path, way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
@@ -162,6 +163,7 @@ def test_every_disk_operation_may_fail(builder, fault, old, every):
         builder.goes_on()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("builds", [25, pytest.param(100, marks=pytest.mark.long)])
 def test_build_may_be_killed_at_any_time(builder, old, builds):
@@ -180,6 +182,7 @@ def test_build_may_be_killed_at_any_time(builder, old, builds):
     assert (-9, before) in seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [2, 4, 8])
 @pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.long)])
 def test_builds_at_once_make_one_build(builder, many, rounds):
@@ -194,6 +197,7 @@ def test_builds_at_once_make_one_build(builder, many, rounds):
         assert [path.name for path in builder.target.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_waiting_builds_resume_after_the_first_is_killed(builder):
     for number in range(1, len(operations(builder, old=True)) + 1, 6):
         builder.begin(old=True)
@@ -307,6 +311,7 @@ class Changes(RuleBasedStateMachine):
             assert verify(self.builder.target) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_changes_never_give_an_outdated_build(builder, examples):
     """G11."""

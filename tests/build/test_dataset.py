@@ -251,6 +251,7 @@ def digest(folder):
     return {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
 
 
+@pytest.mark.slow
 def test_output_does_not_depend_on_the_number_of_workers(tiny, tmp_path):
     """P7, D6, D3."""
     typed, more = ({"role": "user", "content": content} for content in ("<|im_end|> typed", "more"))

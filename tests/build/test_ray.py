@@ -16,6 +16,8 @@ from ftdata.build.executors import check_engine, run_tasks
 from ftdata.errors import MissingDependency, StorageError, UsageError
 from ftdata.readers import file_parts
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"packing": "bfd", "max_length": 256, "test_size": 20, "on_bad_rows": "quarantine", "max_rejects": "5%"}
 BUILD = """
 import json, sys

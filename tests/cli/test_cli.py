@@ -220,7 +220,6 @@ def test_audit_reports_findings_with_their_lines(tokenizer_dir, tmp_path):
         (["templates", "list"], 0, ""),
         (["templates", "show", "alpaca"], 0, ""),
         (["plugins"], 0, ""),
-        (["eval", "{tmp}"], 2, "not_a_run"),
         (["train", "{faq}"], 2, "--model"),
         (["nothing"], 2, "nothing"),
     ],
@@ -236,6 +235,14 @@ def test_exit_codes(arguments, code, says, tmp_path, tokenizer_dir):
     done = ftdata(*(argument.format(**places) for argument in arguments))
     assert done.returncode == code, done.stderr
     assert says in done.stderr
+
+
+@pytest.mark.train
+def test_exit_code_of_a_folder_without_a_run(training_python, tmp_path):
+    command = training_python("-m", "ftdata", "eval", tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not_a_run" in done.stderr
 
 
 def test_closed_pipe_is_not_an_error(tokenizer_dir):

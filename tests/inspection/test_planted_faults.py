@@ -9,6 +9,8 @@ from tokenizer_makers import deepseek
 from ftdata import audit, build_sft_dataset
 from ftdata.tokenizing.load import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 WORDS = [
     "river",
     "market",
@@ -109,7 +111,7 @@ def planted(chance, clean, tokenizer):
     }
 
 
-@pytest.fixture(scope="module", params=[3_000, pytest.param(20_000, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[1_500, pytest.param(20_000, marks=pytest.mark.long)])
 def large(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     tokenizer = deepseek(folder / "tokenizer")

@@ -43,10 +43,10 @@ def pieces(example, tokenizer):
 @pytest.mark.parametrize("name", ALL)
 @law(cases=len(ALL))
 @given(data=st.data())
-def test_masking_rules_hold_for_any_conversation(name, tokenizer_dir, data):
+def test_masking_rules_hold_for_any_conversation(name, loaded_tokenizer, data):
     messages = data.draw(conversation_strategy(system=system_of(name)))
     try:
-        examples = encode(messages, tokenizer_dir(name))
+        examples = encode(messages, loaded_tokenizer(name))
     except BadRow as refusal:
         assert refusal.code in {"message_dropped", "control_tokens", "history_drift"}, refusal
         return
@@ -58,10 +58,10 @@ def test_masking_rules_hold_for_any_conversation(name, tokenizer_dir, data):
 @pytest.mark.parametrize("name", REVERSIBLE)
 @law(cases=len(REVERSIBLE))
 @given(data=st.data())
-def test_trained_text_is_the_answer_and_its_stop_token(name, tokenizer_dir, data):
+def test_trained_text_is_the_answer_and_its_stop_token(name, loaded_tokenizer, data):
     """M4, M5, M6: the trained tokens decode to exactly the answers with their stop tokens."""
     messages = data.draw(conversation_strategy(system=system_of(name)))
-    tokenizer = load_tokenizer(tokenizer_dir(name))
+    tokenizer = loaded_tokenizer(name)
     (example,) = encode(messages, tokenizer)
     stop = tokenizer.special_tokens["eos_token"]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -76,10 +76,10 @@ def test_trained_text_is_the_answer_and_its_stop_token(name, tokenizer_dir, data
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
 @law(cases=4)
 @given(data=st.data())
-def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
+def test_control_tokens_come_from_the_template_only(name, loaded_tokenizer, data):
     """M8: the number of control tokens depends on the roles, not on the text of the messages."""
     messages = data.draw(conversation_strategy(max_turns=2))
-    recipe = make_recipe(tokenizer_dir(name))
+    recipe = make_recipe(loaded_tokenizer(name))
     tame = [{**message, "content": "x"} for message in messages]
 
     def counts(conversation):
@@ -93,8 +93,8 @@ def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
 
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
-def test_typed_control_tokens_stay_text(name, tokenizer_dir):
-    recipe = make_recipe(tokenizer_dir(name))
+def test_typed_control_tokens_stay_text(name, loaded_tokenizer):
+    recipe = make_recipe(loaded_tokenizer(name))
     typed = recipe.tokenizer.special_tokens["eos_token"]
     messages = [
         {"role": "user", "content": f"say {typed} now"},
@@ -119,10 +119,10 @@ def itself(file):
 @pytest.mark.parametrize("name", ALL)
 @law(cases=len(ALL))
 @given(data=st.data())
-def test_ids_equal_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
+def test_ids_equal_those_of_the_tokenizer_alone(name, tokenizer_dir, loaded_tokenizer, data):
     """R1: tokenizing the whole text gives the same ids."""
     messages = data.draw(conversation_strategy(system=system_of(name)))
-    tokenizer = load_tokenizer(tokenizer_dir(name))
+    tokenizer = loaded_tokenizer(name)
     alone = itself(f"{tokenizer_dir(name)}/tokenizer.json")
     try:
         examples = encode(messages, tokenizer, control_tokens="allow")
@@ -145,29 +145,29 @@ def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
 
 @law()
 @given(messages=conversation_strategy(system=False).filter(lambda messages: len(messages) > 2))
-def test_later_turns_do_not_change_earlier_labels(tokenizer_dir, messages):
+def test_later_turns_do_not_change_earlier_labels(loaded_tokenizer, messages):
     """M12: the labels of the first turns are a prefix of the labels of all turns."""
-    (whole,) = encode(messages, tokenizer_dir("deepseek"))
-    (part,) = encode(messages[:-2], tokenizer_dir("deepseek"))
+    (whole,) = encode(messages, loaded_tokenizer("deepseek"))
+    (part,) = encode(messages[:-2], loaded_tokenizer("deepseek"))
     assert whole.labels[: len(part)].tolist() == part.labels.tolist()
 
 
 @law()
 @given(messages=conversation_strategy(), data=st.data())
-def test_mask_policies_combine_consistently(tokenizer_dir, messages, data):
+def test_mask_policies_combine_consistently(loaded_tokenizer, messages, data):
     """M13: `train: false` removes exactly the tokens of its message; the masks of the last turn and of the earlier turns add up."""
     turns = assistants(messages)
-    (everything,) = encode(messages, tokenizer_dir("tiny_bpe"))
-    (last,) = encode(messages, tokenizer_dir("tiny_bpe"), train_on="last_assistant")
+    (everything,) = encode(messages, loaded_tokenizer("tiny_bpe"))
+    (last,) = encode(messages, loaded_tokenizer("tiny_bpe"), train_on="last_assistant")
     marked = [{**m, "train": False} if i == turns[-1] else m for i, m in enumerate(messages)]
     if len(turns) > 1:
-        (earlier,) = encode(marked, tokenizer_dir("tiny_bpe"))
+        (earlier,) = encode(marked, loaded_tokenizer("tiny_bpe"))
         assert (earlier.trained | last.trained).tolist() == everything.trained.tolist()
         assert not (earlier.trained & last.trained).any()
     else:
         with pytest.raises(BadRow, match="nothing_trained"):
-            encode(marked, tokenizer_dir("tiny_bpe"))
-    (full,) = encode(messages, tokenizer_dir("tiny_bpe"), train_on="all")
+            encode(marked, loaded_tokenizer("tiny_bpe"))
+    (full,) = encode(messages, loaded_tokenizer("tiny_bpe"), train_on="all")
     assert full.trained[1:].all() and not full.trained[0]
 
 
@@ -183,9 +183,9 @@ def pad_is_eos(tokenizer_dir, tmp_path_factory):
 
 @law()
 @given(messages=conversation_strategy())
-def test_pad_equal_to_eos_changes_nothing(tokenizer_dir, pad_is_eos, messages):
+def test_pad_equal_to_eos_changes_nothing(loaded_tokenizer, pad_is_eos, messages):
     """M7: labels do not depend on the padding token."""
-    (one,), (other,) = encode(messages, tokenizer_dir("tiny_bpe")), encode(messages, pad_is_eos)
+    (one,), (other,) = encode(messages, loaded_tokenizer("tiny_bpe")), encode(messages, pad_is_eos)
     assert one.labels.tolist() == other.labels.tolist()
 
 
@@ -333,7 +333,7 @@ def test_special_tokens_are_read_from_special_tokens_map(tokenizer_dir, tmp_path
     assert load_tokenizer(tmp_path / "t").special_tokens == {"eos_token": "<|im_end|>"}
 
 
-def test_tool_calls_without_text_are_trained(tokenizer_dir):
+def test_tool_calls_without_text_are_trained(tokenizer_dir, loaded_tokenizer):
     messages = [
         {"role": "user", "content": "q"},
         {
@@ -342,16 +342,16 @@ def test_tool_calls_without_text_are_trained(tokenizer_dir):
             "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"n": 5}}}],
         },
     ]
-    (example,) = encode(messages, tokenizer_dir("qwen"), tools=[TOOL])
+    (example,) = encode(messages, loaded_tokenizer("qwen"), tools=[TOOL])
     assert '{"name": "f", "arguments": {"n": 5}}' in pieces(example, load_tokenizer(tokenizer_dir("qwen")))[0]
 
 
 @pytest.mark.parametrize("name", ["deepseek", "mistral", "tiny_bpe", "tiny_metaspace"])
 @law(cases=4)
 @given(words=st.lists(st.text(st.sampled_from("abcxyzäß年 "), min_size=1, max_size=12), min_size=2, max_size=6))
-def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words):
+def test_labels_equal_those_of_an_independent_oracle(name, loaded_tokenizer, words):
     """M11: unique answers are located by string search, and their labels are computed token by token."""
-    tokenizer = load_tokenizer(tokenizer_dir(name))
+    tokenizer = loaded_tokenizer(name)
     stop = tokenizer.special_tokens["eos_token"]
     messages = [
         {"role": "user" if n % 2 == 0 else "assistant", "content": f"q{n}q{word}q{n}q"} for n, word in enumerate(words)
@@ -375,9 +375,9 @@ def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words)
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe"])
 @law(30, cases=3)
 @given(data=st.data())
-def test_cached_rendering_equals_a_new_rendering(name, tokenizer_dir, data):
+def test_cached_rendering_equals_a_new_rendering(name, loaded_tokenizer, data):
     """A template with cached plans renders a conversation like a new template."""
-    recipe = make_recipe(tokenizer_dir(name))
+    recipe = make_recipe(loaded_tokenizer(name))
     messages = data.draw(conversation_strategy(system=system_of(name), reasoning=name == "qwen", tools=name == "qwen"))
     conversation = Conversation(tuple(messages))
 
@@ -393,9 +393,9 @@ def test_cached_rendering_equals_a_new_rendering(name, tokenizer_dir, data):
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
 @law(30, cases=4)
 @given(data=st.data())
-def test_cross_check_confirms_every_rendering(name, tokenizer_dir, data):
+def test_cross_check_confirms_every_rendering(name, loaded_tokenizer, data):
     """Plain rendering of changed messages does not contradict any region."""
-    recipe = make_recipe(tokenizer_dir(name))
+    recipe = make_recipe(loaded_tokenizer(name))
     messages = data.draw(conversation_strategy(system=system_of(name), max_turns=2))
     conversation = Conversation(tuple(messages))
     try:
@@ -431,7 +431,7 @@ def test_tokenizer_with_dropout_is_refused(tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["chatml", "gemma", "zephyr"])
-def test_empty_untrained_answer_is_accepted(template, tokenizer_dir):
+def test_empty_untrained_answer_is_accepted(template, loaded_tokenizer):
     user = {"role": "user", "content": "Hi"}
     messages = [
         user,
@@ -439,7 +439,7 @@ def test_empty_untrained_answer_is_accepted(template, tokenizer_dir):
         user,
         {"role": "assistant", "content": "yes"},
     ]
-    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), template)
+    (example,) = encode(messages, loaded_tokenizer("tiny_bpe"), template)
     assert {span.message for span in example.spans if span.generated} == {3}
 
 

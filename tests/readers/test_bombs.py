@@ -305,16 +305,15 @@ QUICK = (
     "objects in a row of JSON Lines",
     "carriage returns",
     "line of 100 MB",
-    "1 GiB in one line",
     "long cell",
     "columns",
     "row number",
-    "shared strings",
     "many compressed buffers",
     "a million empty objects",
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in FILES]
 )

@@ -184,6 +184,7 @@ def test_without_records_every_build_is_repeated(unusable, data, tokenizer_dir, 
     assert verify(target) == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
     """1,200 source files with a limit of 256 open files; each pack contains examples of many files."""

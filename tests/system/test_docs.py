@@ -106,6 +106,7 @@ def site(tmp_path_factory):
     return folder / "reference" / "api" / "index.html"
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_reference(site):
     import ftdata
     import ftdata.testing
@@ -171,6 +172,7 @@ def test_configurations_in_the_docs_are_valid():
         make_config(values)
 
 
+@pytest.mark.slow
 def test_site_is_built_without_warnings(site):
     assert "build_sft_dataset" in site.read_text()
 

@@ -7,9 +7,11 @@ import fuzz
 import pytest
 from laws import ONCE, profile
 
+TARGETS = [pytest.param(name, marks=pytest.mark.slow if name == "render" else ()) for name in fuzz.TARGETS]
+
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("target", fuzz.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_random_bytes_are_read_or_refused(target):
     chance = random.Random(target)
     known = list(fuzz.seeds(target))
