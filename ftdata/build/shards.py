@@ -140,7 +140,7 @@ def shard_key(recipe: Recipe, task: Task) -> str | None:
     policy = masks.registered().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
     registered = schemas.registered()
     used_schemas = registered.values() if recipe.schema == "auto" else [registered.get(recipe.schema)]
-    if not all(map(is_built_in, (policy, readers.registered().get(source.reader), *used_schemas))):
+    if not all(map(is_built_in, (policy, readers.get(source.reader), *used_schemas))):
         return None
     if (content := _hash_content(source)) is None:
         return None

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from ftdata.readers.json_rows import is_line_format
-from ftdata.readers.parquet import parquet_group_sizes
 from ftdata.readers.sources import FileSource, MemorySource, file_version
 from ftdata.readers.streams import STDIN
 
@@ -55,6 +54,8 @@ def _split_file(source: FileSource, part_size: int) -> Iterator[FileSource]:
 
 
 def _split_row_groups(source: FileSource, part_size: int) -> Iterator[FileSource]:
+    from ftdata.readers.parquet import parquet_group_sizes
+
     groups = parquet_group_sizes(source.input) or []
     before = list(accumulate(groups, initial=0))
     edges = [0]

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ftdata.readers.arrow import read_arrow
-from ftdata.readers.delimited import read_csv, read_tsv
-from ftdata.readers.excel import read_excel
-from ftdata.readers.json_rows import read_json, read_jsonl
-from ftdata.readers.parquet import read_parquet
 from ftdata.readers.streams import Input
 from ftdata.registry import Registry
 from ftdata.types import Reject, Row
@@ -23,14 +18,14 @@ It must be defined at the top level of a module, because worker processes call i
 readers: Registry[Reader] = Registry("ftdata.readers", "reader")
 """Readers by file suffix, which is also the name to pass as `format`."""
 
-for _read, _suffixes in {
-    read_json: ("json",),
-    read_jsonl: ("jsonl", "ndjson"),
-    read_csv: ("csv",),
-    read_tsv: ("tsv",),
-    read_parquet: ("parquet",),
-    read_arrow: ("arrow", "feather", "ipc"),
-    read_excel: ("xlsx",),
+for _function, _suffixes in {
+    "json_rows:read_json": ("json",),
+    "json_rows:read_jsonl": ("jsonl", "ndjson"),
+    "delimited:read_csv": ("csv",),
+    "delimited:read_tsv": ("tsv",),
+    "parquet:read_parquet": ("parquet",),
+    "arrow:read_arrow": ("arrow", "feather", "ipc"),
+    "excel:read_excel": ("xlsx",),
 }.items():
     for _suffix in _suffixes:
-        readers.register(_suffix)(_read)
+        readers.register_import(_suffix, f"ftdata.readers.{_function}")

@@ -9,7 +9,6 @@ from itertools import islice
 
 from ftdata.readers.streams import MAX_LINE, STDIN, Input, is_url
 
-QUOTINGS = ("csv", "none")
 """`csv`: a quoted cell ends with a quote, and a quote inside it is doubled; `none`: quotes are part of the text."""
 
 _log = logging.getLogger(__name__)

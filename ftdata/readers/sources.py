@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, suggest_names
-from ftdata.readers import split_expressions
-from ftdata.readers.arrow import from_batches, from_dataset, make_null_reader
 from ftdata.readers.formats import Reader, readers
-from ftdata.readers.in_memory import ValueFault, arrays_to_lists, from_dataframe
-from ftdata.readers.parquet import count_parquet_rows
-from ftdata.readers.quote_detection import QUOTINGS
 from ftdata.readers.remote_files import remote_version
 from ftdata.readers.resolve_paths import resolve_files
 from ftdata.readers.streams import STDIN, Input, detect_compression, is_object_store
@@ -111,13 +106,18 @@ class FileSource:
 
     def count(self, enough: int | None = None) -> int:
         """Count the rows of the file. Stop when the count reaches `enough`."""
-        if self.reader == "parquet" and (rows := count_parquet_rows(self.input)) is not None:
-            return rows if enough is None else min(rows, enough)
+        if self.reader == "parquet":
+            from ftdata.readers.parquet import count_parquet_rows
+
+            if (rows := count_parquet_rows(self.input)) is not None:
+                return rows if enough is None else min(rows, enough)
         return sum(1 for _ in islice(self.rows(), enough))
 
 
 def _run_user_reader(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
     """Run a user-defined reader. Check each row before it is yielded."""
+    from ftdata.readers.in_memory import arrays_to_lists
+
     last = -1
     try:
         rows: Iterator[Any] = iter(reader(file.input))
@@ -182,6 +182,8 @@ class MemorySource:
 
     def rows(self) -> Iterator[Row | Reject]:
         """Yield each item as a row with a row number."""
+        from ftdata.readers.in_memory import ValueFault, arrays_to_lists
+
         for index, item in enumerate(self.items):
             source = Source(self.path, index)
             try:
@@ -227,15 +229,21 @@ def _in_memory_sources(data: Any) -> tuple[FileSource | MemorySource, ...] | Non
     if hasattr(data, "to_arrow"):
         return _in_memory_sources(data.to_arrow())
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        from ftdata.readers.in_memory import from_dataframe
+
         return (MemorySource(from_dataframe(data), "<DataFrame>"),)
     if hasattr(data, "column_names") and isinstance(data, Mapping):
         return tuple(replace(source, split=name) for name, part in data.items() for source in resolve_sources(part))
     if hasattr(data, "schema") and any(
         hasattr(data, name) for name in ("to_batches", "read_next_batch", "to_struct_array")
     ):
+        from ftdata.readers.arrow import from_batches
+
         batches = data.to_batches() if hasattr(data, "to_batches") else data if hasattr(data, "read_all") else [data]
         return (MemorySource(from_batches(batches, data.schema), "<Table>"),)
     if hasattr(data, "with_format"):
+        from ftdata.readers.arrow import from_dataset, make_null_reader
+
         read_nulls = make_null_reader(getattr(data, "features", None))
         rows = from_dataset(data) if hasattr(data, "data") else map(read_nulls, data.with_format(None))
         return (MemorySource(rows, f"<{type(data).__name__}>"),)
@@ -272,7 +280,7 @@ def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource
     encoding, reader = spec.get("encoding"), spec.get("format")
     quoting = spec.get("quoting")
     if quoting is not None:
-        check_choice("quoting", quoting, QUOTINGS)
+        check_choice("quoting", quoting, ("csv", "none"))
     Input(str(path), encoding)
     if reader is not None:
         readers.get(reader)
@@ -310,7 +318,9 @@ def _select_splits(
 
     If the expression joins several parts with `+`, the sources have no split name.
     """
-    parts = split_expressions.parse_split(str(spec["split"]))
+    from ftdata.readers.split_expressions import parse_split, split_ranges
+
+    parts = parse_split(str(spec["split"]))
     names = list(dict.fromkeys(source.split or "train" for source in sources))
     for part in parts:
         matching = [source for source in sources if (source.split or "train") == part.name]
@@ -320,7 +330,7 @@ def _select_splits(
         if part.is_full_split:
             selected = matching
         elif files := [source for source in matching if isinstance(source, FileSource) and source.path != STDIN]:
-            ranges = split_expressions.split_ranges(part, [file.count for file in files])
+            ranges = split_ranges(part, [file.count for file in files])
             selected = [replace(files[number], first=first, last=last) for number, first, last in ranges]
         else:
             hint = "slice the data before you pass it to ftdata"
