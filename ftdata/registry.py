@@ -11,7 +11,6 @@ A plugin is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -59,7 +58,7 @@ class Registry(Generic[T]):
         self.noun = noun
         self.version = 0
         self._registered: dict[str, T] = {}
-        self._imports: dict[str, str] = {}
+        self._loaders: dict[str, Callable[[], T]] = {}
         self._files: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -72,9 +71,9 @@ class Registry(Generic[T]):
 
         return add
 
-    def register_import(self, name: str, function: str) -> None:
-        """Register a built-in function, such as `"package.module:function"`, that is imported when it is first used."""
-        self._imports[name] = function
+    def register_lazily(self, name: str, load: Callable[[], T]) -> None:
+        """Register a built-in plugin, which the function `load` returns when the plugin is first used."""
+        self._loaders[name] = load
 
     def get(self, name: str) -> T:
         """Return the plugin with this name. A name of the form `path/to/file.py:name` loads an object from a file.
@@ -84,10 +83,8 @@ class Registry(Generic[T]):
         """
         if name in self._registered:
             return self._registered[name]
-        if name in self._imports:
-            module, _, attribute = self._imports[name].partition(":")
-            built_in: T = getattr(importlib.import_module(module), attribute)
-            return built_in
+        if name in self._loaders:
+            return self._loaders[name]()
         for point in entry_points(group=self.group, name=name):
             value: T = self._load(point.load, f"plugin {name!r} of {point.value}")
             return value
@@ -101,20 +98,20 @@ class Registry(Generic[T]):
 
     def registered(self) -> dict[str, T]:
         """Return the plugins that were registered in this process, in order of registration."""
-        return dict(self._registered)
+        return {name: load() for name, load in self._loaders.items()} | self._registered
 
     def __contains__(self, name: str) -> bool:
         # Listing entry points takes longer than building a small data set, so they are checked last.
-        return name in self._registered or name in self._imports or name in self.names()
+        return name in self._registered or name in self._loaders or name in self.names()
 
     def names(self) -> list[str]:
         """Return the names of all plugins: first the plugins registered in this process, then the installed plugins."""
-        built_in = dict.fromkeys([*self._imports, *self._registered])
+        built_in = dict.fromkeys([*self._loaders, *self._registered])
         return [*built_in, *(point.name for point in entry_points(group=self.group))]
 
     def plugins(self) -> list[Plugin]:
         """Return all plugins with their packages. Plugins registered in this process come before installed plugins."""
-        packages = dict.fromkeys(self._imports, "ftdata")
+        packages = dict.fromkeys(self._loaders, "ftdata")
         packages |= {name: "ftdata" if is_built_in(value) else "" for name, value in self._registered.items()}
         registered = [Plugin(name, package, "") for name, package in packages.items()]
         points = entry_points(group=self.group)

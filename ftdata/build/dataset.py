@@ -256,11 +256,8 @@ def _check_output(output_dir: str | Path, sources: Sequence[FileSource | MemoryS
     files = (source.path for source in sources if isinstance(source, FileSource))
     inside = next((path for path in files if folder in Path(path).resolve().parents), None)
     if inside is not None:
-        raise UsageError(
-            "output_in_data",
-            f"the source {inside} is inside the output folder {output_dir}",
-            hint="choose an output folder outside the data",
-        )
+        problem = f"the source {inside} is inside the output folder {output_dir}"
+        raise UsageError("output_in_data", problem, hint="choose an output folder outside the data")
 
 
 def _check_split_names(sources: Sequence[FileSource | MemorySource]) -> None:

@@ -137,18 +137,9 @@ _MAX_NOTES = 200
 """Maximum number of notes per source; column names and keys that differ in every row would otherwise be unlimited."""
 
 COUNTS = (
-    "read",
-    "built",
-    "rejected",
-    "filtered",
-    "examples",
-    "tokens_in",
-    "tokens_kept",
-    "tokens_cut",
-    "tokens_rejected",
-    "tokens_trained",
-    "tokens_repeated",
-)
+    "read", "built", "rejected", "filtered", "examples", "tokens_in", "tokens_kept", "tokens_cut", "tokens_rejected",
+    "tokens_trained", "tokens_repeated",
+)  # fmt: skip
 """The counts of a ledger that a report adds up."""
 
 

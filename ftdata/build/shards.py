@@ -119,9 +119,8 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
         is_unchanged = status is not None and status == _file_status(task.source)
         if not is_unchanged and key != shard_key(recipe, task):
             path = task.source.path
-            raise InputRefused(
-                "file_changed", "the file changed while it was read", where=path, hint="run the build again"
-            )
+            problem = "the file changed while it was read"
+            raise InputRefused("file_changed", problem, where=path, hint="run the build again")
         atomic.seal_folder(scratch, _describe_result(result))
     if key:
         cache.store_entry("shards", key, folder)

@@ -256,9 +256,8 @@ def check_target(target: Path) -> None:
     try:
         build_files = {*read_manifest(target)["files"], "manifest.json"}
     except (InputRefused, KeyError, TypeError):
-        raise UsageError(
-            "target_exists", f"{target} exists and is not a data set that ftdata built", hint=hint
-        ) from None
+        problem = f"{target} exists and is not a data set that ftdata built"
+        raise UsageError("target_exists", problem, hint=hint) from None
     unknown = [
         name
         for name, is_link in _list_files(target)
@@ -337,11 +336,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise InputRefused(
-            "not_a_build",
-            f"{folder} is not a data set that ftdata built: it has no manifest.json",
-            hint="create a build with `ftdata build`",
-        )
+        problem = f"{folder} is not a data set that ftdata built: it has no manifest.json"
+        raise InputRefused("not_a_build", problem, hint="create a build with `ftdata build`")
     return parse_manifest(path.read_bytes(), str(path))
 
 
@@ -358,24 +354,19 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputRefused(
-            "damaged_build", f"the manifest {path} is damaged: {error}", hint="build the data set again"
-        ) from None
+        problem = f"the manifest {path} is damaged: {error}"
+        raise InputRefused("damaged_build", problem, hint="build the data set again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputRefused(
-            "build_format",
-            f"{path} does not have format {FORMAT}, the only format that this version of ftdata reads",
-            hint="build the data set again",
-        )
+        problem = f"{path} does not have format {FORMAT}, the only format that this version of ftdata reads"
+        raise InputRefused("build_format", problem, hint="build the data set again")
     manifest.pop(_SEAL, None)
     files = manifest.get("files")
     names = list(files) if isinstance(files, dict) else [".."]
     # An attacker can compute a valid hash, so the file names must not lead out of the build's folder.
     outside = any(PurePosixPath(name).is_absolute() or {"", ".", ".."} & {*name.split("/")} for name in names)
     if outside or _encode_manifest(manifest) != text:
-        raise InputRefused(
-            "damaged_build", f"the manifest {path} is damaged: its hash does not match", hint="build the data set again"
-        )
+        problem = f"the manifest {path} is damaged: its hash does not match"
+        raise InputRefused("damaged_build", problem, hint="build the data set again")
     return manifest
 
 

@@ -82,9 +82,8 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A value has a type that the original tool does not accept either.
         problem = f"the file contains a value that is not valid in {tool}: {error}"
-        raise UsageError(
-            "cannot_import", problem, where=str(path), hint=f"check that {tool} accepts the file"
-        ) from None
+        hint = f"check that {tool} accepts the file"
+        raise UsageError("cannot_import", problem, where=str(path), hint=hint) from None
     fields = {"model": model or _MODEL_PLACEHOLDER, "output_dir": "out", **draft.fields}
     if model is not None:
         fields["model"] = model
@@ -101,9 +100,8 @@ def _detect_tool(values: Mapping[str, Any], path: str) -> tuple[str, Any]:
         return "LLaMA-Factory", draft_from_training_file
     if values and all(isinstance(info, Mapping) for info in values.values()) and path.endswith(".json"):
         return "LLaMA-Factory", draft_from_dataset_info
-    raise UsageError(
-        "unknown_tool",
-        f"{path} is not a configuration file of Axolotl or LLaMA-Factory",
-        hint="pass an Axolotl file with base_model and datasets, a LLaMA-Factory file with model_name_or_path, "
-        "or a dataset_info.json",
+    hint = (
+        "pass an Axolotl file with base_model and datasets, a LLaMA-Factory file with model_name_or_path, "
+        "or a dataset_info.json"
     )
+    raise UsageError("unknown_tool", f"{path} is not a configuration file of Axolotl or LLaMA-Factory", hint=hint)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from ftdata.errors import BadRow
+from ftdata.options import select_options
 from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, trained_tokens
@@ -110,11 +111,9 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
         return
     flags = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.reject_flags)
     for flag in sorted(flags):
-        raise BadRow(
-            flag,
-            f"the row has the flag {flag}, which is listed in reject_flags ({FLAGS[flag].sentence})",
-            hint=f"correct the row; or remove {flag} from reject_flags to keep rows with this flag",
-        )
+        problem = f"the row has the flag {flag}, which is listed in reject_flags ({FLAGS[flag].sentence})"
+        hint = f"correct the row; or remove {flag} from reject_flags to keep rows with this flag"
+        raise BadRow(flag, problem, hint=hint)
 
 
 def _trained_examples(
@@ -303,18 +302,9 @@ def encode(
     >>> example.labels.tolist()[-4:], example.labels.dtype
     ([-100, 52, 257, -100], dtype('int32'))
     """
+    options = select_options(locals(), "rows")
     recipe = make_recipe(
-        load_tokenizer(tokenizer, thorough=False),
-        template,
-        date=date,
-        template_kwargs=template_kwargs,
-        train_on=train_on,
-        train_parts=train_parts,
-        turns=turns,
-        control_tokens=control_tokens,
-        on_dropped_message=on_dropped_message,
-        on_missing_stop=on_missing_stop,
-        reject_flags=reject_flags,
+        load_tokenizer(tokenizer, thorough=False), template, date=date, template_kwargs=template_kwargs, **options
     )
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     try:

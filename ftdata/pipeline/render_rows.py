@@ -166,13 +166,12 @@ class _FailureLimits:
         if not isinstance(outcome, Reject) or outcome.code != "template_limits" or len(outcome.raw) >= MAX_RAW:
             return
         if self.previous is not None and self.rows - self.previous < LIMITS_APART:
-            raise TemplateRefused(
-                "template_limits",
+            problem = (
                 f"template {self.recipe.template.name!r} exceeds its CPU or memory limit on several short rows: "
-                f"{outcome.reason}",
-                where=str(outcome.source),
-                hint="use another template: this template contains an endless loop, or is malicious",
+                f"{outcome.reason}"
             )
+            hint = "use another template: this template contains an endless loop, or is malicious"
+            raise TemplateRefused("template_limits", problem, where=str(outcome.source), hint=hint)
         self.previous = self.rows
 
 
@@ -301,13 +300,12 @@ def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Ren
     """Compare the texts with a second, independent rendering. If they differ, refuse the template."""
     for text in texts:
         if difference := cross_check_in_worker(conversation, recipe.template, text, CHECKED_MESSAGES):
-            raise TemplateRefused(
-                "template_not_verified",
+            problem = (
                 f"two renderings with template {recipe.template.name!r} disagree about the text that the model must "
-                f"generate: {difference}",
-                where=str(conversation.source),
-                hint="copy the template to a file and mark the trained text with {% generation %}",
+                f"generate: {difference}"
             )
+            hint = "copy the template to a file and mark the trained text with {% generation %}"
+            raise TemplateRefused("template_not_verified", problem, where=str(conversation.source), hint=hint)
 
 
 def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
@@ -346,11 +344,8 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
     except BadRow:
         masked_texts = ()
     if count != sum(len(recipe.control.find_matches(text)[0]) for text in masked_texts if not text.keep_control):
-        raise BadRow(
-            "control_tokens",
-            "the row contains a control token that ftdata cannot distinguish from the template's control tokens",
-            hint="remove it from the data, or set control_tokens='allow'",
-        )
+        problem = "the row contains a control token that ftdata cannot distinguish from the template's control tokens"
+        raise BadRow("control_tokens", problem, hint="remove it from the data, or set control_tokens='allow'")
 
 
 def _is_followed(rendered: Rendered) -> bool:
@@ -404,12 +399,9 @@ def check_answers(conversation: Conversation) -> None:
         needs_answer = answer.get("train", True) and not answer.get("tool_calls")
         if needs_answer and content is not None and not any(map(has_answer, texts)):
             index = next(index for index, message in enumerate(conversation.messages) if message is answer)
-            raise BadRow(
-                "empty_answer",
-                "the answer has no visible character outside thinking, so the model would learn empty answers",
-                field=f"messages[{index}].content",
-                hint="remove the row, or set train: false in the message",
-            )
+            problem = "the answer has no visible character outside thinking, so the model would learn empty answers"
+            hint = "remove the row, or set train: false in the message"
+            raise BadRow("empty_answer", problem, field=f"messages[{index}].content", hint=hint)
 
 
 def make_reject(row: Row | Reject, error: BadRow) -> Reject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ftdata.readers.streams import Input
 from ftdata.registry import Registry
@@ -18,14 +19,42 @@ It must be defined at the top level of a module, because worker processes call i
 readers: Registry[Reader] = Registry("ftdata.readers", "reader")
 """Readers by file suffix, which is also the name to pass as `format`."""
 
-for _function, _suffixes in {
-    "json_rows:read_json": ("json",),
-    "json_rows:read_jsonl": ("jsonl", "ndjson"),
-    "delimited:read_csv": ("csv",),
-    "delimited:read_tsv": ("tsv",),
-    "parquet:read_parquet": ("parquet",),
-    "arrow:read_arrow": ("arrow", "feather", "ipc"),
-    "excel:read_excel": ("xlsx",),
-}.items():
-    for _suffix in _suffixes:
-        readers.register_import(_suffix, f"ftdata.readers.{_function}")
+
+def _import_reader(name: str) -> Reader:
+    """Import a built-in reader. Most builds need only one of the readers."""
+    match name:
+        case "json":
+            from ftdata.readers.json_rows import read_json
+
+            return read_json
+        case "jsonl":
+            from ftdata.readers.json_rows import read_jsonl
+
+            return read_jsonl
+        case "csv":
+            from ftdata.readers.delimited import read_csv
+
+            return read_csv
+        case "tsv":
+            from ftdata.readers.delimited import read_tsv
+
+            return read_tsv
+        case "parquet":
+            from ftdata.readers.parquet import read_parquet
+
+            return read_parquet
+        case "arrow":
+            from ftdata.readers.arrow import read_arrow
+
+            return read_arrow
+        case _:
+            from ftdata.readers.excel import read_excel
+
+            return read_excel
+
+
+_SUFFIXES = {"jsonl": ("jsonl", "ndjson"), "arrow": ("arrow", "feather", "ipc"), "excel": ("xlsx",)}
+
+for _name in ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "excel"):
+    for _suffix in _SUFFIXES.get(_name, (_name,)):
+        readers.register_lazily(_suffix, partial(_import_reader, _name))

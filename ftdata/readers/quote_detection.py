@@ -9,8 +9,6 @@ from itertools import islice
 
 from ftdata.readers.streams import MAX_LINE, STDIN, Input, is_url
 
-"""`csv`: a quoted cell ends with a quote, and a quote inside it is doubled; `none`: quotes are part of the text."""
-
 _log = logging.getLogger(__name__)
 _SAMPLE, _MAX_LINES, _MAX_TRIES = 1000, 10_000, 20
 """Lines to examine if the input can be read only once; maximum lines of a quoted cell; and the maximum number of

@@ -6,7 +6,7 @@ A *chat template* reads `messages`. A *prompt template* reads the columns of the
 (`turns.locate`).
 """
 
-from ftdata.templates.render_chat import DROPPED_MESSAGE_POLICIES, MISSING_STOP_POLICIES, TURNS, append_missing_stop
+from ftdata.templates.render_chat import append_missing_stop
 from ftdata.templates.template import DEFAULT_DATE, Template, check_can_train, find_template, templates
 from ftdata.templates.worker.client import (
     cross_check_in_worker,
@@ -20,9 +20,6 @@ from ftdata.templates.worker.client import (
 
 __all__ = [
     "DEFAULT_DATE",
-    "DROPPED_MESSAGE_POLICIES",
-    "MISSING_STOP_POLICIES",
-    "TURNS",
     "Template",
     "append_missing_stop",
     "check_can_train",

@@ -262,12 +262,9 @@ def _replace_unknown_role(message: Message, index: int, template: Template) -> M
     if role in _ROLES or re.search(rf"""(['"]){re.escape(role)}\1""", template.source):
         return message
     if role not in STANDS_FOR:
-        raise BadRow(
-            "unknown_role",
-            f"template {template.name!r} does not support the role {role!r}",
-            field=f"messages[{index}].role",
-            hint=f"use one of the roles {', '.join(_ROLES)}",
-        )
+        problem = f"template {template.name!r} does not support the role {role!r}"
+        hint = f"use one of the roles {', '.join(_ROLES)}"
+        raise BadRow("unknown_role", problem, field=f"messages[{index}].role", hint=hint)
     return {**message, "role": STANDS_FOR[role]}
 
 
@@ -278,9 +275,8 @@ def _parse_arguments(arguments: Any) -> Any:
         # Python's own parser supports integers of any size.
         return json.loads(arguments) if arguments.strip() else {}
     except ValueError as error:
-        raise BadRow(
-            "tool_arguments", f"the tool call arguments are not valid JSON: {error}", field="tool_calls"
-        ) from None
+        problem = f"the tool call arguments are not valid JSON: {error}"
+        raise BadRow("tool_arguments", problem, field="tool_calls") from None
 
 
 def _dump_arguments(arguments: Any) -> str:

@@ -12,12 +12,6 @@ from ftdata.templates.render_cache import describe_shape, render_cache, render_c
 from ftdata.templates.template import Template, templates
 from ftdata.types import Conversation, Message, Part, Rendered, Span
 
-TURNS = ("auto", "joint", "split")
-
-DROPPED_MESSAGE_POLICIES = ("reject", "flag")
-
-MISSING_STOP_POLICIES = ("flag", "append_eos")
-
 _SPLITTABLE = frozenset({"history_drift", "unknown_stop", "overlap"})
 """Codes of errors that may occur only if all turns of a conversation are rendered in one text."""
 
@@ -50,11 +44,8 @@ def render_chat(
     if conversation.text is not None and (not template.source or template.is_chat):
         return (_render_formatted_text(conversation.text, template),)
     if not template.source:
-        raise TemplateRefused(
-            "no_template",
-            "the tokenizer has no chat template",
-            hint=f"pass template= with one of {', '.join(templates.names())}, or with the path of a template file",
-        )
+        hint = f"pass template= with one of {', '.join(templates.names())}, or with the path of a template file"
+        raise TemplateRefused("no_template", "the tokenizer has no chat template", hint=hint)
     if not template.is_chat:
         return (_render_fields(conversation, template),)
     try:
@@ -228,12 +219,9 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     printed = {piece.message for piece in pieces}
     for index, (name, value) in enumerate(conversation.fields.items()):
         if value.strip() and index not in printed:
-            raise BadRow(
-                "message_dropped",
-                f"template {template.name!r} does not print the column {name!r}",
-                field=name,
-                hint="use a template that prints the column, or remove the column from the data",
-            )
+            problem = f"template {template.name!r} does not print the column {name!r}"
+            hint = "use a template that prints the column, or remove the column from the data"
+            raise BadRow("message_dropped", problem, field=name, hint=hint)
     answer = conversation.completion_from
     blocks = dict.fromkeys(piece.block for piece in pieces if piece.block)
     regions = [

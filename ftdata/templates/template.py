@@ -249,10 +249,8 @@ class Template:
         try:
             yield
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateRefused(
-                "template_syntax",
-                f"template {self.name!r} has a syntax error in line {error.lineno}: {error.message}",
-            ) from None
+            problem = f"template {self.name!r} has a syntax error in line {error.lineno}: {error.message}"
+            raise TemplateRefused("template_syntax", problem) from None
         except (SyntaxError, ValueError, RecursionError) as error:
             # Python compiles the code that Jinja generates, and limits its nesting and the digits of its numbers.
             raise TemplateRefused("template_syntax", f"template {self.name!r} cannot be compiled: {error}") from None
@@ -278,11 +276,8 @@ def find_template(spec: str | Path) -> tuple[str, str]:
         return "<string>", text
     path = Path(templates.get(text) if text in templates else text)
     if not path.is_file():
-        raise UsageError(
-            "unknown_template",
-            f"{text!r} is neither the name of a template nor the path of a file",
-            hint=suggest_names(text, templates.names()),
-        )
+        problem = f"{text!r} is neither the name of a template nor the path of a file"
+        raise UsageError("unknown_template", problem, hint=suggest_names(text, templates.names()))
     try:
         return text, path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -296,11 +291,9 @@ def check_can_train(template: Template) -> None:
         TemplateRefused: `template_syntax`, or `nothing_marked` for a prompt template without a generation block.
     """
     if template.source and not template.is_chat and not template.has_generation_tags:
-        raise TemplateRefused(
-            "nothing_marked",
-            f"template {template.name!r} does not read the variable 'messages', so it must mark the text to train",
-            hint="put {% generation %} before the response and {% endgeneration %} after its stop token",
-        )
+        problem = f"template {template.name!r} does not read the variable 'messages', so it must mark the text to train"
+        hint = "put {% generation %} before the response and {% endgeneration %} after its stop token"
+        raise TemplateRefused("nothing_marked", problem, hint=hint)
 
 
 def render_scaffold(template: Template) -> str:

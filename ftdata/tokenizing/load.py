@@ -37,18 +37,12 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
     if isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         return _from_transformers(tokenizer, thorough=thorough)
     if not isinstance(tokenizer, str | Path):
-        raise UsageError(
-            "tokenizer_type",
-            f"tokenizer is a {type(tokenizer).__name__}, expected a fast tokenizer",
-            hint="pass a folder, a Hub id, or a fast tokenizer object",
-        )
+        problem = f"tokenizer is a {type(tokenizer).__name__}, expected a fast tokenizer"
+        raise UsageError("tokenizer_type", problem, hint="pass a folder, a Hub id, or a fast tokenizer object")
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else _download(str(tokenizer))
     if not (folder / "tokenizer.json").is_file():
-        raise UsageError(
-            "no_tokenizer",
-            f"the folder {folder} contains no tokenizer.json",
-            hint="save a fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
+        hint = "save a fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        raise UsageError("no_tokenizer", f"the folder {folder} contains no tokenizer.json", hint=hint)
     return _from_folder(folder, str(tokenizer))
 
 

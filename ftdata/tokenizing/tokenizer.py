@@ -25,8 +25,6 @@ from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder, describe_encoder_error
 from ftdata.types import Part, Rendered
 
-CONTROL_POLICIES = ("escape", "refuse", "allow")
-
 _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """First private-use character of the placeholders for control tokens (`ControlTokens.escape`); several candidates."""
 
@@ -166,11 +164,8 @@ def _strip_backend(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer,
         TemplateRefused: the tokenizer is random or damaged, or has unsuitable added tokens.
     """
     if getattr(backend.model, "dropout", None):
-        raise TemplateRefused(
-            "tokenizer_dropout",
-            f"the tokenizer skips BPE merges randomly (dropout={backend.model.dropout:g}), so its results vary",
-            hint="set dropout to null in tokenizer.json",
-        )
+        problem = f"the tokenizer skips BPE merges randomly (dropout={backend.model.dropout:g}), so its results vary"
+        raise TemplateRefused("tokenizer_dropout", problem, hint="set dropout to null in tokenizer.json")
     if (largest := max(backend.get_added_tokens_decoder(), default=0)) > _LARGEST_ID:
         problem = f"the tokenizer is damaged: an added token has the id {largest:,}, expected at most {_LARGEST_ID:,}"
         raise TemplateRefused("bad_tokenizer", problem)
@@ -388,11 +383,8 @@ class ControlTokens:
         (encoded,) = ReferenceEncoder(backend).encode([text])
         ids = id_map[encoded.ids]
         if self.count(ids) != self.count_expected(template_matches):
-            return BadRow(
-                "control_tokens",
-                "the text contains a control token that cannot be escaped with this tokenizer",
-                hint="remove the control token from the data",
-            )
+            message = "the text contains a control token that cannot be escaped with this tokenizer"
+            return BadRow("control_tokens", message, hint="remove the control token from the data")
         return EncodedText(ids, encoded.offsets, escaped=True)
 
     @cached_property

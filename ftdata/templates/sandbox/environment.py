@@ -206,19 +206,9 @@ def _make_clock(date: datetime.datetime) -> Callable[[str], str]:
 
 
 _RECORDED_FILTERS = {
-    "default",
-    "d",
-    "dictsort",
-    "first",
-    "items",
-    "last",
-    "length",
-    "list",
-    "map",
-    "reject",
-    "rejectattr",
-}
-_RECORDED_FILTERS |= {"capitalize", "lower", "replace", "select", "selectattr", "string", "trim", "upper"}
+    "capitalize", "d", "default", "dictsort", "first", "items", "last", "length", "list", "lower", "map", "reject",
+    "rejectattr", "replace", "select", "selectattr", "string", "trim", "upper",
+}  # fmt: skip
 """Filters that call only methods of `str` on strings, which are recorded."""
 
 

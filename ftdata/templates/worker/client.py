@@ -98,13 +98,12 @@ def _count_steps(conversation: Conversation) -> int:
     messages, answers = len(conversation.messages), len(render_chat.trained_answers(conversation.messages))
     steps = messages * answers
     if steps > MAX_STEPS:
-        raise BadRow(
-            "too_many_messages",
+        problem = (
             f"the conversation is too long: {messages:,} messages times {answers:,} trained answers exceeds the limit "
-            f"of {MAX_STEPS:,}",
-            field="messages",
-            hint="split the conversation into several rows, or set train: false for most answers",
+            f"of {MAX_STEPS:,}"
         )
+        hint = "split the conversation into several rows, or set train: false for most answers"
+        raise BadRow("too_many_messages", problem, field="messages", hint=hint)
     return steps
 
 
@@ -194,11 +193,9 @@ def require_verified(template: Template) -> Template:
         TemplateRefused: as in `verify_template`; `template_not_verified`, if a cross-check fails.
     """
     if template.source and (contradictions := verify_template(template).contradictions):
-        raise TemplateRefused(
-            "template_not_verified",
-            f"the cross-check of template {template.name!r} failed: {contradictions[0]}",
-            hint="mark the generated text with {% generation %} in a copy of the template",
-        )
+        problem = f"the cross-check of template {template.name!r} failed: {contradictions[0]}"
+        hint = "mark the generated text with {% generation %} in a copy of the template"
+        raise TemplateRefused("template_not_verified", problem, hint=hint)
     return template
 
 
@@ -248,11 +245,9 @@ def _request_report(template: Template) -> Mapping[str, Any]:
     try:
         return dict(call_worker("examine", template)["report"])
     except RecursionError:
-        raise TemplateRefused(
-            "template_too_deep",
-            f"template {template.name!r} contains loops, macros or expressions that are nested too deep",
-            hint="use another template or simplify this template",
-        ) from None
+        problem = f"template {template.name!r} contains loops, macros or expressions that are nested too deep"
+        hint = "use another template or simplify this template"
+        raise TemplateRefused("template_too_deep", problem, hint=hint) from None
 
 
 def _make_template_error(template: Template) -> TemplateRefused:

@@ -287,11 +287,9 @@ class _Worker:
                 continue
             request.lost += 1
             if request.lost >= MAX_LOST:
-                raise StorageError(
-                    "template_worker_lost",
-                    f"the template worker process ended unexpectedly {MAX_LOST} times (exit status {status})",
-                    hint="check whether the system runs out of memory, then run the command again to resume",
-                )
+                problem = f"the template worker process ended unexpectedly {MAX_LOST} times (exit status {status})"
+                hint = "check whether the system runs out of memory, then run the command again to resume"
+                raise StorageError("template_worker_lost", problem, hint=hint)
 
     def stop(self) -> None:
         """Kill the worker process. The next request starts a new worker."""
