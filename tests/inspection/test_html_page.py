@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tokenizer_makers import CHATML, qwen, tiny_bpe
+from tokenizer_makers import CHATML, tiny_bpe
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import UsageError
@@ -114,9 +114,9 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return qwen(tmp_path_factory.mktemp("tokenizer") / "qwen")
+@pytest.fixture
+def tokenizer(tokenizer_dir):
+    return tokenizer_dir("qwen")
 
 
 def test_page_of_a_build_shows_its_tokens_and_labels(data, tokenizer, opened, tmp_path):
