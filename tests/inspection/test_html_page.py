@@ -14,7 +14,7 @@ from tokenizer_makers import CHATML, tiny_bpe
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import UsageError
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -453,7 +453,6 @@ def test_notebook_shows_rows_without_scripts(opened, tmp_path):
     assert page.title() != "taken"
 
 
-@pytest.mark.slow
 def test_docs_images_can_be_regenerated(tmp_path):
     """`python docs/scripts/inspect_images.py` writes exactly the images that the docs use."""
     root = Path(__file__).parents[2]

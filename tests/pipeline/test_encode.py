@@ -413,6 +413,7 @@ def test_try_template_checks_the_template_of_a_user(name, loaded_tokenizer):
     assert set(refused) <= {"message_dropped", "control_tokens", "history_drift", "template_raises"}
 
 
+@pytest.mark.slow
 def test_try_template_reports_a_broken_rule(tokenizer_dir, monkeypatch):
     from ftdata.pipeline import examples
 
