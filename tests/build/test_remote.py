@@ -18,6 +18,8 @@ from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.readers import file_parts, remote_files
 from ftdata.readers.sources import resolve_sources
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"question": f"what is {n}?", "answer": f"it is {n * n}"} for n in range(300)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 

@@ -130,6 +130,7 @@ def test_findings_of_a_build_name_its_source_files(tokenizer, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_audit_command(tokenizer, tmp_path):
     path, latin = tmp_path / "d.jsonl", tmp_path / "latin.jsonl"
     path.write_text(json.dumps({"messages": [USER, {**ANSWER, "mood": "sunny"}]}) + "\n")

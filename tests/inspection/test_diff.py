@@ -244,6 +244,7 @@ def run(*arguments):
     return done
 
 
+@pytest.mark.slow
 def test_diff_command_compares_configurations_data_and_builds(data, tokenizer_dir, tmp_path):
     tokenizer = tokenizer_dir("tiny_bpe")
     build_sft_dataset(data, tokenizer, output_dir=tmp_path / "a")

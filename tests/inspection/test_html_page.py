@@ -9,12 +9,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tokenizer_makers import CHATML, qwen, tiny_bpe
+from tokenizer_makers import CHATML, tiny_bpe
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import UsageError
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -114,9 +114,9 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return qwen(tmp_path_factory.mktemp("tokenizer") / "qwen")
+@pytest.fixture
+def tokenizer(tokenizer_dir):
+    return tokenizer_dir("qwen")
 
 
 def test_page_of_a_build_shows_its_tokens_and_labels(data, tokenizer, opened, tmp_path):
@@ -453,7 +453,6 @@ def test_notebook_shows_rows_without_scripts(opened, tmp_path):
     assert page.title() != "taken"
 
 
-@pytest.mark.slow
 def test_docs_images_can_be_regenerated(tmp_path):
     """`python docs/scripts/inspect_images.py` writes exactly the images that the docs use."""
     root = Path(__file__).parents[2]

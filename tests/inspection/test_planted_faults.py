@@ -2,9 +2,9 @@
 
 import json
 import random
+import shutil
 
 import pytest
-from tokenizer_makers import deepseek
 
 from ftdata import audit, build_sft_dataset
 from ftdata.tokenizing.load import load_tokenizer
@@ -112,9 +112,9 @@ def planted(chance, clean, tokenizer):
 
 
 @pytest.fixture(scope="module", params=[1_500, pytest.param(20_000, marks=pytest.mark.long)])
-def large(request, tmp_path_factory):
+def large(request, tokenizer_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    tokenizer = deepseek(folder / "tokenizer")
+    tokenizer = shutil.copytree(tokenizer_dir("deepseek"), folder / "tokenizer")
     config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<｜▁pad▁｜>"}))
     chance = random.Random(20)

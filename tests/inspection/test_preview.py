@@ -21,7 +21,6 @@ from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection.row_views import make_visible
 from ftdata.testing import AWKWARD_TEXTS
-from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.token_text import token_texts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -152,10 +151,9 @@ def test_json_contains_all_segments(tokenizer_dir):
         "".join
     )
 )
-def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
-    folder = tokenizer_dir(name)
+def test_views_show_every_token_and_every_character(loaded_tokenizer, name, text):
     try:
-        shown = preview([talk("q", text)], folder, CHATML)
+        shown = preview([talk("q", text)], loaded_tokenizer(name), CHATML)
     except UnicodeEncodeError:
         return
     for row in shown.rows:
@@ -176,8 +174,8 @@ def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
         st.sampled_from(["年號", "👍🏽", "naïve", "a b", " ", "  x", "\n", "é", "the ", "ß"]), max_size=8
     ).map("".join)
 )
-def test_token_texts_concatenate_to_the_decoded_text(tokenizer_dir, name, text):
-    tokenizer = load_tokenizer(tokenizer_dir(name))
+def test_token_texts_concatenate_to_the_decoded_text(loaded_tokenizer, name, text):
+    tokenizer = loaded_tokenizer(name)
     ids = tokenizer.encode([text])[0].ids.tolist()
     texts = token_texts(tokenizer, ids)
     assert len(texts) == len(ids)

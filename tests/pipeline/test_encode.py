@@ -408,11 +408,12 @@ def test_cross_check_confirms_every_rendering(name, loaded_tokenizer, data):
 
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
-def test_try_template_checks_the_template_of_a_user(name, tokenizer_dir):
-    refused = try_template(tokenizer_dir(name), max_examples=40)
+def test_try_template_checks_the_template_of_a_user(name, loaded_tokenizer):
+    refused = try_template(loaded_tokenizer(name), max_examples=40)
     assert set(refused) <= {"message_dropped", "control_tokens", "history_drift", "template_raises"}
 
 
+@pytest.mark.slow
 def test_try_template_reports_a_broken_rule(tokenizer_dir, monkeypatch):
     from ftdata.pipeline import examples
 

@@ -165,6 +165,7 @@ def test_cached_plan_does_not_hide_removed_text():
         render_in_worker(Conversation(tuple(thinking)), known, "joint")
 
 
+@pytest.mark.slow
 def test_generation_tags_of_a_user_template_are_followed_and_checked(tokenizer_dir):
     right = template("<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
     header = template("<|im_start|>{% generation %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endgeneration %}\n")

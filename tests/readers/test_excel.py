@@ -100,6 +100,7 @@ def test_excel_rich_text_runs_are_joined(tmp_path):
     assert data_of(path) == [{"text": "bold plain"}]
 
 
+@pytest.mark.slow
 def test_large_workbook_is_read(tmp_path):
     path = tmp_path / "d.xlsx"
     frame = pd.DataFrame({"question": [f"question {n}" for n in range(20_000)], "answer": ["yes", "no"] * 10_000})
@@ -157,6 +158,7 @@ def test_oversized_header_cell_is_refused(tmp_path):
         outcomes(path)
 
 
+@pytest.mark.slow
 def test_workbook_with_a_repeated_long_text_is_read(tmp_path):
     """700 kB that expand to 130 MB of XML: the same system prompt of 8 kB in each row."""
     prompt = "You are a helpful assistant. " * 280

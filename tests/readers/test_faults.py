@@ -128,6 +128,7 @@ def csv_file(dice, fault, rows, at, folder):
     return path, lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [400, pytest.param(10_000, marks=pytest.mark.long)])
 def test_one_invalid_row_rejects_one_row_at_its_line(tmp_path, tokenizer_dir, files):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"))

@@ -17,6 +17,8 @@ from ftdata import read
 from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.readers import remote_files
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)]
 QUICK = "import ftdata.readers.remote_files as remote; remote.PAUSE = 0.01\n"
 

@@ -214,6 +214,7 @@ def test_json_errors_report_their_position(tmp_path):
         outcomes(write(tmp_path, "c.json", f"[\n{row_of(1)},\n{row_of(1)}\n"))
 
 
+@pytest.mark.slow
 def test_many_invalid_rows_and_many_keys_take_linear_time(tmp_path):
     found = outcomes(write(tmp_path, "d.json", "[" + "1,\n" * 200_000 + row_of(1) + "]"))
     assert len(found) == 200_001

@@ -74,6 +74,7 @@ def test_data_after_a_compressed_stream_is_damage(tmp_path):
             data_of(write(tmp_path, f"e.jsonl.{packing}", PACKERS[packing](LINES) + b"XX" + twice))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["bz2", "xz"])
 def test_decompression_stops_at_the_expansion_limit(tmp_path, packing, monkeypatch):
     from ftdata.readers import streams

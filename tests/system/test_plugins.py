@@ -42,6 +42,7 @@ def ftdata(environment, *arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_path):
     listed = json.loads(ftdata(installed, "plugins", "--json"))
     names = {

@@ -125,6 +125,7 @@ def assert_stops_soon(template, data, tokenizer):
     assert len(build_sft_dataset(rows("plain"), tokenizer, CHAT)["train"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "bomb"), CASES)
 def test_template_bombs_are_stopped(form, bomb, tokenizer_dir):
     assert_stops_soon(FORMS[form].replace("BOMB", BOMBS[bomb]), rows(form), tokenizer_dir("tiny_bpe"))
