@@ -20,7 +20,7 @@ readers: Registry[Reader] = Registry("ftdata.readers", "reader")
 """Readers by file suffix, which is also the name to pass as `format`."""
 
 
-def _import_reader(name: str) -> Reader:
+def _import_reader(name: str) -> Reader:  # noqa: PLR0911  (one per reader)
     """Import a built-in reader. Most builds need only one of the readers."""
     match name:
         case "json":
