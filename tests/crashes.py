@@ -10,9 +10,9 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 
+from ftdata.build import dataset
 from ftdata.build.dataset import write_build
 from ftdata.errors import FtdataError
 from ftdata.storage import disk
@@ -37,19 +37,37 @@ def main():
 
 def trial(asked, said):
     children = []
+    # The first build writes to this pipe as soon as it holds the lock of the workspace.
+    locked, lock_writer = os.pipe()
     for number in range(asked.get("together") or 1):
         child = os.fork()
         if child == 0:
             os.dup2(said.fileno(), 2)
-            if number and asked.get("first_only"):
-                # So that the first is at work before.
-                time.sleep(0.03)
+            if number == 0:
+                report_lock(lock_writer)
+            elif asked.get("first_only"):
+                os.close(lock_writer)
+                os.read(locked, 1)
                 asked["failpoint"] = None
             os._exit(build(asked))
         children.append(child)
+    os.close(lock_writer)
     if (seconds := asked.get("seconds")) is not None:
         threading.Timer(seconds, kill, children).start()
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os.close(locked)
+    return codes
+
+
+def report_lock(descriptor):
+    """Write to a pipe when a build begins inside its locked workspace. If the build is killed, the pipe is closed."""
+    begin = dataset._build_unless_current
+
+    def begin_and_report(*arguments):
+        os.write(descriptor, b"x" * 8)
+        return begin(*arguments)
+
+    dataset._build_unless_current = begin_and_report
 
 
 def kill(child):

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 
 from ftdata import types
-from ftdata.build import store
+from ftdata.build.shard_files import write_shard
 from ftdata.pipeline import examples, render_rows
 from ftdata.pipeline.mask import trained_tokens
 from ftdata.pipeline.recipe import make_recipe
@@ -122,11 +122,12 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     ]
     made = [examples._mask_rows(recipe, [each for _, each in batch]) for batch in batches]
     finished = timed(
-        "finish", lambda: [examples._finish_rows(recipe, *pair) for pair in zip(batches, made, strict=True)]
+        "finish",
+        lambda: [examples._finish_rows(recipe, batch, *masked) for batch, masked in zip(batches, made, strict=True)],
     )
-    hashed = [(batch.columns, [b"x" * 24] * len(batch)) for batch in finished]
     with tempfile.TemporaryDirectory() as scratch:
-        timed("write", lambda: store.write_shard(Path(scratch) / "shard", hashed))
+        (Path(scratch) / "shard").mkdir()
+        timed("write", lambda: write_shard(Path(scratch) / "shard", finished))
         content = b"".join(path.read_bytes() for path in (Path(scratch) / "shard").iterdir())
         timed("the bytes alone", lambda: (Path(scratch) / "bytes").write_bytes(content))
     return times
