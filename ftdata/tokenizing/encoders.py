@@ -11,11 +11,13 @@ text is encoded by the reference if a normalizer changes it, or if the sum diffe
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ftdata.errors import TemplateRefused
+from ftdata.storage import disk
 from ftdata.tokenizing.batches import EncodedText, Encodings, end_offsets, offset_dtype
 
 FAST_MIN_CHARACTERS, BYTES_PER_CHARACTER = 1_000_000, 4
@@ -223,7 +226,7 @@ def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEn
         return None
     from importlib.metadata import version
 
-    texts = list(_difficult_texts([token["content"] for token in spec.get("added_tokens", ())]))
+    added_tokens = [token["content"] for token in spec.get("added_tokens", ())]
     doubled_counts = _count_characters(spec, is_byte_level=is_byte_level)
     normalizers = [stage["type"] for stage in _flatten_stages(spec.get("normalizer"))]
     added = _mark_added_tokens(spec, len(doubled_counts)) if "Prepend" in normalizers else None
@@ -236,10 +239,29 @@ def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEn
             native = fastokens.Tokenizer.from_json_str(stripped)
         except Exception:  # noqa: BLE001  (fastokens raises several types for unsupported tokenizers)
             return None
-        encoder = FastEncoder(
-            native, reference, doubled_counts, "NFC" in normalizers, added, f"fastokens {version('fastokens')}"
-        )
-        return encoder if find_first_difference(encoder, reference, texts) is None else None
+        name = f"fastokens {version('fastokens')}"
+        encoder = FastEncoder(native, reference, doubled_counts, "NFC" in normalizers, added, name)
+        return encoder if _agrees_on_difficult_texts(encoder, added_tokens, description) else None
+
+
+def _agrees_on_difficult_texts(encoder: FastEncoder, added_tokens: Sequence[str], description: bytes) -> bool:
+    """Compare a fast encoder with its reference. The result is cached, keyed by the tokenizer and all code."""
+    code = hashlib.sha256(Path(__file__).read_bytes() + description).hexdigest()
+    root, key = disk.cache_root(), disk.hash_bytes(f"{encoder.name} {encoder.reference.name} {code}".encode())
+    file = root / "encoders" / key if root else None
+    if file is not None:
+        # A damaged or unreadable file does not contain the key.
+        with suppress(OSError, ValueError):
+            if disk.read_regular_file(file) == key.encode():
+                return True
+    if find_first_difference(encoder, encoder.reference, [*_difficult_texts(added_tokens)]) is not None:
+        return False
+    if file is not None:
+        with suppress(OSError):
+            disk.mkdir(file.parent, parents=True, exist_ok=True)
+            disk.write(temporary := file.with_suffix(f".{os.getpid()}"), key.encode())
+            disk.rename(temporary, file)
+    return True
 
 
 def _trim_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from contextlib import suppress
@@ -12,7 +13,6 @@ from weakref import WeakKeyDictionary
 import tokenizers
 
 from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_names
-from ftdata.storage import disk
 from ftdata.tokenizing.encoders import describe_encoder_error
 from ftdata.tokenizing.tokenizer import Tokenizer, _strip_backend
 
@@ -60,9 +60,15 @@ _SAMPLE = (
 )
 
 
-def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None) -> Tokenizer:
-    """Create a tokenizer from the content of its files, or return a cached tokenizer with the same content."""
-    digest = disk.hash_bytes(text)
+def _from_content(
+    name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None, json_hash: Any = None
+) -> Tokenizer:
+    """Create a tokenizer from the content of its files, or return a cached tokenizer with the same content.
+
+    `json_hash` is the SHA-256 object of `text`, if it was computed already.
+    """
+    json_hash = json_hash or hashlib.sha256(text)
+    digest = json_hash.hexdigest()
     key = (digest, name, json.dumps(special_tokens, sort_keys=True), chat_template or "", str(chat_template is None))
     if key not in _loaded:
         cached = _find_loaded(digest)
@@ -70,6 +76,7 @@ def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_t
             _loaded[key] = cached.with_template(chat_template, special_tokens)
         else:
             _loaded[key] = Tokenizer(name, text, special_tokens, chat_template)
+            _loaded[key].__dict__["_json_hash"] = json_hash
         if len(_loaded) > _MAX_LOADED:
             _loaded.popitem(last=False)
     _loaded.move_to_end(key)
@@ -129,17 +136,17 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
     text = file.read_bytes()
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     template = _read_chat_template(folder, config)
-    digest = disk.hash_bytes(text)
-    cached = _find_loaded(digest)
+    json_hash = hashlib.sha256(text)
+    cached = _find_loaded(json_hash.hexdigest())
     if cached is not None:
-        return _from_content(name, text, _special_tokens(config, cached._backend), template)
+        return _from_content(name, text, _special_tokens(config, cached._backend), template, json_hash)
     try:
         with describe_encoder_error():
             backend = tokenizers.Tokenizer.from_buffer(text)
         stripped = _strip_backend(backend)
     except TemplateRefused as error:
         raise TemplateRefused(error.code, f"{file} cannot be used: {error.message}", hint=error.hint) from None
-    loaded = _from_content(name, text, _special_tokens(config, backend), template)
+    loaded = _from_content(name, text, _special_tokens(config, backend), template, json_hash)
     # Set the cached property: loading a large vocabulary again would take most of the time of a preview.
     loaded.__dict__["_stripped_backend"] = stripped
     return loaded

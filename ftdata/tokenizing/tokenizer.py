@@ -29,7 +29,9 @@ _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """First private-use character of the placeholders for control tokens (`ControlTokens.escape`); several candidates."""
 
 
-_SHARED_PROPERTIES = frozenset({"_stripped_backend", "encoders", "added_tokens", "stripping_tokens", "size"})
+_SHARED_PROPERTIES = frozenset(
+    {"_stripped_backend", "_json_hash", "encoders", "added_tokens", "stripping_tokens", "size"}
+)
 """Cached properties of a tokenizer that do not depend on its chat template or special tokens."""
 
 
@@ -76,9 +78,14 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer, its special tokens and its chat template, in hexadecimal."""
         parts = ("\0", json.dumps(self.special_tokens, sort_keys=True), "\0", self.chat_template or "")
-        digest = hashlib.sha256(self.json)
+        digest = self._json_hash.copy()
         digest.update("".join(parts).encode())
-        return digest.hexdigest()
+        return str(digest.hexdigest())
+
+    @cached_property
+    def _json_hash(self) -> Any:
+        """The SHA-256 object of `json`, which takes as long to compute as a small build."""
+        return hashlib.sha256(self.json)
 
     @cached_property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:

@@ -47,6 +47,25 @@ def test_unsupported_tokenizers_have_no_fast_encoder(tokenizer_dir, name):
     assert pair(tokenizer_dir(name))[0] is None
 
 
+def test_comparison_with_difficult_texts_is_cached(tokenizer_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
+    loaded, compared = load_tokenizer(tokenizer_dir("tiny_bpe")), []
+
+    def compare(*_):
+        compared.append(1)
+
+    monkeypatch.setattr(encoders, "find_first_difference", compare)
+    for _ in range(2):
+        assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference)
+    assert len(compared) == 1
+    (file,) = (tmp_path / "encoders").iterdir()
+    file.write_bytes(b"damaged")
+    assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference)
+    assert len(compared) == 2
+    assert encoders.load_fast_encoder(loaded.json + b" ", loaded.encoders.reference)
+    assert len(compared) == 3
+
+
 @pytest.fixture
 def source(tmp_path):
     import json
