@@ -30,6 +30,7 @@ def run(*words):
     return done.returncode
 
 
+@pytest.mark.slow
 def test_every_command_accepts_file_names_that_are_not_utf8(data, tokenizer_dir, tmp_path):
     tokenizer, built = tokenizer_dir("tiny_bpe"), data.parent / os.fsdecode(b"out\xfd")
     assert run("preview", data, "-t", tokenizer) == 0

@@ -40,6 +40,7 @@ def test_extra_commas_are_rejected(tmp_path, text):
     assert [one.code for one in found if isinstance(one, Reject)] == ["not_a_row"]
 
 
+@pytest.mark.slow
 @often(200)
 @given(
     rows=anything,

@@ -31,6 +31,7 @@ def pair(folder):
     return PAIRS[folder]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_bpe", "qwen", "deepseek", "tiny_prepend", "tiny_replace"])
 @often(200)
 @given(data=st.data())

@@ -179,6 +179,7 @@ def test_random_functions_are_removed(tokenizer_dir):
             build_sft_dataset(rows("on a row"), tokenizer_dir("tiny_bpe"), source + CHAT)
 
 
+@pytest.mark.slow
 def test_killed_template_worker_is_replaced(tokenizer_dir):
     from ftdata.templates.worker import process
 
@@ -220,6 +221,7 @@ def test_repeatedly_killed_template_worker_stops_the_build(tokenizer_dir):
             )
 
 
+@pytest.mark.slow
 def test_template_worker_that_ended_before_a_request_is_replaced(tokenizer_dir):
     """The worker may end while answers to earlier requests are received, right before the next one is sent."""
     from ftdata.templates.template import Template

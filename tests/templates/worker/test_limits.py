@@ -46,6 +46,7 @@ def test_row_with_too_many_messages_is_rejected_at_its_line(template, tokenizer_
     assert "100,000 messages" in reject
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [CUSTOM, QUADRATIC], ids=["linear", "quadratic"])
 @pytest.mark.parametrize("count", [180, 300, pytest.param(1200, marks=pytest.mark.long)])
 def test_long_rows_are_built(template, count, tokenizer_dir, tmp_path):
@@ -58,6 +59,7 @@ def test_long_rows_are_built(template, count, tokenizer_dir, tmp_path):
     assert [built["train"][0], built["train"][2]] == expected
 
 
+@pytest.mark.slow
 def test_one_short_row_over_the_limit_is_rejected_and_two_refuse_the_template(tokenizer_dir, tmp_path):
     data = write(tmp_path / "data.jsonl", [talk(2), talk(4), *[talk(2)] * 120, talk(4), talk(2)])
     built = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), LOOPS, on_bad_rows="quarantine", max_rejects=9)
