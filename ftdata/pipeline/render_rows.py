@@ -9,6 +9,7 @@ The results are yielded in batches, in the order of the rows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -322,30 +323,44 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
     if not recipe.control.occurs_in("\n".join(_strings(conversation))):
         return
 
-    def mask(value: Any, kept_ranges: Sequence[tuple[int, int]] = ()) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(
-                lambda match: match.group() if match.span() in kept_ranges else "x" * len(match.group()), value
-            )
-        if isinstance(value, Mapping):
-            # Thinking tags that an answer contains are not control tokens of the row, and templates search for them.
-            content = value.get("content") if value.get("role") == "assistant" else None
-            tags = find_thinking_tags(content, "think") if isinstance(content, str) else ()
-            fixed = {"role": value.get("role"), "content": mask(content, tags)} if tags else {"role": value.get("role")}
-            return {mask(key): fixed[key] if key in fixed else mask(item) for key, item in value.items()}
-        return [mask(item) for item in value] if isinstance(value, list | tuple) else value
-
-    masked = replace(conversation, messages=tuple(mask(conversation.messages)), tools=tuple(mask(conversation.tools)))
+    messages = tuple(_mask_control_tokens(message, pattern) for message in conversation.messages)
+    masked = replace(conversation, messages=messages, tools=tuple(_mask_control_tokens(conversation.tools, pattern)))
     if masked == conversation:
         return
-    count = sum(len(recipe.control.find_matches(text)[0]) for text in texts if not text.keep_control)
     try:
         masked_texts = render_in_worker(masked, recipe.template, recipe.turns, recipe.on_dropped_message)
     except BadRow:
         masked_texts = ()
-    if count != sum(len(recipe.control.find_matches(text)[0]) for text in masked_texts if not text.keep_control):
+    if _count_template_tokens(recipe, texts) != _count_template_tokens(recipe, masked_texts):
         problem = "the row contains a control token that ftdata cannot distinguish from the template's control tokens"
         raise BadRow("control_tokens", problem, hint="remove it from the data, or set control_tokens='allow'")
+
+
+def _count_template_tokens(recipe: Recipe, texts: Sequence[Rendered]) -> int:
+    """Count the control tokens that the template printed, according to the spans."""
+    return sum(len(recipe.control.find_matches(text)[0]) for text in texts if not text.keep_control)
+
+
+def _mask_control_tokens(value: Any, pattern: re.Pattern[str]) -> Any:
+    """Replace the control tokens in all strings of a JSON value, except roles, by other text of the same length."""
+    if isinstance(value, str):
+        return _mask_text(value, pattern)
+    if isinstance(value, list | tuple):
+        return [_mask_control_tokens(item, pattern) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    masked = {_mask_text(key, pattern): _mask_control_tokens(item, pattern) for key, item in value.items()}
+    if "role" in value:
+        masked["role"] = value["role"]
+    content = value.get("content")
+    if value.get("role") == "assistant" and isinstance(content, str):
+        # Thinking tags that an answer contains are not control tokens of the row, and templates search for them.
+        masked["content"] = _mask_text(content, pattern, find_thinking_tags(content, "think"))
+    return masked
+
+
+def _mask_text(text: str, pattern: re.Pattern[str], kept_ranges: Sequence[tuple[int, int]] = ()) -> str:
+    return pattern.sub(lambda match: match.group() if match.span() in kept_ranges else "x" * len(match.group()), text)
 
 
 def _is_followed(rendered: Rendered) -> bool:

@@ -258,6 +258,10 @@ def _find_slots(rendered: Rendered, parts: Sequence[str | int], values: Sequence
     return None if numbers else slots
 
 
+class TemplateNeeded(Exception):
+    """Raised if a conversation cannot be rendered from the cache, so that the template must run."""
+
+
 @dataclass
 class RenderCache:
     """A cache of recorded runs and layouts of one template.
@@ -286,6 +290,17 @@ class RenderCache:
             if (rendered := layout.fill(shape.texts)) is not None:
                 return rendered
         return None
+
+    def render(self, messages: Sequence[Message], turns: Sequence[int]) -> Rendered:
+        """Render messages with a cached layout.
+
+        Raises:
+            TemplateNeeded: no layout applies.
+        """
+        rendered = self.fill_layout(describe_shape(messages), turns)
+        if rendered is None:
+            raise TemplateNeeded
+        return rendered
 
     def needs_layout(self, key: LayoutKey) -> bool:
         """Count an attempt to create a layout, and return whether to make it. The attempts become rarer."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates.attribution.spans import TurnRegion, make_spans, pieces_of, track_value
-from ftdata.templates.render_cache import describe_shape, render_cache, render_cached
+from ftdata.templates.render_cache import TemplateNeeded, render_cache, render_cached
 from ftdata.templates.template import Template, templates
 from ftdata.types import Conversation, Message, Part, Rendered, Span
 
@@ -58,10 +57,6 @@ def render_chat(
         return tuple(text._replace(flags=text.flags | {"content_parts_joined"}) for text in texts)
 
 
-class TemplateNeeded(Exception):
-    """Raised if a conversation cannot be rendered from the cache, so that the template must run."""
-
-
 def render_without_template(
     conversation: Conversation, template: Template, turns: str = "auto"
 ) -> tuple[Rendered, ...] | None:
@@ -73,17 +68,10 @@ def render_without_template(
         return render_chat(conversation, template, turns)
     if not template.is_chat or conversation.tools:
         return None
-    cache = render_cache(template.key)
-
-    def fill_layout(messages: tuple[Message, ...], indices: Sequence[int]) -> Rendered:
-        rendered = cache.fill_layout(describe_shape(messages), indices)
-        if rendered is None:
-            raise TemplateNeeded
-        return rendered
-
-    with suppress(TemplateNeeded):
-        return _render_chat(conversation.messages, turns, fill_layout)
-    return None
+    try:
+        return _render_chat(conversation.messages, turns, render_cache(template.key).render)
+    except TemplateNeeded:
+        return None
 
 
 def trained_answers(messages: Sequence[Message]) -> list[int]:
