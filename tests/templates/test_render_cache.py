@@ -210,6 +210,7 @@ GROWTH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", GROWTH)
 def test_work_of_cached_renderings_is_bounded(growth, tokenizer_dir):
     """The template stays within its limits on short rows; on a long row this process must not exceed them instead."""
