@@ -147,25 +147,29 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
         stream.seek(offset - 1)
         offset += _skip_line(stream) - 1
     block = _LineBlock()
-    while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
-        number += 1
-        if raw == b"\n":
-            # Runs of many line breaks are skipped quickly.
-            skipped = _skip_line_breaks(stream) if end is None else 0
-            offset, number = offset + 1 + skipped, number + skipped
-            continue
-        source = Source(file.path, index, number, offset)
-        size = len(raw) if raw.endswith(b"\n") else len(raw) + _skip_line(stream)
-        offset += size
-        text = raw.removeprefix(_BOM)  # concatenated files have a mark in the middle
-        if size > MAX_LINE:
-            yield from block.parse()
-            yield _too_long_reject(source, size)
-        elif not text or text.isspace():
-            continue
-        elif block.add(text, source):
-            yield from block.parse()
-        index += 1
+    try:
+        while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
+            number += 1
+            if raw == b"\n":
+                # Runs of many line breaks are skipped quickly.
+                skipped = _skip_line_breaks(stream) if end is None else 0
+                offset, number = offset + 1 + skipped, number + skipped
+                continue
+            source = Source(file.path, index, number, offset)
+            size = len(raw) if raw.endswith(b"\n") else len(raw) + _skip_line(stream)
+            offset += size
+            text = raw.removeprefix(_BOM)  # concatenated files have a mark in the middle
+            if size > MAX_LINE:
+                yield from block.parse()
+                yield _too_long_reject(source, size)
+            elif not text or text.isspace():
+                continue
+            elif block.add(text, source):
+                yield from block.parse()
+            index += 1
+    except Exception:  # whatever the stream raises, the lines before a damaged part of the file are rows
+        yield from block.parse()
+        raise
     yield from block.parse()
     if index == 0 and file.span is None:
         raise no_rows_error(file.path)

@@ -67,11 +67,6 @@ class ChatRendering:
             flags = frozenset({"arguments_parsed"})
         return cls(template, tuple(track_messages(messages)), tools, flags)
 
-    @property
-    def is_recorded(self) -> bool:
-        """Whether the template text is known to be the same for other conversations."""
-        return False
-
     def prefix(self, count: int) -> ChatRendering:
         """Return a copy that contains only the first `count` messages of the conversation."""
         return replace(self, messages=self.messages[:count])
@@ -110,9 +105,7 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     """
     chat, tracked = _render_tracked(chat)
     text = str.__str__(tracked)
-    pieces = recover_attribution(
-        text, pieces_of(tracked), chat.messages, chat.render_with_message, is_recorded=chat.is_recorded
-    )
+    pieces = recover_attribution(text, pieces_of(tracked), chat.messages, chat.render_with_message)
     flags = chat.flags | check_coverage(
         chat.messages, chat.tools, text, pieces, chat.render_with_message, on_dropped_message
     )

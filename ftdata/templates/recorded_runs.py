@@ -55,7 +55,7 @@ class Expressions:
                     values.append(bool(values[base]))
                 else:
                     values.append(getattr(values[base], method)(*arguments))
-        except (ValueError, LookupError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             return None
         for number, result in self.results:
             if values[number] != result:

@@ -37,7 +37,7 @@ _MAX_SHAPES, _MAX_RUNS, _MAX_LAYOUTS = 1024, 4, 8
 
 _MAX_TEMPLATES = 64
 
-_CLOSING_THINKING_TAG = re.compile(rf"</(?:{THINKING_NAMES})>")
+_THINKING_TAG = re.compile(rf"</?(?:{THINKING_NAMES})>")
 
 
 class Shape(NamedTuple):
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
         tools: a description of the tool definitions.
         texts: all texts of the messages, in the order in which `watch_messages` visits them.
         is_plain: whether every message has only a role and a text, and every text is printed like any other text: it
-            is not blank, which templates often omit, and contains no closing thinking tag, which templates remove.
+            is not blank, which templates often omit, and contains no thinking tag, which divides an answer into parts.
     """
 
     messages: tuple[str, ...]
@@ -70,7 +70,7 @@ def describe_shape(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
             descriptions.append(message["role"])
             texts.append(content)
             # The search for a single character is much faster than the search for a tag.
-            if not content or content.isspace() or ("<" in content and _CLOSING_THINKING_TAG.search(content)):
+            if not content or content.isspace() or ("<" in content and _THINKING_TAG.search(content)):
                 is_plain = False
         else:
             # Templates branch on roles, so they are not tracked. The line break distinguishes descriptions from roles.

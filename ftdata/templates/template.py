@@ -193,7 +193,8 @@ class Template:
     def is_recordable(self) -> bool:
         """Whether `WatchedString` can record every operation that the template may perform on a text.
 
-        This is false if the template uses `in` with two operands that are not constants, or formats strings.
+        This is false if the template uses `in` with two operands that are not constants, formats strings, or passes the
+        length of a text on.
         """
         syntax = self._syntax
         for comparison in syntax.find_all(nodes.Compare):
@@ -330,14 +331,24 @@ def _uses_length(node: nodes.Node) -> bool:
 
     Comparing, adding and printing a length can be recorded.
     """
+    if isinstance(node, nodes.Filter) and node.name == "map":
+        # `map('length')` applies the filter by its name.
+        names = [argument.value if isinstance(argument, nodes.Const) else "length" for argument in node.args]
+        return not {"length", "count"}.isdisjoint(names)
     if isinstance(node, _RECORDED_LENGTH_USES) or (isinstance(node, nodes.Test) and node.name != "sameas"):
         return False
-    operands = [
-        child.node
-        for child in node.iter_child_nodes()
-        if isinstance(child, nodes.Filter) and child.name in ("length", "count")
-    ]
-    return not all(isinstance(operand, nodes.Name) and operand.name in ("messages", "tools") for operand in operands)
+    return any(map(_may_be_length, node.iter_child_nodes()))
+
+
+def _may_be_length(node: nodes.Node) -> bool:
+    """Return whether the value of an expression may be the length of a text."""
+    if isinstance(node, nodes.And | nodes.Or):
+        return _may_be_length(node.left) or _may_be_length(node.right)
+    if isinstance(node, nodes.CondExpr):
+        return _may_be_length(node.expr1) or (node.expr2 is not None and _may_be_length(node.expr2))
+    if not isinstance(node, nodes.Filter) or node.name not in ("length", "count"):
+        return False
+    return not (isinstance(node.node, nodes.Name) and node.node.name in ("messages", "tools"))
 
 
 def _track_contents(text: TrackedString, contents: Sequence[str]) -> TrackedString:

@@ -1,6 +1,8 @@
 """Readers: values are exact, and each fault rejects only its own row at its line."""
 
+import gzip
 import json
+import zlib
 
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from laws import often
 from reader_helpers import anything, outcomes, write
 
 from ftdata import read
-from ftdata.errors import BadRow, InputRefused, UsageError
+from ftdata.errors import BadRow, FtdataError, InputRefused, UsageError
 from ftdata.readers import resolve_sources
 from ftdata.readers.json_parse import parse_row
 from ftdata.types import Reject, Source
@@ -252,3 +254,15 @@ def test_invalid_bytes_are_not_detected_as_utf16(tmp_path):
     path = write(tmp_path, "d.jsonl", b"@" + b"\xed" * 9 + b'\n{"a": 1}\n')
     first, second = outcomes(path)
     assert (first.code, second.data) == ("encoding", {"a": 1})
+
+
+def test_rows_before_a_damaged_part_are_read(tmp_path):
+    text = "".join(json.dumps({"prompt": f"question {n}", "completion": "a"}) + "\n" for n in range(400))
+    damaged, rows = gzip.compress(text.encode())[:600], []
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(damaged)
+    with pytest.raises(FtdataError):
+        rows.extend(row.data["prompt"] for row in read(path))
+    complete = zlib.decompressobj(wbits=31).decompress(damaged).count(b"\n")
+    assert rows == [f"question {n}" for n in range(complete)]
+    assert complete > 64

@@ -14,6 +14,7 @@ from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import find_template, render_chat, render_in_worker
 from ftdata.templates.chat import ChatRendering, render_turns
 from ftdata.templates.render_cache import describe_shape, render_cache
+from ftdata.templates.template import Template
 from ftdata.testing import text_strategy
 from ftdata.types import Conversation, Reject, Row, Source
 
@@ -99,6 +100,42 @@ def test_cached_renderings_equal_new_renderings(tokenizer_dir, name, shape, fiel
         assert outcome(render_in_worker, conversation, template, turns) == expected
         # This process also has a cache of its own.
         assert outcome(render_chat.render_chat, conversation, template, turns) == expected
+
+
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NOTE = "messages[0].get('note', '')"
+UNRECORDED = {
+    "length as a default": f"{{% for i in range(({NOTE} | length) or 1) %}}x{{% endfor %}}",
+    "length of a condition": f"{{% for i in range({NOTE} | length if true else 1) %}}x{{% endfor %}}",
+    "length and": f"{{% for i in range(true and {NOTE} | length) %}}x{{% endfor %}}",
+    "index": f"{{{{ ['a', 'b', 'c', 'd', 'e', 'f'][({NOTE} | length) or 0] }}}}",
+    "slice": f"{{{{ 'abcdefgh'[:({NOTE} | length) or 1] }}}}",
+    "argument": f"{{{{ '-'.center(({NOTE} | length) or 1) }}}}",
+    "mapped length": "{{ ['a', 'b', 'c', 'd', 'e', 'f'][(messages | map(attribute='content') | map('length') | list)[0]] }}",
+    "date": f"{{{{ strftime_now({NOTE}) }}}}",
+}
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_texts_that_python_reads_directly_are_not_replayed(name):
+    template = Template("direct", UNRECORDED[name] + PLAIN, special_tokens={"eos_token": "<|im_end|>"})
+    for note in ("hello", "abc", "hello", "ab"):
+        messages = ({"role": "user", "content": note, "note": note}, {"role": "assistant", "content": "a"})
+        conversation = Conversation(messages)
+        expected = render_without_cache(conversation, template, "auto")
+        assert render_chat.render_chat(conversation, template) == expected
+
+
+def test_thinking_tag_that_the_template_closes_is_not_replayed():
+    closing = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}</think>{% endif %}")
+    template = Template("closing", closing, special_tokens={"eos_token": "<|im_end|>"})
+    for answer in ("plain", "<think> deep", "plain", "<think>"):
+        conversation = Conversation(({"role": "user", "content": "q"}, {"role": "assistant", "content": answer}))
+        expected = outcome(render_without_cache, conversation, template, "auto")
+        assert outcome(render_chat.render_chat, conversation, template) == expected
 
 
 def counted(monkeypatch, template):
@@ -237,8 +274,6 @@ def test_work_of_cached_renderings_is_bounded(growth, tokenizer_dir):
 
 
 def test_ordinary_layouts_are_within_the_bounds():
-    from ftdata.templates.template import Template
-
     messages = tuple({"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(60))
     template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
     for _ in range(2):

@@ -28,8 +28,6 @@ def recover_attribution(
     parts: Sequence[TextPiece],
     messages: Sequence[Mapping[str, Any]],
     rerender: Rerender,
-    *,
-    is_recorded: bool = False,
 ) -> tuple[TextPiece, ...]:
     """Find message fields in the rendered text if operations of the template lost their positions.
 
@@ -42,8 +40,6 @@ def recover_attribution(
         parts: the pieces of the rendered text.
         messages: the conversation.
         rerender: renders the conversation with a message changed.
-        is_recorded: whether the template is known to print the rest of the text for every conversation. Then a field
-            that is partly printed was cut by the template, and has no unknown position.
 
     Returns:
         The pieces with the recovered attribution.
@@ -58,8 +54,7 @@ def recover_attribution(
                 pieces = _insert(pieces, TextPiece(position, position, Part.CONTENT, index, 0))
             continue
         for part, keys in _KEYS.items():
-            is_cut = is_recorded and printed[index, part]
-            if is_cut or not _is_lost(message, part, printed[index, part], text):
+            if not _is_lost(message, part, printed[index, part], text):
                 continue
             for key in filter(message.get, keys):
                 for start, end in _find_ranges(text, message, index, key, rerender):

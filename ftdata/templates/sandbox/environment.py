@@ -25,6 +25,7 @@ from jinja2.utils import Namespace
 
 from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked, dump_tracked_json, mark_safe
 from ftdata.templates.attribution.watched_strings import (
+    WatchedLength,
     WatchedString,
     join_watched,
     mark_opaque,
@@ -177,6 +178,17 @@ def _watched_str_join(pieces: Iterable[Any]) -> str:
     return join_watched(map(str, pieces))
 
 
+def _watch_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a built-in function, which reads its arguments without calling their methods."""
+
+    def call(*arguments: Any) -> Any:
+        if any(isinstance(argument, WatchedString | WatchedLength) for argument in arguments):
+            mark_opaque()
+        return function(*arguments)
+
+    return call
+
+
 def _watched_in(value: Any, container: Any) -> bool:
     if isinstance(value, WatchedString):
         # Python searches one text in the other without calling their methods, so nothing would be recorded.
@@ -221,6 +233,9 @@ def _watch_environment(environment: SandboxEnvironment) -> None:
             filters[name] = watch_unknown_call(function)
     filters |= {"join": _watched_join, "length": watched_length, "count": watched_length}
     environment.tests["in"] = _watched_in
+    for name in ("range", "strftime_now"):
+        built_in: Any = environment.globals[name]
+        environment.globals[name] = _watch_arguments(built_in)
     for name in ("iterable", "sequence"):
         test = environment.tests[name]
         environment.tests[name] = lambda value, test=test: isinstance(value, str) or test(value)

@@ -125,6 +125,11 @@ def decode_layout(values: Any) -> tuple[LayoutKey, TextLayout]:
     expressions = Expressions(size, _decode_slices(calls), _decode_slices(results))
     if unknown := {method for _, method, _ in expressions.calls} - REPLAYED_METHODS:
         raise ValueError(f"the methods {', '.join(sorted(unknown))} cannot be replayed")
+    if not expressions.is_bounded or any(
+        not (0 <= span < len(texts) and 0 <= value < size + len(calls) and 0 <= message < size)
+        for span, value, message in slots
+    ):
+        raise ValueError("the layout exceeds the limits of recorded runs")
     return (tuple(messages), tuple(turns)), TextLayout(
         expressions,
         tuple(texts),
