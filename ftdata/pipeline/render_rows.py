@@ -315,7 +315,7 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
     If ftdata cannot follow how the template prints a text, it attributes the text to the template. Therefore the row
     is rendered again with its control tokens replaced: the template must still print the same number of them.
     """
-    if all(map(_is_followed, texts)):
+    if all(map(_has_constant_text, texts)):
         return
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
@@ -363,7 +363,7 @@ def _mask_text(text: str, pattern: re.Pattern[str], kept_ranges: Sequence[tuple[
     return pattern.sub(lambda match: match.group() if match.span() in kept_ranges else "x" * len(match.group()), text)
 
 
-def _is_followed(rendered: Rendered) -> bool:
+def _has_constant_text(rendered: Rendered) -> bool:
     return isinstance(rendered.spans, Spans) and rendered.spans.kinds.has_constant_template_text
 
 

@@ -5,7 +5,9 @@ text, such as a search for `</think>`, has another result. Therefore the templat
 operations (`WatchedString`). The recorded run contains these operations with their results. It also contains the
 rendered text as a list of template texts and expressions. An expression is a text of the conversation, possibly
 stripped or split. If all operations have the same results for the texts of another conversation, then the template
-prints the same list, with the values of the expressions for these texts.
+prints the same list, with the values of the expressions for these texts. This requires that every operation is
+recorded. A template that can read a text in another way (`Template.is_recordable`) is not recorded, and a run that
+calls an unknown function with a text (`OperationLog.opaque`) is not reused.
 """
 
 from __future__ import annotations

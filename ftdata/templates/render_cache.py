@@ -264,7 +264,7 @@ class TemplateNeeded(Exception):
 
 @dataclass
 class RenderCache:
-    """A cache of recorded runs and layouts of one template.
+    """A cache of recorded runs and layouts of one template. It exists until the process ends.
 
     Attributes:
         runs: (descriptions of the messages and of the tools, whether a generation prompt is added) -> recorded runs.

@@ -14,7 +14,6 @@ from ftdata.types import Conversation, Message, Part, Rendered, Span
 _SPLITTABLE = frozenset({"history_drift", "unknown_stop", "overlap"})
 """Codes of errors that may occur only if all turns of a conversation are rendered in one text."""
 
-
 _LISTS_REFUSED = frozenset({"template_raises", "message_dropped", "content_stringified"})
 """Codes of errors that occur if a template takes only text and a content is a list of parts."""
 
@@ -62,7 +61,8 @@ def render_without_template(
 ) -> tuple[Rendered, ...] | None:
     """Render a conversation like `render_chat`, but without running the template.
 
-    Return `None` if the template must run because no cached rendering applies to the conversation.
+    A cached layout prints every message, so there is no policy for dropped messages. Return `None` if the template must
+    run because no layout applies to the conversation.
     """
     if not template.source or (conversation.text is not None and template.is_chat):
         return render_chat(conversation, template, turns)
@@ -99,8 +99,8 @@ def _join_text_part(message: Message) -> Message:
     return {**message, "content": content[0]["text"]} if content[0]["type"] == "text" else message
 
 
-_RenderFirst = Callable[[tuple[Message, ...], Sequence[int]], Rendered]
-"""(messages, indices of the turns) -> the rendered messages"""
+_RenderMessages = Callable[[tuple[Message, ...], Sequence[int]], Rendered]
+"""Renders messages: (messages, indices of the turns to locate) -> rendered text."""
 
 
 def _render_chat_with(
@@ -112,7 +112,7 @@ def _render_chat_with(
     return _render_chat(conversation.messages, turns, render)
 
 
-def _render_chat(messages: tuple[Message, ...], turns: str, render: _RenderFirst) -> tuple[Rendered, ...]:
+def _render_chat(messages: tuple[Message, ...], turns: str, render: _RenderMessages) -> tuple[Rendered, ...]:
     assistants = trained_answers(messages)
     if turns != "split":
         joint = _render_joint(render, messages, assistants, required=turns == "joint")
@@ -126,7 +126,7 @@ def _render_chat(messages: tuple[Message, ...], turns: str, render: _RenderFirst
 
 
 def _render_joint(
-    render: _RenderFirst, messages: tuple[Message, ...], turns: Sequence[int], *, required: bool
+    render: _RenderMessages, messages: tuple[Message, ...], turns: Sequence[int], *, required: bool
 ) -> Rendered | None:
     """Render several turns in one text.
 
@@ -173,7 +173,7 @@ def _group_turns(messages: Sequence[Message], assistants: Sequence[int]) -> Iter
     yield group
 
 
-def _split_group(render: _RenderFirst, messages: tuple[Message, ...], group: Sequence[int]) -> Iterator[Rendered]:
+def _split_group(render: _RenderMessages, messages: tuple[Message, ...], group: Sequence[int]) -> Iterator[Rendered]:
     if len(group) > 1:
         joint = _render_joint(render, messages[: group[-1] + 1], group, required=False)
         if joint is not None and "history_rewritten" not in joint.flags:

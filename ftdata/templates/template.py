@@ -45,7 +45,7 @@ _RECORDED_LENGTH_USES = (
     nodes.UnaryExpr,
     nodes.Output,
 )
-"""Syntax nodes that only compare, add or print the length of a text."""
+"""Syntax nodes that compare, add or print the length of a text, or whose value may be the length (`_may_be_length`)."""
 
 _ROLES = {"u": "user", "a": "assistant"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -78,8 +78,26 @@ class Encodings:
         """Return a copy in which some texts have new tokens. `replacements` maps text indices to the new tokens."""
         if not replacements:
             return self
-        texts = [replacements.get(number, text) for number, text in enumerate(self)]
-        return Encodings.from_texts(texts, np.diff(self.text_bounds).tolist())
+        numbers = sorted(replacements)
+        ids, starts, ends, end = list[NDArray[np.int32]](), list[NDArray[np.integer]](), list[NDArray[np.integer]](), 0
+        for number in numbers:
+            first, text, shift = int(self.token_bounds[number]), replacements[number], self.text_bounds[number]
+            offsets = (text.offsets + shift).astype(self.starts.dtype)
+            ids += self.ids[end:first], text.ids
+            starts += self.starts[end:first], offsets[:, 0]
+            ends += self.ends[end:first], offsets[:, 1]
+            end = int(self.token_bounds[number + 1])
+        lengths = np.diff(self.token_bounds)
+        lengths[numbers] = [len(replacements[number].ids) for number in numbers]
+        escaped = {number for number in numbers if replacements[number].escaped}
+        return replace(
+            self,
+            ids=np.concatenate([*ids, self.ids[end:]]),
+            starts=np.concatenate([*starts, self.starts[end:]]),
+            ends=np.concatenate([*ends, self.ends[end:]]),
+            token_bounds=end_offsets(lengths.tolist()),
+            escaped=self.escaped.difference(numbers) | escaped,
+        )
 
     def token_positions(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the indices of the first `lengths` tokens of the texts with the given numbers (int64 `[tokens]`)."""

@@ -16,7 +16,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -143,8 +143,10 @@ class FastEncoder:
             return encoded
         numbers = sorted(uncertain)
         references = dict(zip(numbers, self.reference.encode([texts[number] for number in numbers]), strict=True))
-        encoded_texts = [references.get(number, text) for number, text in enumerate(encoded)]
-        return Encodings.from_texts(encoded_texts, np.diff(text_bounds).tolist())
+        # If the sum of a text differs from its length, the sums of all texts after it are shifted.
+        shifts = np.repeat((text_bounds - encoded.text_bounds)[:-1], np.diff(bounds)).astype(edges.dtype)
+        shifted = replace(encoded, starts=encoded.starts + shifts, ends=encoded.ends + shifts, text_bounds=text_bounds)
+        return shifted.with_replacements(references)
 
 
 @dataclass

@@ -73,7 +73,7 @@ def submit_render(
 ) -> PendingTexts:
     """Call `render_chat` in the worker process without waiting for the rendered texts."""
     try:
-        # The work to fill in a cached layout is proportional to the length of the text, so it needs no limits.
+        # The work to fill in a cached layout is bounded (`Expressions.is_bounded`), so it needs no limits.
         cached = render_chat.render_without_template(conversation, template, turns)
         if cached is not None:
             return cached

@@ -92,8 +92,8 @@ def _encode_kinds(kinds: SpanKinds) -> list[Any]:
 
 
 def _decode_kinds(values: Any) -> SpanKinds:
-    parts, messages, generated, followed = values
-    return SpanKinds(tuple(map(_PARTS.__getitem__, parts)), tuple(messages), tuple(generated), followed)
+    parts, messages, generated, has_constant_text = values
+    return SpanKinds(tuple(map(_PARTS.__getitem__, parts)), tuple(messages), tuple(generated), has_constant_text)
 
 
 _PARTS = tuple(Part)
