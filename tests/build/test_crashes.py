@@ -140,9 +140,9 @@ def test_disk_operations_all_have_failpoints(builder):
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
 def test_every_disk_operation_may_fail(builder, fault, old, every):
-    """G8, G9: at each write, sync and rename; without `-m long` at every sixth."""
+    """G8, G9: at each write, sync and rename; without `-m long` at every ninth."""
     before = "old" if old else None
     asked = operations(builder, old)
     (published,) = [number for number, step in enumerate(asked, 1) if is_publication(step, builder)]
@@ -165,7 +165,7 @@ def test_every_disk_operation_may_fail(builder, fault, old, every):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("builds", [25, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("builds", [10, pytest.param(100, marks=pytest.mark.long)])
 def test_build_may_be_killed_at_any_time(builder, old, builds):
     """G8: SIGKILL at random times, often several times before a build is complete."""
     dice, before = random.Random(old), "old" if old else None
@@ -184,7 +184,7 @@ def test_build_may_be_killed_at_any_time(builder, old, builds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("many", [2, 4, 8])
-@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_builds_at_once_make_one_build(builder, many, rounds):
     """G12: one process builds; the other processes wait and reuse its result."""
     for number in range(rounds):

@@ -233,7 +233,7 @@ TREES = st.recursive(
 
 
 @pytest.mark.slow
-@often(1500)
+@often(600)
 @given(text=json_text(TREES, BLANK))
 def test_line_is_parsed_like_python_unless_a_key_is_repeated(text):
     twice = []
