@@ -35,7 +35,7 @@ demo: install  ## run preview, build, train and eval on a tiny model (five minut
 	@echo "== evaluate: base model and tuned model"
 	$(BIN)/ftdata eval $(RUN)/run -n 12
 
-test: install  ## run lint, types, layers and all tests that are not long (six minutes)
+test: install  ## run lint, types, layers and all tests that are not long (ten minutes)
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -n auto -m 'not long'
 
