@@ -75,7 +75,7 @@ class Batch:
 
     def example(self, number: int) -> Example:
         """Return the example with the given number."""
-        conversation, rendered = self._example_conversations[number], self.texts[number]
+        conversation, rendered = self.example_conversations[number], self.texts[number]
         ids, offsets, _ = self.tokens[number]
         trained = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())]
         text, spans = rendered.text, rendered.spans
@@ -100,7 +100,8 @@ class Batch:
         return [*accumulate(self.counts, initial=0)]
 
     @cached_property
-    def _example_conversations(self) -> list[Conversation]:
+    def example_conversations(self) -> list[Conversation]:
+        """The conversation of each example."""
         if len(self.conversations) == len(self.texts):
             return self.conversations
         pairs = zip(self.conversations, self.counts, strict=True)
@@ -109,7 +110,7 @@ class Batch:
     @property
     def sources(self) -> list[Source]:
         """The source of the row of each example."""
-        return [conversation.source for conversation in self._example_conversations]
+        return [conversation.source for conversation in self.example_conversations]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -163,29 +164,32 @@ class Batch:
     def select(
         self,
         outcomes: Sequence[Conversation | Reject],
-        rows: Sequence[Mapping[int, Example]],
+        rows: Sequence[Sequence[int]],
+        changed: Mapping[int, Example],
         dropped: Mapping[int, tuple[int, ...]],
     ) -> Batch:
         """Return a batch with some of the examples.
 
         Args:
             outcomes: the outcomes of the rows.
-            rows: the examples of each built row: number of the example in this batch -> the truncated example.
+            rows: the numbers of the examples of each built row, in this batch.
+            changed: number of an example -> the example with fewer tokens or other flags.
             dropped: as the attribute.
         """
-        examples = {number: example for row in rows for number, example in row.items()}
-        numbers = np.fromiter(examples, np.int64, len(examples))
-        lengths = np.fromiter(map(len, examples.values()), np.int64, len(examples))
-        positions = self.tokens.token_positions(numbers, lengths)
+        numbers = np.fromiter(chain.from_iterable(rows), np.int64)
+        lengths, cut, flags = self.lengths.copy(), self.cut.copy(), [*self.flags]
+        for number, example in changed.items():
+            lengths[number], cut[number], flags[number] = len(example), example.cut, example.flags
+        positions = self.tokens.token_positions(numbers, lengths[numbers])
         return replace(
             self,
             outcomes=outcomes,
-            counts=[len(row) for row in rows],
-            texts=RenderedBatch([self.texts[number] for number in examples]),
-            tokens=self.tokens.select(numbers, positions, lengths),
+            counts=[*map(len, rows)],
+            texts=RenderedBatch([self.texts[number] for number in numbers.tolist()]),
+            tokens=self.tokens.select(numbers, positions, lengths[numbers]),
             trained=self.trained[positions],
-            flags=[example.flags for example in examples.values()],
-            cut=np.fromiter((example.cut for example in examples.values()), np.int64, len(examples)),
+            flags=[flags[number] for number in numbers.tolist()],
+            cut=cut[numbers],
             dropped=dropped,
         )
 

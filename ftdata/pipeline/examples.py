@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -56,37 +56,38 @@ def _finish_rows(
     if is_final.all() and all(outcome.is_single_text for _, outcome in rendered if type(outcome) is RenderedRow):
         return batch
     final_texts, next_text = is_final.tolist(), 0
-    outcomes, rows, dropped = list[Conversation | Reject](), list[dict[int, Example]](), dict[int, tuple[int, ...]]()
+    outcomes, rows = list[Conversation | Reject](), list[Sequence[int]]()
+    changed, dropped = dict[int, Example](), dict[int, tuple[int, ...]]()
     for row, outcome in rendered:
         if isinstance(outcome, Reject):
             outcomes.append(outcome)
             continue
-        numbers = range(next_text, next_text + len(outcome.texts))
-        next_text = numbers.stop
-        examples = {number: errors.get(number) or batch.example(number) for number in numbers}
-        if outcome.is_single_text and final_texts[numbers[0]]:
-            kept: dict[int, Example] | Reject = cast("dict[int, Example]", examples)
-            lengths: tuple[int, ...] = ()
-        else:
-            kept, lengths = _truncate_row(recipe, row, outcome.conversation, examples)
-        if isinstance(kept, Reject):
-            outcomes.append(kept)
-            continue
-        if lengths:
-            dropped[len(rows)] = lengths
+        numbers: Sequence[int] = range(next_text, next_text + len(outcome.texts))
+        next_text += len(outcome.texts)
+        if not (outcome.is_single_text and final_texts[numbers[0]]):
+            encoded = {number: errors.get(number) or batch.example(number) for number in numbers}
+            truncated = _truncate_row(recipe, row, outcome.conversation, encoded)
+            if isinstance(truncated, Reject):
+                outcomes.append(truncated)
+                continue
+            examples, dropped_lengths = truncated
+            changed |= examples
+            numbers = [*examples]
+            if dropped_lengths:
+                dropped[len(rows)] = dropped_lengths
         outcomes.append(outcome.conversation)
-        rows.append(kept)
-    return batch.select(outcomes, rows, dropped)
+        rows.append(numbers)
+    return batch.select(outcomes, rows, changed, dropped)
 
 
 def _truncate_row(
     recipe: Recipe, row: Row | Reject, conversation: Conversation, encoded: Mapping[int, Example | BadRow]
-) -> tuple[dict[int, Example] | Reject, tuple[int, ...]]:
+) -> tuple[dict[int, Example], tuple[int, ...]] | Reject:
     """Truncate the examples of one row and check their flags. Return them, and the lengths of dropped examples."""
     try:
         examples = _trained_examples(recipe, conversation, encoded)
     except BadRow as error:
-        return make_reject(row, error), ()
+        return make_reject(row, error)
     lengths = tuple(map(len, examples.values()))
     fitting, dropped, length_error = dict[int, Example](), list[int](), None
     for number, example in examples.items():
@@ -101,7 +102,7 @@ def _truncate_row(
             raise length_error
         _check_flags(recipe, fitting.values())
     except BadRow as error:
-        return replace(make_reject(row, error), lengths=lengths), ()
+        return replace(make_reject(row, error), lengths=lengths)
     return fitting, tuple(dropped)
 
 
@@ -173,7 +174,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
 def _insert_row_tokens(batch: Batch, errors: dict[int, BadRow]) -> Batch:
     """Insert the tokens of pretokenized rows, which are used unchanged. Add an error for each invalid row."""
     inserted = dict[int, RowTokens]()
-    for number, conversation in enumerate(batch._example_conversations):
+    for number, conversation in enumerate(batch.example_conversations):
         if conversation.tokens is None:
             continue
         try:

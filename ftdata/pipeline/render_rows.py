@@ -322,7 +322,6 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
         return
     if not recipe.control.occurs_in("\n".join(_strings(conversation))):
         return
-
     messages = tuple(_mask_control_tokens(message, pattern) for message in conversation.messages)
     masked = replace(conversation, messages=messages, tools=tuple(_mask_control_tokens(conversation.tools, pattern)))
     if masked == conversation:

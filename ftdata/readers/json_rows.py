@@ -184,7 +184,7 @@ class _LineBlock:
         texts: the lines.
         sources: the sources of the lines.
         characters: total length of the lines.
-        size: maximum number of lines. It begins with 1, so that the first row of a slow stream is available at once.
+        size: maximum number of lines. It begins with 1, so that the first row of a slow stream is yielded immediately.
     """
 
     texts: list[bytes] = field(default_factory=list)

@@ -357,9 +357,9 @@ def _unmapped_fields(value: Any, name: str, paths: Sequence[Sequence[str | int]]
             path = f"{name}.{key}"
             fields |= _unmapped_fields(item, path, followed[key]) if key in followed else {path: item}
     elif isinstance(value, list):
-        for key, rest in followed.items():
+        for key, inner_paths in followed.items():
             if isinstance(key, int) and -len(value) <= key < len(value):
-                fields |= _unmapped_fields(value[key], f"{name}[{key}]", rest)
+                fields |= _unmapped_fields(value[key], f"{name}[{key}]", inner_paths)
     return fields
 
 

@@ -90,6 +90,15 @@ def encode_json(value: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def write_cache_file(path: Path, data: bytes) -> None:
+    """Write a small file of the cache in one step. An error is ignored, because the cache is only an optimization."""
+    with suppress(OSError):
+        mkdir(path.parent, parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        write(temporary, data)
+        rename(temporary, path)
+
+
 def sync(path: Path) -> None:
     """Flush the content of a file, or the file names in a folder, to disk with `fsync`."""
     _check_failpoint("sync", path)

@@ -109,7 +109,7 @@ def _cost_of_call(method: str, texts: Sequence[str]) -> tuple[int, float, int]:
     return 1, 3.0 if method in ("upper", "lower", "casefold", "title", "capitalize", "swapcase") else 1.0, added
 
 
-class Compiler:
+class ExpressionsBuilder:
     """Collects calls and numbers their values. Equal calls have the same number."""
 
     def __init__(self, size: int) -> None:
@@ -191,10 +191,10 @@ class RecordedRun:
         parts = _flatten(rendered.origin) if isinstance(rendered, WatchedString) else [str.__str__(text)]
         if log.opaque or parts is None:
             return None
-        compiler = Compiler(len(texts))
-        numbers = [part if isinstance(part, str) else compiler.add_origin(part) for part in parts]
-        compiler.results = {(compiler.add_origin(origin), result): None for origin, result in log.operations}
-        expressions = compiler.finish()
+        builder = ExpressionsBuilder(len(texts))
+        numbers = [part if isinstance(part, str) else builder.add_origin(part) for part in parts]
+        builder.results = {(builder.add_origin(origin), result): None for origin, result in log.operations}
+        expressions = builder.finish()
         if not expressions.is_bounded or (values := expressions.evaluate(texts)) is None:
             return None
         segments, position = list[Segment](), 0

@@ -25,11 +25,11 @@ from ftdata.templates.attribution.spans import template_fields
 from ftdata.templates.attribution.tracked_strings import TrackedString
 from ftdata.templates.attribution.watched_strings import record_operations, unwatch, watch_messages
 from ftdata.templates.chat import ChatRendering, render_turns
-from ftdata.templates.recorded_runs import Compiler, Expressions, RecordedRun
+from ftdata.templates.recorded_runs import Expressions, ExpressionsBuilder, RecordedRun
 from ftdata.templates.template import Template, make_chat_variables
 from ftdata.types import Message, Part, Rendered, SpanKinds, Spans
 
-MAX_MESSAGES = 200
+_MAX_MESSAGES = 200
 """Longer conversations are not cached: they rarely share a shape, and a run has a size proportional to their length."""
 
 _MAX_SHAPES, _MAX_RUNS, _MAX_LAYOUTS = 1024, 4, 8
@@ -158,25 +158,25 @@ class TextLayout:
 
     @classmethod
     def from_runs(
-        cls, shape: Shape, rendered: Rendered, whole: RecordedRun, prefixes: Sequence[RecordedRun]
+        cls, shape: Shape, rendered: Rendered, run: RecordedRun, prefix_runs: Sequence[RecordedRun]
     ) -> TextLayout | None:
         """Create a layout. Return `None` if the positions of the turns may depend on the texts.
 
         Args:
             shape: the shape of the conversation.
             rendered: the rendered conversation.
-            whole: the run on the whole conversation.
-            prefixes: the runs on the first messages, with which the turns were located.
+            run: the run on the whole conversation.
+            prefix_runs: the runs on the first messages, with which the turns were located.
         """
-        compiler = Compiler(len(shape.texts))
-        parts = _renumber(whole, compiler.include(whole.expressions))
-        renumbered_prefixes = [_renumber(run, compiler.include(run.expressions)) for run in prefixes]
-        expressions = compiler.finish()
+        builder = ExpressionsBuilder(len(shape.texts))
+        parts = _renumber(run, builder.include(run.expressions))
+        prefixes = [_renumber(prefix_run, builder.include(prefix_run.expressions)) for prefix_run in prefix_runs]
+        expressions = builder.finish()
         values = expressions.evaluate(shape.texts)
         if values is None or not expressions.is_bounded:
             return None
         equal_values, excluded_starts = dict[tuple[int, int], None](), dict[tuple[int, str], None]()
-        for prefix in renumbered_prefixes:
+        for prefix in prefixes:
             conditions = _compare(parts, prefix)
             if conditions is None:
                 return None
@@ -213,29 +213,29 @@ class _Conditions(NamedTuple):
     excluded_starts: list[tuple[int, str]]
 
 
-def _compare(whole: Sequence[str | int], prefix: Sequence[str | int]) -> _Conditions | None:
-    """Compare the whole rendered text with a rendering of the first messages.
+def _compare(parts: Sequence[str | int], prefix: Sequence[str | int]) -> _Conditions | None:
+    """Compare the parts of a rendered conversation with the parts of a rendering of its first messages.
 
     Return the conditions under which both texts first differ at the same place for all other texts, or `None` if this
     depends on other properties of the texts.
     """
     equal_values = list[tuple[int, int]]()
-    for index, (expected, found) in enumerate(zip(whole, prefix, strict=False)):
-        if expected == found:
+    for index, (part, prefix_part) in enumerate(zip(parts, prefix, strict=False)):
+        if part == prefix_part:
             continue
-        if isinstance(found, int):
-            if isinstance(expected, str):
+        if isinstance(prefix_part, int):
+            if isinstance(part, str):
                 return None
-            equal_values.append((expected, found))
-        elif isinstance(expected, int):
-            return _Conditions(equal_values, [(expected, found)])
-        elif expected.startswith(found):
-            # The prefix must end here. Otherwise, it continues with text of a message, which may also equal `expected`.
+            equal_values.append((part, prefix_part))
+        elif isinstance(part, int):
+            return _Conditions(equal_values, [(part, prefix_part)])
+        elif part.startswith(prefix_part):
+            # The prefix must end here. Otherwise, it continues with text of a message, which may also equal `part`.
             return _Conditions(equal_values, []) if index == len(prefix) - 1 else None
-        elif found.startswith(expected) and index + 1 < len(whole):
-            following = whole[index + 1]
-            assert isinstance(following, int)
-            return _Conditions(equal_values, [(following, found[len(expected) :])])
+        elif prefix_part.startswith(part) and index + 1 < len(parts):
+            next_value = parts[index + 1]
+            assert isinstance(next_value, int)
+            return _Conditions(equal_values, [(next_value, prefix_part[len(part) :])])
         else:
             return _Conditions(equal_values, [])
     return _Conditions(equal_values, [])
@@ -269,7 +269,7 @@ class RenderCache:
     Attributes:
         runs: (descriptions of the messages and of the tools, whether a generation prompt is added) -> recorded runs.
         layouts: (descriptions of the messages, turns) -> layouts.
-        new_layouts: layouts that were not yet sent to the main process, with their keys.
+        new_layouts: layouts that were created in this process, and not yet sent to the main process, with their keys.
     """
 
     runs: dict[Hashable, list[RecordedRun]] = field(default_factory=dict)
@@ -282,7 +282,6 @@ class RenderCache:
         layouts = self.layouts.get(key, [])
         if len(layouts) < _MAX_LAYOUTS and (layouts or len(self.layouts) < _MAX_SHAPES):
             self.layouts[key] = [*layouts, layout]
-            self.new_layouts.append((key, layout))
 
     def fill_layout(self, shape: Shape, turns: Sequence[int]) -> Rendered | None:
         """Render a conversation with a cached layout. Return `None` if no layout applies."""
@@ -335,58 +334,63 @@ def render_cached(
     chat = ChatRendering.from_messages(messages, tools, template)
     # The arguments of tool calls are converted, and templates print them as JSON, which cannot be replayed.
     has_calls = any(message.get("tool_calls") for message in messages)
-    if has_calls or len(messages) > MAX_MESSAGES or not template.is_recordable:
+    if has_calls or len(messages) > _MAX_MESSAGES or not template.is_recordable:
         return render_turns(chat, turns, on_dropped_message)
-    recorded = _RecordedRendering(template, chat.messages, chat.tools, chat.flags, cache=cache, shape=shape)
+    recording = _Recording(cache, shape)
+    recorded = _RecordedRendering(template, chat.messages, chat.tools, chat.flags, recording=recording)
     rendered = render_turns(recorded, turns, on_dropped_message)
     key = (shape.messages, tuple(turns))
-    if shape.is_plain and recorded.is_recorded and cache.needs_layout(key):
+    if shape.is_plain and recording.is_complete and cache.needs_layout(key):
         # Rows with control tokens are checked one by one.
         is_safe = template.control is None or not any(map(template.control.search, shape.texts))
-        whole = recorded.used.pop((len(shape.messages), False))
-        if is_safe and (layout := TextLayout.from_runs(shape, rendered, whole, [*recorded.used.values()])):
+        run = recording.runs.pop((len(shape.messages), False))
+        if is_safe and (layout := TextLayout.from_runs(shape, rendered, run, [*recording.runs.values()])):
             cache.add_layout(key, layout)
+            cache.new_layouts.append((key, layout))
     return rendered
 
 
-@dataclass(frozen=True)
-class _RecordedRendering(ChatRendering):
-    """A conversation that is rendered with recorded runs if possible. Other runs are recorded.
+@dataclass
+class _Recording:
+    """The recorded runs with which one conversation is rendered.
 
     Attributes:
         cache: the cache of the template.
         shape: the shape of the conversation.
-        used: the recorded runs that were used: (number of messages, whether a generation prompt is added) -> run.
-        unrecorded: descriptions of the renderings that could not be recorded.
+        runs: (number of messages, whether a generation prompt is added) -> recorded run.
+        is_complete: whether every rendering of the conversation is a recorded run.
     """
 
-    cache: RenderCache = field(kw_only=True)
-    shape: Shape = field(kw_only=True)
-    used: dict[tuple[int, bool], RecordedRun] = field(default_factory=dict)
-    unrecorded: list[str] = field(default_factory=list)
+    cache: RenderCache
+    shape: Shape
+    runs: dict[tuple[int, bool], RecordedRun] = field(default_factory=dict)
+    is_complete: bool = True
 
-    @property
-    def is_recorded(self) -> bool:
-        """Whether all renderings so far are recorded."""
-        return not self.unrecorded
+
+@dataclass(frozen=True)
+class _RecordedRendering(ChatRendering):
+    """A conversation that is rendered with recorded runs if possible. Other runs are recorded."""
+
+    recording: _Recording = field(kw_only=True)
 
     def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
         """Render the first `count` messages with a recorded run, or run the template and record the run."""
-        count = len(self.messages) if count is None else count
-        key = (self.shape.messages[:count], self.shape.tools, generation_prompt)
-        runs = self.cache.runs.get(key, [])
+        recording, count = self.recording, len(self.messages) if count is None else count
+        cached_runs, shape = recording.cache.runs, recording.shape
+        key = (shape.messages[:count], shape.tools, generation_prompt)
+        runs = cached_runs.get(key, [])
         for run in runs:
-            if (replayed := run.replay(self.shape.texts)) is not None:
-                self.used[count, generation_prompt] = run
+            if (replayed := run.replay(shape.texts)) is not None:
+                recording.runs[count, generation_prompt] = run
                 return replayed
-        self.unrecorded.append("run")
-        text = super().render(count, generation_prompt=generation_prompt)
-        if len(runs) < _MAX_RUNS and (runs or len(self.cache.runs) < _MAX_SHAPES):
+        text, new_run = super().render(count, generation_prompt=generation_prompt), None
+        if len(runs) < _MAX_RUNS and (runs or len(cached_runs) < _MAX_SHAPES):
             new_run = self._record(text, count, generation_prompt=generation_prompt)
-            if new_run is not None:
-                self.cache.runs[key] = [*runs, new_run]
-                self.used[count, generation_prompt] = new_run
-                self.unrecorded.pop()
+        if new_run is None:
+            recording.is_complete = False
+        else:
+            cached_runs[key] = [*runs, new_run]
+            recording.runs[count, generation_prompt] = new_run
         return text
 
     def _record(self, text: TrackedString, count: int, *, generation_prompt: bool) -> RecordedRun | None:
@@ -397,10 +401,10 @@ class _RecordedRendering(ChatRendering):
         with suppress(BadRow, RecursionError), record_operations() as log:
             watched = self.template.run(variables, watch=True)
             if unwatch(watched) == text and unwatch(watched).runs == text.runs:
-                return RecordedRun.from_rendering(watched, log, self.shape.texts[:size])
+                return RecordedRun.from_rendering(watched, log, self.recording.shape.texts[:size])
         return None
 
     def render_with_message(self, index: int, message: Message | dict[str, Any]) -> str | None:
         """Render a changed conversation without the cache."""
-        self.unrecorded.append("changed conversation")
+        self.recording.is_complete = False
         return ChatRendering(self.template, self.messages, self.tools, self.flags).render_with_message(index, message)

@@ -61,8 +61,8 @@ def render_without_template(
 ) -> tuple[Rendered, ...] | None:
     """Render a conversation like `render_chat`, but without running the template.
 
-    A cached layout prints every message, so there is no policy for dropped messages. Return `None` if the template must
-    run because no layout applies to the conversation.
+    A cached layout prints every message, so `on_dropped_message` does not apply. Return `None` if the template must run
+    because no layout applies to the conversation.
     """
     if not template.source or (conversation.text is not None and template.is_chat):
         return render_chat(conversation, template, turns)

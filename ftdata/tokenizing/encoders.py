@@ -248,22 +248,18 @@ def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEn
 
 def _agrees_on_difficult_texts(encoder: FastEncoder, added_tokens: Sequence[str], description: bytes) -> bool:
     """Compare a fast encoder with its reference. The result is cached, keyed by the tokenizer and all code."""
-    code = hashlib.sha256(Path(__file__).read_bytes() + description).hexdigest()
-    root, key = disk.cache_root(), disk.hash_bytes(f"{encoder.name} {encoder.reference.name} {code}".encode())
-    file = root / "encoders" / key if root else None
-    if file is not None:
-        # A damaged or unreadable file does not contain the key.
-        with suppress(OSError, ValueError):
-            if disk.read_regular_file(file) == key.encode():
-                return True
-    if find_first_difference(encoder, encoder.reference, [*_difficult_texts(added_tokens)]) is not None:
-        return False
-    if file is not None:
-        with suppress(OSError):
-            disk.mkdir(file.parent, parents=True, exist_ok=True)
-            disk.write(temporary := file.with_suffix(f".{os.getpid()}"), key.encode())
-            disk.rename(temporary, file)
-    return True
+    digest = hashlib.sha256(Path(__file__).read_bytes() + f"{encoder.name} {encoder.reference.name} ".encode())
+    digest.update(description)
+    root, key = disk.cache_root(), digest.hexdigest()
+    file = root / "encoders" / key if root else Path(os.devnull)
+    # A damaged file does not contain the key.
+    with suppress(OSError):
+        if disk.read_regular_file(file) == key.encode():
+            return True
+    agrees = find_first_difference(encoder, encoder.reference, [*_difficult_texts(added_tokens)]) is None
+    if agrees and root is not None:
+        disk.write_cache_file(file, key.encode())
+    return agrees
 
 
 def _trim_memory() -> None:

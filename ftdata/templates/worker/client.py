@@ -211,13 +211,8 @@ def _examine(description: str) -> TemplateReport:
         report = _request_report(template)
     except LimitExceeded:
         raise _make_template_error(template) from None
-    with suppress(OSError):
-        if root is None:
-            return _make_report(report)
-        disk.mkdir(file.parent, parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        disk.write(temporary, json.dumps({"report": report, "sha256": _hash(report)}).encode())
-        disk.rename(temporary, file)
+    if root is not None:
+        disk.write_cache_file(file, json.dumps({"report": report, "sha256": _hash(report)}).encode())
     return _make_report(report)
 
 
