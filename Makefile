@@ -35,12 +35,12 @@ demo: install  ## run preview, build, train and eval on a tiny model (five minut
 	@echo "== evaluate: base model and tuned model"
 	$(BIN)/ftdata eval $(RUN)/run -n 12
 
-test: install  ## run lint, types, layers and all tests that are not long (ten minutes)
+test: install  ## run lint, types, layers and all tests that are not long (six minutes)
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -n auto -m 'not long'
 
 test-long: install  ## run all tests, including long tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --hypothesis-profile=full
 
 docs: install  ## build the documentation in out/docs
 	$(BIN)/python docs/scripts/reference.py

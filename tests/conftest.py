@@ -48,6 +48,11 @@ HEAVY = (
 """The slowest files run first, so that no worker runs one of them at the end."""
 
 
+def pytest_xdist_auto_num_workers():
+    # Half of the time, a test waits for a process or a disk.
+    return (os.cpu_count() or 1) + 2
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))

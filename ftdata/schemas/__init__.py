@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
-
 from ftdata.errors import BadRow, UsageError, suggest_names
 from ftdata.registry import is_built_in
 from ftdata.schemas.messages import (
@@ -237,6 +235,8 @@ def _normalize_user_conversation(conversation: Conversation, name: str) -> Conve
         message = f"the function of schema {name} returned a Conversation with fields of wrong types"
         raise BadRow("schema_failed", message)
     if conversation.tokens is not None:
+        import numpy as np
+
         ids = {"input_ids": np.asarray(conversation.tokens.input_ids).tolist()}
         mask = np.asarray(conversation.tokens.trained).astype(int).tolist()
         tokens = {**ids, "completion_mask": mask}

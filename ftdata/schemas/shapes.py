@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import orjson
 
 from ftdata.errors import BadRow
 from ftdata.registry import Registry
 from ftdata.schemas.messages import is_messages, is_single_message, parse_json, read_messages, read_system, read_tools
 from ftdata.schemas.training_fields import describe_value
-from ftdata.types import IGNORE_INDEX, Conversation, Message, RowTokens
+from ftdata.types import Conversation, Message
 
 Convert = Callable[[Mapping[str, Any]], Conversation]
 """Converts a row to a conversation. `BadRow` rejects the row; any other exception becomes `schema_failed`."""
@@ -46,8 +45,11 @@ ALIASES = {
 }
 """Common alternative names of a canonical column, used if the canonical column is absent."""
 
-_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
-_LENGTHS = ("seq_lengths", "sequence_lengths")
+MASK_COLUMNS = ("completion_mask", "assistant_masks", "loss_mask")
+"""Columns of pretokenized rows that contain a mask of the trained tokens."""
+
+LENGTH_COLUMNS = ("seq_lengths", "sequence_lengths")
+"""Columns of pretokenized rows that contain the lengths of the packed documents."""
 
 
 def log_columns(data: Mapping[str, Any]) -> list[str]:
@@ -280,68 +282,11 @@ def last_answer_index(messages: Sequence[Message]) -> int:
     return 0
 
 
-def _pretokenized(data: Mapping[str, Any]) -> Conversation:
-    """Convert a pretokenized row to a conversation. Each label must be -100 or the token id at its position.
+def _read_token_row(data: Mapping[str, Any]) -> Conversation:
+    # The template worker never reads such rows, and starts twice as fast without numpy.
+    from ftdata.schemas.pretokenized import read_token_row
 
-    The row must not be padded.
-    """
-    ids = _read_integers(data, "input_ids")
-    if not len(ids):
-        raise BadRow("no_tokens", "the list is empty, expected token ids", field="input_ids")
-    lengths = {name: [len(ids)] for name in _LENGTHS}
-    single = {"attention_mask": [1] * len(ids), "position_ids": [*range(len(ids))], "cu_seqlens": [0, len(ids)]}
-    for name, expected in {**single, **lengths}.items():
-        if data.get(name) is not None and _read_integers(data, name).tolist() != expected:
-            problem = "the row is padded or packed, expected one unpadded example per row"
-            raise BadRow("tokens_shape", problem, field=name, hint="write one row per example, without padding")
-    masks = {name: _read_mask(data, name, len(ids)) for name in _MASKS if data.get(name) is not None}
-    if data.get("labels") is not None:
-        labels = _read_integers(data, "labels")
-        if len(labels) != len(ids):
-            raise BadRow("tokens_shape", f"the row has {len(labels)} labels for {len(ids)} token ids", field="labels")
-        trained = labels != IGNORE_INDEX
-        if (wrong := np.flatnonzero(trained & (labels != ids))).size:
-            index = int(wrong[0])
-            label, id_ = labels[index], ids[index]
-            problem = f"the label is {label}, expected the token id at its position ({id_}) or {IGNORE_INDEX}"
-            raise BadRow("label_value", problem, field=f"labels[{index}]")
-    elif masks:
-        trained = next(iter(masks.values()))
-    else:
-        hint = f"add labels, or one of {', '.join(_MASKS)}"
-        message = "the row has no labels, so the trained tokens are unknown"
-        raise BadRow("no_labels", message, field="input_ids", hint=hint)
-    for name, mask in masks.items():
-        if not np.array_equal(mask, trained):
-            index = int(np.flatnonzero(mask != trained)[0])
-            other = "labels" if data.get("labels") is not None else next(iter(masks))
-            states = ("trained", "not trained")[:: 1 if mask[index] else -1]
-            problem = (
-                f"the mask differs from {other}: token {index} is {states[0]} in {name}, but {states[1]} in {other}"
-            )
-            raise BadRow("two_masks", problem, field=f"{name}[{index}]", hint=f"keep only {name} or {other}")
-    return Conversation(messages=(), tokens=RowTokens(ids.astype(np.int32), trained))
-
-
-def _read_mask(data: Mapping[str, Any], name: str, length: int) -> Any:
-    """Read a mask column of zeros and ones. Return a boolean array of shape `[length]`."""
-    values = _read_integers(data, name)
-    if len(values) != length or not np.isin(values, (0, 1)).all():
-        message = f"the mask must be a list of {length} zeros and ones, one per token id"
-        raise BadRow("tokens_shape", message, field=name)
-    return values == 1
-
-
-def _read_integers(data: Mapping[str, Any], column: str) -> Any:
-    """Read a column of integers. Return an int64 array of shape `[n]`."""
-    if column not in data:
-        raise BadRow("missing_column", "the column is missing, but the schema requires it", field=column)
-    value = parse_json_list(data[column])
-    if not isinstance(value, list) or not all(type(item) is int or type(item) is bool for item in value):
-        raise BadRow("tokens_type", f"is {describe_value(value)}, expected a list of integers", field=column)
-    if any(abs(item) >= 1 << 31 for item in value):
-        raise BadRow("tokens_type", "the list contains numbers outside the int32 range", field=column)
-    return np.asarray(value, dtype=np.int64)
+    return read_token_row(data)
 
 
 def _is_prompt_completion(data: Mapping[str, Any]) -> bool:
@@ -366,6 +311,6 @@ for _name, _columns, _matches, _convert in (
 ):
     schemas.register(_name)(Schema((*_columns, *COMMON_COLUMNS), _matches, _convert))
 schemas.register("text")(Schema(("text",), _is_plain_text, _plain_text))
-_token_columns = ("input_ids", "labels", *_MASKS, "attention_mask", "position_ids", "cu_seqlens", *_LENGTHS)
-schemas.register("tokens")(Schema(_token_columns, _has_list("input_ids"), _pretokenized))
+_token_columns = ("input_ids", "labels", *MASK_COLUMNS, "attention_mask", "position_ids", "cu_seqlens", *LENGTH_COLUMNS)
+schemas.register("tokens")(Schema(_token_columns, _has_list("input_ids"), _read_token_row))
 schemas.register("chat_log")(Schema(COMMON_COLUMNS, lambda _: False, _chat_log))
