@@ -1,4 +1,4 @@
-"""Read, check and write the configuration files of training runs.
+"""Read, check and write configuration files, which all commands accept as data.
 
 ```yaml
 data: data.json
@@ -30,8 +30,9 @@ import msgspec
 import yaml
 
 from ftdata.errors import UsageError, describe_exception, shorten, suggest_names
-from ftdata.options import OPTIONS
-from ftdata.redaction import drop_redacted, is_secret_name, redact, redact_text
+from ftdata.options import OPTIONS, check_source_keys
+from ftdata.redaction import drop_redacted, is_redacted, is_secret_name, redact, redact_text
+from ftdata.yaml12 import check_plain_values, dump_yaml, parse_yaml
 
 SECTIONS = {
     section: tuple(name for name, option in OPTIONS.items() if option.section == section)
@@ -149,120 +150,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return {name: getattr(self, name) for name in OPTIONS}
 
 
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that parses scalars by the rules of YAML 1.2.
+_MAX_BYTES, _MAX_DOTS = 1 << 19, 1000
+"""Limits of a configuration file: bytes, and dots of a line. A larger file is an attack, or not a configuration."""
 
-    `1e-4` is a number. `no`, `off`, `yes` and dates are strings.
-    """
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve the merge keys (`<<`) of a mapping.
-
-        Raises:
-            ValueError: the merged mapping has too many values.
-        """
-        super().flatten_mapping(node)
-        if len(node.value) > _MAX_VALUES:
-            raise ValueError(f"the merge keys (<<) expand to more than {_MAX_VALUES:,} values")
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag.removeprefix("tag:yaml.org,2002:") not in ("bool", "float", "timestamp")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 19, 50_000, 32
-"""Limits of a configuration file. A larger file is an attack, or not a configuration."""
-
-_MAX_DOTS = 1000
 _QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*+\"|'[^']*+'")
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse YAML into dictionaries, lists and scalars. Scalars follow the rules of YAML 1.2.
-
-    >>> parse_yaml("{learning_rate: 1e-4, save_strategy: no, steps: 3, quick: true}")
-    {'learning_rate': 0.0001, 'save_strategy': 'no', 'steps': 3, 'quick': True}
-    """
-    try:
-        return _check_plain(yaml.load(text, _Loader))  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        # The constructors of YAML tags raise these for invalid values.
-        is_too_deep = isinstance(error, RecursionError)
-        message = "the document is nested too deeply" if is_too_deep else f"{type(error).__name__}: {error}"
-        raise yaml.YAMLError(message) from None
-
-
-def _check_plain(value: Any) -> Any:
-    """Check that a parsed document is small and contains only basic YAML types, and return it unchanged.
-
-    Raises:
-        ValueError: a value has another type, or the document is too large after its aliases are resolved.
-    """
-    pending, count = [(value, 0)], 0
-    while pending:
-        item, depth = pending.pop()
-        count += 1
-        if depth > _MAX_DEPTH or count > _MAX_VALUES:
-            raise ValueError(f"the document has over {_MAX_DEPTH} levels or {_MAX_VALUES:,} values, counting aliases")
-        if isinstance(item, dict):
-            if invalid := [key for key in item if not isinstance(key, str)]:
-                raise ValueError(f"the key {invalid[0]!r} is not a string; put it in quotes")
-            pending += ((inner, depth + 1) for inner in item.values())
-        elif isinstance(item, list):
-            pending += ((inner, depth + 1) for inner in item)
-        elif isinstance(item, int) and abs(item) >= 1 << 64:
-            raise ValueError(f"a number has {item.bit_length():,} bits, expected at most 64")
-        elif not (item is None or isinstance(item, str | int | float | datetime.date)):
-            problem = f"a value has the type {type(item).__name__}, expected text, a number, a boolean or a date"
-            raise ValueError(problem)
-    return value
-
-
-class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that quotes a string if `_Loader` would otherwise parse it as another type."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
-_YAML_LINE_BREAKS = re.compile("[\r\x85\u2028\u2029]")
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # Templates use the block style because it is readable. The block style would change the characters that YAML
-    # treats as line breaks and Jinja prints unchanged.
-    style = '"' if _YAML_LINE_BREAKS.search(text) else "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def dump_yaml(values: dict[str, Any]) -> str:
-    r"""Convert dictionaries, lists and scalars to YAML text that `parse_yaml` can read.
-
-    >>> dump_yaml({"output_dir": "1e5", "save_strategy": "no"})
-    "output_dir: '1e5'\nsave_strategy: no\n"
-    """
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+def is_config_file(source: Any) -> bool:
+    """Return whether `source` is the path of a configuration file, according to its suffix."""
+    return isinstance(source, str | Path) and Path(source).suffix in (".yaml", ".yml", ".toml")
 
 
 def load_config(path: Path, /, **overrides: Any) -> Config:
@@ -277,6 +173,31 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
             contains the key.
     """
     return make_config(read_config_file(path), str(path), **overrides)
+
+
+def load_data_config(path: Path) -> Config:
+    """Read a configuration file for a command that does not train, so that `model` and `output_dir` may be missing.
+
+    A missing field has the value `""`.
+
+    Raises:
+        UsageError: as in `load_config`, or the field `data` contains a redacted secret.
+    """
+    config = make_config({"model": "", "output_dir": "", **read_config_file(path)}, str(path))
+    check_data_not_redacted(config, path)
+    return config
+
+
+def check_data_not_redacted(config: Config, file: Path) -> None:
+    """Check that the field `data` of a saved configuration contains no placeholder of a redacted secret.
+
+    Raises:
+        UsageError: the field contains a placeholder.
+    """
+    if is_redacted(config.data):
+        message = "the data field contains a secret that was redacted when the file was saved"
+        hint = "pass the data again, with its credentials: --set data=..."
+        raise UsageError("redacted", message, where=str(file), hint=hint)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -301,7 +222,7 @@ def _parse_toml(text: str) -> Any:
     # tomllib takes quadratic time and memory for a key of many parts (`a.b.c`).
     if any(_QUOTED.sub("", line).count(".") > _MAX_DOTS for line in text.splitlines()):
         raise ValueError(f"a line has more than {_MAX_DOTS:,} dots outside strings")
-    return _check_plain(tomllib.loads(text))
+    return check_plain_values(tomllib.loads(text))
 
 
 def _describe_problem(error: Exception) -> str:
@@ -344,10 +265,48 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
         extra_fields = {name: value for name, value in lora.items() if name not in Lora.__struct_fields__[:-1]}
         fields = {name: value for name, value in lora.items() if name not in extra_fields}
         merged["lora"] = {**fields, "extra_fields": extra_fields}
+    data = merged.get("data")
+    for source in data if isinstance(data, list) else [data]:
+        if isinstance(source, dict):
+            check_source_keys(source, file)
     try:
         return msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:
-        raise UsageError("config", str(error), where=file) from None
+        raise UsageError("config", _describe_type_error(str(error), merged), where=file) from None
+
+
+_TYPE_ERROR = re.compile(r"Expected `(.+?)`, got `.+?`(?: - at `\$\.?(.*)`)?")
+_TYPE_NAMES = {
+    "str": "text", "int": "an integer", "float": "a number", "bool": "true or false", "object": "keys and values",
+    "array": "a list", "null": "null",
+}  # fmt: skip
+
+
+def _describe_type_error(message: str, values: Mapping[str, Any]) -> str:
+    """Describe an error of msgspec in the terms of a configuration file.
+
+    >>> _describe_type_error("Expected `str | null`, got `bool` - at `$.packing`", {"packing": True})
+    "packing is true, expected 'bfd' or null"
+    >>> _describe_type_error("Object missing required field `data`", {})
+    'the field data is missing'
+    """
+    if missing := re.fullmatch(r"Object missing required field `(.+?)`.*", message):
+        return f"the field {missing[1]} is missing"
+    match = _TYPE_ERROR.fullmatch(message)
+    if match is None:
+        # Checks of single fields raise a ValueError, whose message names the field.
+        return message.partition(" - at `$")[0]
+    types, path = match[1].split(" | "), match[2] or ""
+    if path in OPTIONS and (choices := OPTIONS[path].choices):
+        expected = [*map(repr, choices), *(["null"] if "null" in types else [])]
+    else:
+        expected = [_TYPE_NAMES.get(name, name) for name in types if name != "int" or "float" not in types]
+    value: Any = values
+    for key in path.split("."):
+        value = value.get(key, NULL) if isinstance(value, dict) else NULL
+    is_shown = value is None or (isinstance(value, bool | int | float | str) and not is_secret_name(path))
+    found = f"is {shorten(redact_text(dump_yaml([value])[2:].strip()), 80)}" if is_shown else "has an invalid type"
+    return f"{path} {found}, expected {' or '.join(expected)}"
 
 
 def _shorten_lora_names(values: dict[str, Any], where: str) -> dict[str, Any]:

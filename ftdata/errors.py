@@ -114,7 +114,7 @@ class BadRow(InputRefused):
 
 
 class BadRows(InputRefused):
-    """One or more rows are invalid. `count` is the number of invalid rows. The message lists the first invalid rows.
+    """One or more rows are invalid. `count` is the number of invalid rows. The message lists the reasons.
 
     The message contains a list, so its maximum length is larger than for other errors.
     """
@@ -122,11 +122,9 @@ class BadRows(InputRefused):
     max_message_length = 200_000
 
     def __init__(self, count: int, lines: Iterable[str], *, hint: str) -> None:
-        lines = list(lines)
-        remainder = f"\n  ... and {count - len(lines)} more" if count > len(lines) else ""
         listing = "\n  ".join(lines)
         noun = "row is" if count == 1 else "rows are"
-        super().__init__("bad_rows", f"{count} {noun} invalid:\n  {listing}{remainder}\n", hint=hint)
+        super().__init__("bad_rows", f"{count:,} {noun} invalid:\n  {listing}\n", hint=hint)
         self.count = count
 
 

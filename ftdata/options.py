@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftdata.errors import check_choice
+from ftdata.errors import UsageError, check_choice, suggest_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ _OPTIONS = (
            "What to do with longer examples: reject, drop_turns or truncate",
            ("reject", "drop_turns", "truncate"), "length"),
     Option("layout", "packing", str | None, None,
-           "Algorithm to pack examples: 'bfd' (best-fit decreasing)", section="pack"),
+           "Algorithm to pack examples: 'bfd' (best-fit decreasing)", ("bfd",), "pack"),
     Option("selection", "where", str | None, None,
            "Read only rows that match this Jinja expression, e.g. lang == 'en'"),
     Option("selection", "limit", int | None, None, "Maximum number of rows to read from each source"),
@@ -92,6 +92,34 @@ _OPTIONS = (
 OPTIONS = {option.name: option for option in _OPTIONS}
 """All options by name, in the order in which signatures, help texts and configuration files list them."""
 
+SHARE_KEYS = {"weight": "times", "rows": "rows", "tokens": "tokens"}
+"""Keys of a source mapping that set how much of the source is trained on -> unit."""
+
+HUB_KEYS = ("name", "revision", "data_files")
+"""Keys of a source mapping for data sets on the Hub."""
+
+FILE_KEYS = (*HUB_KEYS, "format", "encoding", "quoting", "streaming")
+"""Keys of a source mapping for files."""
+
+SOURCE_KEYS = ("path", "split", *SHARE_KEYS, *FILE_KEYS)
+"""All keys of a mapping that describes a source, e.g. `{path: chats.jsonl, weight: 2}`."""
+
+
+def check_source_keys(source: Mapping[str, Any], where: str = "") -> None:
+    """Check the keys of a mapping that describes a source.
+
+    Raises:
+        UsageError: `unknown_data_key`: a key is unknown. The hint suggests the closest known key.
+
+    >>> check_source_keys({"path": "chats.jsonl", "wieght": 2})
+    Traceback (most recent call last):
+    ftdata.errors.UsageError: [unknown_data_key] data has the unknown key 'wieght'. Fix: did you mean 'weight'? ...
+    """
+    for key in source:
+        if key not in SOURCE_KEYS:
+            hint = suggest_names(str(key), SOURCE_KEYS)
+            raise UsageError("unknown_data_key", f"data has the unknown key {key!r}", where=where, hint=hint)
+
 
 def option_names(*selected: str) -> tuple[str, ...]:
     """Return the names of the options that are selected by group or by name, in the order of the table.
@@ -108,11 +136,11 @@ def select_options(values: Mapping[str, Any], *groups: str) -> dict[str, Any]:
 
 
 def check_choices(values: Mapping[str, Any]) -> None:
-    """Check that each option with a fixed list of allowed values has one of these values.
+    """Check that each option with a fixed list of allowed values has one of these values, or its default.
 
     Raises:
         UsageError: an option has another value.
     """
     for name, value in values.items():
-        if choices := OPTIONS[name].choices:
+        if value != OPTIONS[name].default and (choices := OPTIONS[name].choices):
             check_choice(name, value, choices)

@@ -14,6 +14,8 @@ import pytest
 import warm
 from tokenizer_makers import MAKERS, REAL, tiny_bpe
 
+# Collection imports modules with millions of objects, which full garbage collections would traverse.
+gc.disable()
 # Nothing may be taken from an earlier run.
 os.environ["FTDATA_CACHE"] = "off"
 # Records of what was built belong to this run.
@@ -67,8 +69,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    # The modules that tests import have millions of objects, through which each full garbage collection would go.
+    # Imported modules are never freed.
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

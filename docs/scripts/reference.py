@@ -53,7 +53,7 @@ $ ftdata audit data.jsonl --tokenizer MODEL || [ $? = 1 ]                # exit 
 $ ftdata audit data.jsonl -t MODEL --against test.jsonl --fail-on never  # find rows of a test set
 $ ftdata build data.jsonl -t MODEL -o built && ftdata audit built --fail-on error  # check the labels of a build
 $ ftdata audit data.jsonl -t MODEL --near-duplicate-threshold 0.8 --pii --fail-on never  # optional checks
-$ ftdata audit data.jsonl -t MODEL --ignore script --fail-on error --format github
+$ ftdata audit data.jsonl -t MODEL --ignore script --fail-on error --output-format github
 ```
 
 | severity | meaning |
@@ -62,8 +62,8 @@ $ ftdata audit data.jsonl -t MODEL --ignore script --fail-on error --format gith
 | warning | The labels are probably wrong. |
 | note | Good to know. |
 
-Rejected rows are errors with their [code](errors.md). `--format` is `text`, `json`, `sarif` (2.1.0) or `github`. A
-finding lists its first ten rows (five as text). `ftdata.audit(...)` returns the same report.
+Rejected rows are errors with their [code](errors.md). `--output-format` is `text`, `json`, `sarif` (2.1.0) or `github`.
+A finding lists its first ten rows (five as text). `ftdata.audit(...)` returns the same report.
 
 Rows of splits other than `train`, and of `--against`, are held out. They are compared with the training rows by their
 tokens; with `--near-duplicate-threshold`, by their words. Checks marked † need messages, and are skipped for builds.

@@ -25,6 +25,7 @@ from ftdata.pipeline.render_rows import RejectedRows, check_answers, has_rejecte
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 from ftdata.schemas import last_answer_index, normalize
+from ftdata.spelling import spell_options
 from ftdata.storage import atomic, disk
 from ftdata.templates import render_in_worker
 from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row
@@ -91,8 +92,8 @@ class ConvertReport:
         )
         filtered_rows = f" + {filtered:,} filtered out (where)" if filtered else ""
         counts = f"{read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected{filtered_rows}"
-        lines = [f"rows     {counts}", *(f"note     {note}" for note in self.notes)]
-        return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
+        lines = [f"rows     {counts}", *(f"note     {spell_options(note)}" for note in self.notes)]
+        return "\n".join([*lines, *(f"reject   {spell_options(str(reject))}" for reject in self.rejects[:20])])
 
 
 def convert(

@@ -136,7 +136,7 @@ def build_sft_dataset(
 
     Raises:
         UsageError: an option is invalid, or a source does not exist.
-        BadRows: rows are rejected (`on_bad_rows="error"`). The error counts all of them and lists the first 20.
+        BadRows: rows are rejected (`on_bad_rows="error"`). The error counts all of them and lists the reasons.
         TooManyRejects: more than `max_rejects` rows are rejected.
         InputRefused: a source cannot be read, or no row is left to build.
         TemplateRefused: the template or the tokenizer cannot be used for any row.

@@ -18,6 +18,7 @@ from ftdata.errors import InternalError
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
+from ftdata.spelling import spell_options
 from ftdata.types import Conversation, Reject
 
 
@@ -218,7 +219,7 @@ class Report:
                     f"{'':9}{part['examples']:,} examples, {part['tokens'] / tokens:.1%} of tokens: {part['source']}"
                     for part in split["sources"]
                 ]
-        return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"note     {spell_options(note)}" for note in self.notes)])
 
 
 def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:

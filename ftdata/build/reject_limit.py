@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from ftdata.build.ledger import Ledger
-from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, check_choice
+from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, check_choice, escape_line_breaks
 from ftdata.types import Reject
 
 BY_CHOICE = frozenset({"overlong"})
 """Reject codes that the user's options cause. These rejects are counted and listed, but do not count as bad rows."""
+
+_MAX_GROUPS, _MAX_PLACES = 20, 3
+"""Maximum number of reasons in an error message, and of rows with the same reason."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ class RejectLimit:
         rows = sum(ledger.read - ledger.filtered for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
             hint = "fix the rows, or leave them out: on_bad_rows='quarantine', max_rejects=..."
-            raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
+            raise BadRows(bad, _group_rejects(rejects()), hint=hint)
         if bad > self.max_bad_rows(rows):
-            listed = "\n  ".join(map(str, _first(rejects(), 5)))
+            listed = "\n  ".join(_group_rejects(rejects()))
             allowed = int(self.max_bad_rows(rows))
             message = f"{bad} of {rows} rows are rejected, but max_rejects allows only {allowed}:\n  {listed}\n"
             raise TooManyRejects("max_rejects", message, hint="fix the rows, or raise max_rejects")
@@ -81,5 +85,30 @@ class RejectLimit:
             raise InputRefused("no_rows_built", f"no row is left to build: {reasons}")
 
 
-def _first(rejects: Iterable[Reject], count: int) -> Iterator[Reject]:
-    return islice((reject for reject in rejects if reject.code not in BY_CHOICE), count)
+def _group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:
+    """Yield a line for each reason, with the first rows that have it. The fix follows where it first applies."""
+    groups, counts = dict[tuple[str, str, str], list[str]](), Counter[tuple[str, str, str]]()
+    others = 0
+    for reject in rejects:
+        key = reject.code, reject.reason, reject.fix
+        if reject.code in BY_CHOICE:
+            continue
+        if key not in groups and len(groups) == _MAX_GROUPS:
+            others += 1
+            continue
+        counts[key] += 1
+        places = groups.setdefault(key, [])
+        if len(places) < _MAX_PLACES:
+            places.append(escape_line_breaks(f"{reject.source} {reject.field}".rstrip()))
+    fixes = set[str]()
+    for (code, reason, fix), places in groups.items():
+        count = counts[code, reason, fix]
+        if count == 1:
+            line = f"[{code}] {places[0]}: {reason}"
+        else:
+            more = ", ..." if count > len(places) else ""
+            line = f"[{code}] {count:,} rows: {reason} ({', '.join(places)}{more})"
+        yield f"{line}. Fix: {fix}" if fix and fix not in fixes else line
+        fixes.add(fix)
+    if others:
+        yield f"... and {others:,} rows with other reasons"

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import UsageError, check_choice
+from ftdata.errors import UsageError
+from ftdata.options import check_choices
 from ftdata.types import WHOLE, SourceShare
 
 _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
@@ -60,7 +61,7 @@ class Layout:
     shuffle: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("packing", str(self.packing), ("None", "bfd"))
+        check_choices({"packing": self.packing})
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise UsageError("seed", f"seed is {self.seed!r}, expected an integer")
         if self.packing and self.max_length is None:

@@ -20,6 +20,7 @@ from ftdata.cli.inspect import audit, diff, preview, stats
 from ftdata.cli.train import chat, evaluate, generate, init, merge, train
 from ftdata.errors import FtdataError, escape_unprintable
 from ftdata.redaction import redact_text
+from ftdata.spelling import set_style, spell_options
 
 app = typer.Typer(
     name="ftdata",
@@ -47,11 +48,12 @@ def main() -> None:
     An expected error is printed as one message without a traceback.
     """
     _prepare_streams()
+    set_style("flags")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except FtdataError as error:
-        _fail(str(error), error.exit_code)
+        _fail(spell_options(str(error)), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, make_sources
-from ftdata.cli.output import print_json_or_text, print_value, progress_bar
+from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, drop_shares, read_request
+from ftdata.cli.output import print_json_or_text, print_value, progress_bar, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
 
-config_app = typer.Typer(no_args_is_help=True, help="Import configurations from Axolotl and LLaMA-Factory.")
+config_app = typer.Typer(
+    no_args_is_help=True, help="Import configurations of other tools, and print the schema of configurations."
+)
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check chat templates.")
 
 
 @add_options("rendering", "rows", "selection", "layout", "rejects", "source")
 def build(
     data: TrainingData,
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
-    ],
-    output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="Output folder or URL, e.g. s3://bucket/name")],
+    tokenizer: Tokenizer = None,
+    output_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--output-dir",
+            "-o",
+            help="Output folder or URL, e.g. s3://bucket/name (default: data in the run directory)",
+        ),
+    ] = None,
     *,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
     engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
@@ -32,11 +41,18 @@ def build(
     """Build a data set of tokens and labels."""
     from ftdata.build.dataset import write_build
 
-    sources = make_sources(data, options)
+    request = read_request(data, tokenizer, options)
+    # `ftdata train` looks for the build of a configuration here.
+    output_dir = output_dir or (f"{request.output_dir}/data" if request.output_dir else None)
+    if not request.tokenizer or not output_dir:
+        missing = [
+            name for name, value in (("--tokenizer", request.tokenizer), ("--output-dir", output_dir)) if not value
+        ]
+        raise UsageError("missing_option", f"a build needs {' and '.join(missing)}")
     workers = os.cpu_count() if workers is None and engine == "local" else workers
     with progress_bar() as progress:
         report = write_build(
-            sources, tokenizer, output_dir, workers=workers, engine=engine, progress=progress, **options
+            request.sources, request.tokenizer, output_dir, workers=workers, engine=engine, progress=progress, **options
         )
     print_value(report, as_json=as_json)
     if not as_json:
@@ -57,8 +73,16 @@ def convert(
     """Convert rows to messages, to prompt/completion pairs, or to rendered text."""
     from ftdata.build.convert import convert as convert_rows
 
-    sources = make_sources(data, options)
-    print_value(convert_rows(sources, output, to, tokenizer=tokenizer, **options), as_json=as_json)
+    request = read_request(data, tokenizer, options)
+    # Only rendered text needs the tokenizer, which a configuration contains in any case.
+    tokenizer = request.tokenizer if to == "text" else tokenizer
+    sources, shares = drop_shares(request.sources) if request.output_dir is not None else (request.sources, [])
+    if shares:
+        print(
+            f"{', '.join(shares)} of the configuration are not applied: convert writes each row once", file=sys.stderr
+        )
+    report = convert_rows(sources, output, to, tokenizer=tokenizer, **options)
+    print_value(report, as_json=as_json)
 
 
 def verify(
@@ -145,6 +169,14 @@ def config_import(
     output.write_text(str(imported), encoding="utf-8")
     text = "\n".join((*imported.notes, f"wrote {output}"))
     print_json_or_text(imported.as_dict(), escape_unprintable(text), as_json=as_json)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of configuration files, with which editors complete and check them."""
+    from ftdata.cli.config_schema import make_config_schema
+
+    write_stdout(json.dumps(make_config_schema(), indent=2))
 
 
 def env(as_json: Json = False) -> None:

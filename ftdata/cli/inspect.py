@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from ftdata.cli.options import (
-    SOURCE_HELP,
     Data,
+    DataList,
     Json,
     Pager,
     Tokenizer,
     add_options,
-    make_sources,
     parse_row_numbers,
+    read_request,
     split_names,
 )
 from ftdata.cli.output import print_report, progress_bar, write_stdout
@@ -48,10 +48,10 @@ def preview(
     """Show rows with their rendered text and trained tokens."""
     from ftdata.inspection.preview import preview as preview_rows
 
-    sources = make_sources([data], options)
+    request = read_request([data], tokenizer, options)
     selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "odd": odd}
     with progress_bar() if odd or html else nullcontext() as progress:
-        result = preview_rows(sources, tokenizer, **selection, **options, html=html, progress=progress)
+        result = preview_rows(request.sources, request.tokenizer, **selection, **options, html=html, progress=progress)
     if html and not as_json:
         write_stdout(f"{html}: {len(result.rows):,} rows, {html.stat().st_size:,} bytes")
     else:
@@ -60,7 +60,7 @@ def preview(
 
 @add_options("rendering", "rows", "selection", "source")
 def audit(
-    data: Annotated[list[str], typer.Argument(help=f"Data to check: a build, or {SOURCE_HELP}", show_default=False)],
+    data: DataList,
     tokenizer: Tokenizer = None,
     *,
     against: Annotated[
@@ -74,8 +74,8 @@ def audit(
     fail_on: Annotated[
         str, typer.Option(help="Minimum severity of findings for exit code 1: note, warning, error or never")
     ] = "note",
-    format_: Annotated[
-        str, typer.Option("--format", help="Output format: text, json, sarif, or github (annotations)")
+    output_format: Annotated[
+        str, typer.Option("--output-format", help="Output format: text, json, sarif, or github (annotations)")
     ] = "text",
     as_json: Json = False,
     **options: Any,
@@ -85,14 +85,14 @@ def audit(
     from ftdata.inspection.audit import FAIL_ON
     from ftdata.inspection.audit import audit as audit_data
 
-    check_choice("format", format_, ("text", "json", "sarif", "github"))
+    check_choice("output_format", output_format, ("text", "json", "sarif", "github"))
     check_choice("fail_on", fail_on, FAIL_ON)
-    held_out = None if against is None else make_sources(against, {**options, "split": None})
-    sources = make_sources(data, options)
+    held_out = None if against is None else read_request(against, None, {**options, "split": None}).sources
+    request = read_request(data, tokenizer, options)
     with progress_bar() as progress:
         report = audit_data(
-            sources,
-            tokenizer,
+            request.sources,
+            request.tokenizer,
             against=held_out,
             near_duplicate_threshold=near_duplicate_threshold,
             pii=pii,
@@ -100,18 +100,18 @@ def audit(
             progress=progress,
             **options,
         )
-    if format_ == "sarif":
+    if output_format == "sarif":
         write_stdout(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
-    elif format_ == "github":
+    elif output_format == "github":
         write_stdout(report.as_github())
     else:
-        print_report(report, as_json=as_json or format_ == "json")
+        print_report(report, as_json=as_json or output_format == "json")
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
 @add_options("rendering", "rows", "selection", "source")
 def stats(
-    data: Annotated[list[str], typer.Argument(help=f"Data to count: a build, or {SOURCE_HELP}", show_default=False)],
+    data: DataList,
     tokenizer: Tokenizer = None,
     *,
     svg: Annotated[Path | None, typer.Option(help="Write charts (lengths.svg, trained.svg) to this folder")] = None,
@@ -121,9 +121,9 @@ def stats(
     """Count the rows, turns, tokens and trained tokens in data or a build."""
     from ftdata.inspection.stats import stats as count_rows
 
-    sources = make_sources(data, options)
+    request = read_request(data, tokenizer, options)
     with progress_bar() as progress:
-        report = count_rows(sources, tokenizer, svg=svg, progress=progress, **options)
+        report = count_rows(request.sources, request.tokenizer, svg=svg, progress=progress, **options)
     print_report(report, as_json=as_json)
 
 

@@ -6,25 +6,35 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
 
 from ftdata.errors import UsageError, describe_exception
-from ftdata.options import OPTIONS, Option, option_names
+from ftdata.options import OPTIONS, SHARE_KEYS, Option, option_names
+from ftdata.spelling import set_style
 
 _MAX_ROW_RANGE = 10_000
 FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
 SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
-Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
-TrainingData = Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)]
+Data = Annotated[
+    str, typer.Argument(help=f"Data to read: a build, a configuration, or {SOURCE_HELP}", show_default=False)
+]
+DataList = Annotated[
+    list[str], typer.Argument(help=f"Data to read: a build, a configuration, or {SOURCE_HELP}", show_default=False)
+]
+TrainingData = Annotated[
+    list[str], typer.Argument(help=f"Training data: a configuration, or {SOURCE_HELP}", show_default=False)
+]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
 Pager = Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")]
 _READER_OPTIONS = {
+    "format": f"Format of the data if its name has another suffix: {', '.join(FORMATS)}",
     "encoding": "Text encoding if not UTF-8/16/32, e.g. cp1252",
     "quoting": "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
     "split": "Name of the split to read, if the data has several splits",
@@ -106,7 +116,7 @@ _SPELLINGS = {
     "columns": _Spelling(list[str] | None, "--column", parse_columns),
     "template_kwargs": _Spelling(list[str] | None, "--template-kwarg", parse_template_kwargs),
     "train_parts": _Spelling(str | None, parse=split_names),
-    "reject_flags": _Spelling(str | None, parse=lambda names: split_names(names) or ()),
+    "reject_flags": _Spelling(str | None, parse=split_names),
     "limit": _Spelling(int | None, settings={"min": 1}),
     "dedup": _Spelling(bool, "--dedup"),
     "shuffle": _Spelling(bool, "--shuffle"),
@@ -119,17 +129,18 @@ _SPELLINGS = {
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
-def add_options(*selected: str, are_unset: bool = False) -> Decorator:
+def add_options(*selected: str) -> Decorator:
     """Return a decorator that adds options of the table to a command, which receives their parsed values.
+
+    An option without a value is `None`, because a configuration file can contain its value (`read_request`).
 
     Args:
         selected: names or groups of options; `"source"` for the options of sources.
-        are_unset: whether the default of each option is `None`, because a configuration file contains the defaults.
     """
     options = [OPTIONS[name] for name in option_names(*selected)]
     if "source" in selected:
         options += (Option("source", name, str | None, None, text) for name, text in _READER_OPTIONS.items())
-    return add_parameters((_make_parameter(option, is_unset=are_unset) for option in options), _parse_values)
+    return add_parameters(map(_make_parameter, options), _parse_values)
 
 
 def _parse_values(**values: Any) -> dict[str, Any]:
@@ -161,20 +172,67 @@ def add_parameters(parameters: Iterable[inspect.Parameter], convert: Callable[..
     return decorate
 
 
-def _make_parameter(option: Option, *, is_unset: bool) -> inspect.Parameter:
+def _make_parameter(option: Option) -> inspect.Parameter:
     """Convert an option to a parameter from which typer creates an option of the command line."""
     spelling = _SPELLINGS.get(option.name, _Spelling(option.type))
     names = [spelling.name] if spelling.name else []
-    info = typer.Option(*names, help=option.help, **spelling.settings)
-    value_type = spelling.type | None if is_unset else spelling.type
-    # The command line has no empty list: the option is left out.
-    default = None if is_unset or option.default == () else option.default
-    annotation = Annotated[value_type, info]  # type: ignore[valid-type]  # (typer reads the type at run time)
-    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    default = "" if option.default in (None, False, ()) else str(option.default)
+    info = typer.Option(*names, help=option.help, show_default=default or False, **spelling.settings)
+    annotation = Annotated[spelling.type | None, info]  # type: ignore[name-defined]  # (typer reads the type at run time)
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def make_sources(data: list[str], options: dict[str, Any]) -> Any:
-    """Remove the options of sources, such as `encoding`, from `options`, and combine them with each path."""
-    values = {name: options.pop(name) for name in _READER_OPTIONS if name in options}
-    set_values = {name: value for name, value in values.items() if value is not None}
-    return [{"path": path, **set_values} for path in data] if set_values else data
+class Request(NamedTuple):
+    """The data of a command, with values that a configuration file can contain.
+
+    Attributes:
+        sources: the data, in a form that `resolve_sources` accepts.
+        tokenizer: the tokenizer; `None` if it is missing.
+        output_dir: the field `output_dir` of the configuration, which may be empty; `None` without a configuration.
+    """
+
+    sources: Any
+    tokenizer: str | None
+    output_dir: str | None = None
+
+
+def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]) -> Request:
+    """Read the data of a command, which may be a configuration file.
+
+    In `options`, options without a value get the value of the configuration, or else their default. The options of
+    sources, such as `encoding`, are removed, and combined with each path.
+
+    Raises:
+        UsageError: a configuration file is combined with other data or with options of sources, or it is invalid.
+    """
+    from ftdata.config import is_config_file, load_data_config
+
+    source_options = {name: options.pop(name) for name in _READER_OPTIONS if name in options}
+    source_options = {name: value for name, value in source_options.items() if value is not None}
+    config = None
+    if any(map(is_config_file, data)):
+        others = [*data[1:], *(f"--{name}" for name in source_options)]
+        if others:
+            problem = (
+                f"{data[0]} cannot be combined with {others[0]}, because one of the arguments is a configuration file"
+            )
+            raise UsageError("config_alone", problem, hint="set the field data of the configuration instead")
+        config = load_data_config(Path(data[0]))
+    for name in options.keys() & OPTIONS.keys():
+        if options[name] is None:
+            options[name] = getattr(config, name) if config else OPTIONS[name].default
+    if config:
+        set_style("keys")
+        return Request(config.data, tokenizer or config.tokenizer or config.model or None, config.output_dir)
+    return Request([{"path": path, **source_options} for path in data] if source_options else data, tokenizer)
+
+
+def drop_shares(sources: Any) -> tuple[Any, list[str]]:
+    """Remove `weight`, `rows` and `tokens` from the sources of a configuration. Also return the removed keys."""
+    items = sources if isinstance(sources, list) else [sources]
+    removed = [key for key in SHARE_KEYS if any(isinstance(item, dict) and key in item for item in items)]
+    kept = [
+        {key: value for key, value in item.items() if key not in SHARE_KEYS} if isinstance(item, dict) else item
+        for item in items
+    ]
+    return kept, removed

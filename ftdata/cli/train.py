@@ -16,6 +16,7 @@ import typer
 from ftdata.cli.options import Json, add_options, add_parameters
 from ftdata.cli.output import print_report, print_value, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
+from ftdata.spelling import set_style
 
 if TYPE_CHECKING:
     from ftdata.train.inference.progress import GenerationProgress
@@ -57,7 +58,6 @@ def init(
 @add_options(
     *("template", "schema", "columns", "train_on", "turns", "max_length", "overlong", "packing", "test_size", "limit"),
     *("on_bad_rows", "max_rejects"),
-    are_unset=True,
 )
 def train(
     source: Annotated[
@@ -85,7 +85,10 @@ def train(
 ) -> None:
     """Train a model on data or a build, with LoRA, QLoRA or full fine-tuning."""
     import ftdata.train
+    from ftdata.config import is_config_file
 
+    if is_config_file(source):
+        set_style("keys")
     options |= {
         "model": model,
         "output_dir": output_dir,

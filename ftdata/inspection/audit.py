@@ -28,6 +28,7 @@ from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers.streams import STDIN
+from ftdata.spelling import spell_options
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Source
 
@@ -108,7 +109,7 @@ class Finding:
         ]
         if self.locations and self.count > _PRINTED_LOCATIONS:
             lines.append(f"and {self.count - _PRINTED_LOCATIONS:,} more")
-        lines.append(f"Fix: {self.fix}")
+        lines.append(f"Fix: {spell_options(self.fix)}")
         return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{line}" for line in lines)])
 
 

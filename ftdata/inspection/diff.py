@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from ftdata.config import load_config, parse_yaml
+from ftdata.config import is_config_file, load_data_config
 from ftdata.errors import InputRefused, UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.fingerprints import (
@@ -45,6 +45,7 @@ from ftdata.options import option_names
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
+from ftdata.yaml12 import parse_yaml
 
 _RECIPE_OPTIONS = option_names("rendering", "rows", "selection")
 """Options that select rows, or determine how rows are rendered and tokenized."""
@@ -257,16 +258,16 @@ def side_options(
         UsageError: An option is unknown.
     """
     options: dict[str, Any] = {"data": path}
-    if Path(path).suffix in (".yaml", ".yml", ".toml"):
-        config = load_config(Path(path))
+    if is_config_file(path):
+        config = load_data_config(Path(path))
         recipe_options = {name: value for name, value in config.build_options().items() if name in _RECIPE_OPTIONS}
-        options = {"data": config.data, "tokenizer": config.tokenizer or config.model, **recipe_options}
+        options = {"data": config.data, "tokenizer": config.tokenizer or config.model or None, **recipe_options}
     arguments = {"tokenizer": tokenizer, "template": template, "template_kwargs": template_kwargs}
     options |= {name: value for name, value in arguments.items() if value is not None}
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
-            raise UsageError("set", f"--set is {change!r}, expected name=value, e.g. turns=split")
+            raise UsageError("set", f"--set is {change!r}, expected name=value, e.g. --set turns=split")
         check_choice("set", name.strip().replace("-", "_"), ("tokenizer", *_RECIPE_OPTIONS))
         options[name.strip().replace("-", "_")] = _parse_value(value)
     return options

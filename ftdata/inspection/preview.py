@@ -27,6 +27,7 @@ from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import Options, load_bare_template
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
+from ftdata.spelling import spell_options
 from ftdata.types import Reject, Row
 
 _ID_COLUMNS = (
@@ -57,7 +58,7 @@ class Preview:
         """Print the rows to a rich console, in color if the console supports colors."""
         console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
         for note in self.notes:
-            console.print(Text(f"note: {to_single_line(note)}", "yellow"), soft_wrap=True)
+            console.print(Text(f"note: {spell_options(to_single_line(note))}", "yellow"), soft_wrap=True)
         terminal.print_rows(console, self.rows)
 
     def as_dict(self) -> dict[str, Any]:

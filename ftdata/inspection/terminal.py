@@ -19,6 +19,7 @@ from ftdata.inspection.row_views import (
     row_heading,
     to_single_line,
 )
+from ftdata.spelling import spell_options
 
 _TRAINED, _CONTROL, _SCAFFOLD = "bold green underline", "magenta", "dim"
 _ROLES = {"system": "yellow", "developer": "yellow", "user": "blue", "tool": "cyan", "assistant": "default"}
@@ -32,7 +33,7 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
         if row.why:
             console.print(Text(f"outlier: {', '.join(row.why)}", "bold yellow"), soft_wrap=True)
         if row.rejected:
-            console.print(Text(to_single_line(row.rejected), "red"), soft_wrap=True)
+            console.print(Text(spell_options(to_single_line(row.rejected)), "red"), soft_wrap=True)
         for view in row.examples:
             text = style_segments(view.segments(), plain=has_no_colors(console))
             console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
@@ -41,7 +42,7 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
             console.print(Text(describe_trained_share(view), "cyan"), soft_wrap=True)
         if row.dropped:
             summary = f"✂ {len(row.dropped):,} examples dropped: {sum(row.dropped):,} tokens beyond max_length"
-            console.print(Text(summary, "red"), soft_wrap=True)
+            console.print(Text(spell_options(summary), "red"), soft_wrap=True)
         for lost in row.lost:
             excerpt = make_visible(_shorten(lost.text))
             console.print(Text(f"not printed by the template: {lost.field}: {excerpt}", "yellow"), soft_wrap=True)

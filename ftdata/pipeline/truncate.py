@@ -31,7 +31,7 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
         return example
     problem = f"the example has {length} tokens, expected at most {max_length} (max_length)"
     if policy == "reject":
-        raise BadRow("overlong", problem, hint="raise max_length, or set overlong to 'drop_turns' or 'truncate'")
+        raise BadRow("overlong", problem, hint="raise max_length, or set overlong='drop_turns' or overlong='truncate'")
     keep = max_length
     if policy == "drop_turns":
         ends = turn_ends(example)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, suggest_names
+from ftdata.options import FILE_KEYS, HUB_KEYS, SHARE_KEYS, SOURCE_KEYS, check_source_keys
 from ftdata.readers.formats import Reader, readers
 from ftdata.readers.remote_files import remote_version
 from ftdata.readers.resolve_paths import resolve_files
@@ -19,10 +21,7 @@ from ftdata.registry import is_built_in
 from ftdata.types import WHOLE, Reject, Row, Source, SourceShare
 
 _MAX_WEIGHT = 1000
-_SHARE_UNITS = {"weight": "times", "rows": "rows", "tokens": "tokens"}
-_HUB_KEYS = ("name", "revision", "data_files")
-_FILE_KEYS = (*_HUB_KEYS, "format", "encoding", "quoting", "streaming")
-_SPEC_KEYS = ("path", "split", *_SHARE_UNITS, *_FILE_KEYS)
+_MOST_LISTED_SOURCES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +216,9 @@ def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
             replace(source, item_index=number) for number, item in enumerate(data) for source in resolve_sources(item)
         )
     if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
+        for item in data[:_MOST_LISTED_SOURCES] if isinstance(data, list | tuple) else ():
+            if _is_misspelled_source(item):
+                check_source_keys(item)
         return (MemorySource(data),)
     raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, a list of paths, or rows")
 
@@ -253,17 +255,22 @@ def _in_memory_sources(data: Any) -> tuple[FileSource | MemorySource, ...] | Non
 def _is_source(item: Any) -> bool:
     if isinstance(item, str | Path) or _in_memory_sources(item) is not None:
         return True
-    return isinstance(item, Mapping) and set(item) <= set(_SPEC_KEYS) and "path" in item and _is_source(item["path"])
+    return isinstance(item, Mapping) and set(item) <= set(SOURCE_KEYS) and "path" in item and _is_source(item["path"])
+
+
+def _is_misspelled_source(item: Any) -> bool:
+    """Return whether an item is a mapping that would describe a source if its unknown keys were spelled correctly."""
+    if not isinstance(item, Mapping) or not isinstance(item.get("path"), str | Path):
+        return False
+    unknown = set(item) - set(SOURCE_KEYS)
+    return bool(unknown) and all(get_close_matches(str(key), SOURCE_KEYS, n=1, cutoff=0.75) for key in unknown)
 
 
 def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     if "path" not in spec or not _is_source(spec["path"]) or isinstance(spec["path"], Mapping):
         message = "data is a single mapping without a valid path, expected rows"
         raise UsageError("data_type", message, hint="pass a list of rows, or a mapping with a path")
-    for key in spec:
-        if key not in _SPEC_KEYS:
-            hint = suggest_names(str(key), _SPEC_KEYS)
-            raise UsageError("unknown_data_key", f"data has the unknown key {key!r}", hint=hint)
+    check_source_keys(spec)
     sources: Sequence[FileSource | MemorySource] = _sources_at_path(spec)
     if spec.get("split") is not None:
         sources = tuple(_select_splits(sources, spec))
@@ -274,7 +281,7 @@ def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource
     """Return the sources for the `path` of a data mapping. The other keys, such as `encoding`, are file options."""
     path = spec["path"]
     if not isinstance(path, str | Path):
-        if file_keys := [key for key in _FILE_KEYS if spec.get(key) is not None]:
+        if file_keys := [key for key in FILE_KEYS if spec.get(key) is not None]:
             raise UsageError("data_type", f"{file_keys[0]} applies only to files, but path= contains rows in memory")
         return resolve_sources(path)
     encoding, reader = spec.get("encoding"), spec.get("format")
@@ -284,7 +291,7 @@ def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource
     Input(str(path), encoding)
     if reader is not None:
         readers.get(reader)
-    files = _file_sources(str(path), reader, {key: spec[key] for key in _HUB_KEYS if spec.get(key) is not None})
+    files = _file_sources(str(path), reader, {key: spec[key] for key in HUB_KEYS if spec.get(key) is not None})
     return tuple(
         replace(file, encoding=encoding, quoting=quoting, streaming=bool(spec.get("streaming"))) for file in files
     )
@@ -296,12 +303,12 @@ def _file_sources(location: str, reader: str | None, hub_options: Mapping[str, A
 
 
 def _parse_share(spec: Mapping[str, Any]) -> SourceShare:
-    keys = [key for key in _SHARE_UNITS if spec.get(key) is not None]
+    keys = [key for key in SHARE_KEYS if spec.get(key) is not None]
     if not keys:
         return WHOLE
     if len(keys) > 1:
         raise UsageError("share", f"a source has both {keys[0]} and {keys[1]}, expected only one of them")
-    amount, unit = spec[keys[0]], _SHARE_UNITS[keys[0]]
+    amount, unit = spec[keys[0]], SHARE_KEYS[keys[0]]
     is_integer = isinstance(amount, int) and not isinstance(amount, bool)
     if unit == "times" and not ((is_integer or isinstance(amount, float)) and 0 <= amount <= _MAX_WEIGHT):
         message = f"weight is {amount!r}, expected a number from 0 to {_MAX_WEIGHT}, e.g. 0.5 or 2"

@@ -46,9 +46,19 @@ from typing import TYPE_CHECKING, Any
 
 from ftdata.build.remote import find_build
 from ftdata.build.store import read_manifest
-from ftdata.config import NULL, Config, flatten_sections, load_config, make_config, parse_settings, read_config_file
+from ftdata.config import (
+    NULL,
+    Config,
+    check_data_not_redacted,
+    flatten_sections,
+    is_config_file,
+    load_config,
+    make_config,
+    parse_settings,
+    read_config_file,
+)
 from ftdata.errors import MissingDependency, UsageError
-from ftdata.redaction import drop_redacted, is_redacted
+from ftdata.redaction import drop_redacted
 from ftdata.tokenizing.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -323,11 +333,11 @@ def _resolve(
     if (path / "run.json").is_file() and not (path / "manifest.json").is_file():
         return _resolve_run_dir(path, fields, resume=resume)
     build = find_build(source)
-    if path.suffix in (".yaml", ".yml", ".toml"):
+    if is_config_file(path):
         config = load_config(path, **fields)
         build = find_build(config.data)
         if build is None:
-            _check_not_redacted(config, path)
+            check_data_not_redacted(config, path)
             return config, None
         defaults = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
         changed = {name: value for name, value in config.build_options().items() if value != defaults[name]}
@@ -350,20 +360,10 @@ def _resolve(
     return make_config({"data": str(source) if is_path else source}, **fields), None
 
 
-def _check_not_redacted(config: Config, file: Path) -> None:
-    """Raise an error if the field `data` of a saved configuration contains a redacted secret."""
-    if is_redacted(config.data):
-        message = "the data field contains a secret that was redacted when the file was saved"
-        hint = "pass the data again, with its credentials: --set data=..."
-        raise UsageError("redacted", message, where=str(file), hint=hint)
-
-
 def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
     """Yield a note for each redacted secret in a saved configuration, unless the user passed the secret again."""
     path = Path(source) / "config.yaml" if resume and isinstance(source, str | Path) else source
-    if not isinstance(path, str | Path) or Path(path).suffix not in (".yaml", ".yml", ".toml"):
-        return
-    if not Path(path).is_file():
+    if not is_config_file(path) or not Path(path).is_file():
         return
     for name in drop_redacted(read_config_file(Path(path)))[1]:
         section, dot, field = name.partition(".")

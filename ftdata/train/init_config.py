@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ftdata.config import dump_yaml, make_config
+from ftdata.config import make_config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection.stats import Stats, StatsGroup, stats
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train.model import device
 from ftdata.train.model.isolation_probe import has_leaking_architecture
 from ftdata.train.model.load import load_model_config
+from ftdata.yaml12 import dump_yaml
 
 _TEMPLATES = ("question_answer", "alpaca", "zephyr")
 """Templates for tokenizers without a chat template; none of them needs additional tokens."""

@@ -258,7 +258,7 @@ def test_data_from_encodings_archives_and_standard_input(tokenizer_dir, tmp_path
     (tmp_path / "latin.jsonl").write_bytes(text.encode("cp1252"))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     refused = ftdata("preview", tmp_path / "latin.jsonl")
-    assert "encoding='cp1252'" in refused.stdout
+    assert "--encoding cp1252" in refused.stdout
     shown = ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp1252", "-n", "1")
     assert "café?" in shown.stdout
     done = subprocess.run(

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from ftdata import preview
-from ftdata.config import Config, dump_yaml, load_config
+from ftdata.config import Config, load_config
 from ftdata.errors import UsageError
 from ftdata.importers import import_config
 from ftdata.importers.axolotl import KEYS as AXOLOTL
 from ftdata.importers.draft import Draft, apply_rules
 from ftdata.importers.llamafactory import KEYS as FACTORY
+from ftdata.yaml12 import dump_yaml
 
 AXOLOTL_FILE = {
     "base_model": "me/base", "datasets": [{"path": "data.jsonl", "type": "chat_template"}], "adapter": "qlora", "load_in_4bit": True,

@@ -141,8 +141,8 @@ def test_audit_command(tokenizer, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert [run(path, "--fail-on", one).returncode for one in ("note", "warning")] == [1, 0]
-    assert json.loads(run(path, "--format", "sarif").stdout)["version"] == "2.1.0"
-    assert run(path, "--format", "github").stdout.startswith("::notice file=")
+    assert json.loads(run(path, "--output-format", "sarif").stdout)["version"] == "2.1.0"
+    assert run(path, "--output-format", "github").stdout.startswith("::notice file=")
     assert json.loads(run(path, "--json").stdout)["findings"][0]["code"] == "fields_dropped"
     assert run(path, "--ignore", "fields_dropped").returncode == 0
     assert "did you mean 'duplicate'" in run(path, "--ignore", "dupliacte").stderr

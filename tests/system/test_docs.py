@@ -159,7 +159,8 @@ def test_every_page_is_in_the_table_of_contents():
 
 
 def test_configurations_in_the_docs_are_valid():
-    from ftdata.config import make_config, parse_yaml
+    from ftdata.config import make_config
+    from ftdata.yaml12 import parse_yaml
 
     shown = [
         parse_yaml(text)

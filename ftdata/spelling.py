@@ -1,0 +1,91 @@
+"""Spell option names in messages as the user sets them.
+
+Messages contain options as keyword arguments of Python, such as `max_rejects=100`. The command line shows them as
+flags, or as keys if the options come from a configuration file.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from contextlib import suppress
+from typing import Any, Literal
+
+from ftdata.options import FILE_KEYS, OPTIONS
+
+Style = Literal["arguments", "flags", "keys"]
+
+_FLAGS = {"columns": "column", "template_kwargs": "template-kwarg"}
+"""Options whose flag has another name, because it sets one item of a mapping."""
+
+_NAMES = sorted({*OPTIONS, *FILE_KEYS, "workers", "engine", "output_dir", "tokenizer", "to"} - {"name"})
+_ANY_NAME = "|".join(_NAMES)
+_LONG_NAMES = "|".join(name for name in _NAMES if "_" in name)
+_VALUE = r"""'[^']*'|"[^"]*"|\{[^{}]*\}|\.\.\.|[\w.%:/-]*[\w%]"""
+_OPTION = re.compile(
+    # An option with its value, and the comma if another option follows. `--set turns=split` is not changed.
+    rf"(?<![\w.'\"/-])(?<!--set )(?P<name>{_ANY_NAME})=(?P<value>{_VALUE})?(?:,(?=\ (?:{_ANY_NAME})=))?"
+    # The name of an option. A quoted name may be a column.
+    rf"|(?<![\w.'\"`/\[-])(?P<bare>{_LONG_NAMES})(?![\w='\"`.(-])"
+)
+
+
+def spell_options(text: str, style: Style | None = None) -> str:
+    """Replace keyword arguments in a message by flags or configuration keys.
+
+    Args:
+        text: the message.
+        style: how to spell options; `None` for the style that `set_style` chose.
+
+    >>> spell_options("leave them out: on_bad_rows='quarantine', max_rejects=...", "flags")
+    'leave them out: --on-bad-rows quarantine --max-rejects ...'
+    >>> spell_options("choose a column, e.g. columns={'messages': 'chat'}", "flags")
+    'choose a column, e.g. --column messages=chat'
+    >>> spell_options("choose a column, e.g. columns={'messages': 'chat'}", "keys")
+    'choose a column, e.g. columns: {messages: chat}'
+    """
+    style = style or _style[0]
+    if style == "arguments":
+        return text
+    return _OPTION.sub(_spell_flag if style == "flags" else _spell_key, text)
+
+
+def set_style(style: Style) -> None:
+    """Choose how `spell_options` spells options in this process."""
+    _style[0] = style
+
+
+_style: list[Style] = ["arguments"]
+
+
+def _spell_flag(match: re.Match[str]) -> str:
+    name = match["name"] or match["bare"]
+    flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
+    value = _parse_value(match["value"])
+    if isinstance(value, dict):
+        return " ".join(f"{flag} {key}={'...' if item is ... else item}" for key, item in value.items())
+    return flag if value is None else f"{flag} {_quote(str(value))}"
+
+
+def _spell_key(match: re.Match[str]) -> str:
+    name, value = match["name"] or match["bare"], _parse_value(match["value"])
+    separator = "," if match[0].endswith(",") else ""
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{key}: {'...' if item is ... else item}" for key, item in value.items())
+        return f"{name}: {{{pairs}}}{separator}"
+    return f"{name}{separator}" if value is None else f"{name}: {value}{separator}"
+
+
+def _parse_value(text: str | None) -> Any:
+    """Return the value of an option as a dictionary or as text, or `None` if there is no value."""
+    if not text or text == "...":
+        return text or None
+    with suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        return value if isinstance(value, dict) else str(value)
+    return text
+
+
+def _quote(value: str) -> str:
+    quote = '"' if "'" in value else "'"
+    return value if re.fullmatch(r"[\w.%:/-]+", value) else f"{quote}{value}{quote}"
