@@ -172,7 +172,7 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
         UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; the message
             contains the key.
     """
-    return make_config(read_config_file(path), str(path), **overrides)
+    return make_config(_check_sources(read_config_file(path), path), str(path), **overrides)
 
 
 def load_data_config(path: Path) -> Config:
@@ -183,7 +183,7 @@ def load_data_config(path: Path) -> Config:
     Raises:
         UsageError: as in `load_config`, or the field `data` contains a redacted secret.
     """
-    config = make_config({"model": "", "output_dir": "", **read_config_file(path)}, str(path))
+    config = make_config({"model": "", "output_dir": "", **_check_sources(read_config_file(path), path)}, str(path))
     check_data_not_redacted(config, path)
     return config
 
@@ -198,6 +198,15 @@ def check_data_not_redacted(config: Config, file: Path) -> None:
         message = "the data field contains a secret that was redacted when the file was saved"
         hint = "pass the data again, with its credentials: --set data=..."
         raise UsageError("redacted", message, where=str(file), hint=hint)
+
+
+def _check_sources(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Check the keys of the sources in the contents of a configuration file, and return the contents."""
+    data = values.get("data")
+    for source in data if isinstance(data, list) else [data]:
+        if isinstance(source, dict):
+            check_source_keys(source, str(file))
+    return values
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -265,10 +274,6 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
         extra_fields = {name: value for name, value in lora.items() if name not in Lora.__struct_fields__[:-1]}
         fields = {name: value for name, value in lora.items() if name not in extra_fields}
         merged["lora"] = {**fields, "extra_fields": extra_fields}
-    data = merged.get("data")
-    for source in data if isinstance(data, list) else [data]:
-        if isinstance(source, dict):
-            check_source_keys(source, file)
     try:
         return msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:

@@ -205,6 +205,15 @@ def suggest_names(name: str, candidates: Iterable[str]) -> str:
     return f"did you mean {matches[0]!r}? {listing}" if matches else listing
 
 
+def count_noun(count: int, noun: str) -> str:
+    """Return a number with a noun in the singular or plural.
+
+    >>> count_noun(1, "row"), count_noun(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     """Check that an option has one of its allowed values.
 

@@ -18,7 +18,7 @@ Style = Literal["arguments", "flags", "keys"]
 _FLAGS = {"columns": "column", "template_kwargs": "template-kwarg"}
 """Options whose flag has another name, because it sets one item of a mapping."""
 
-_NAMES = sorted({*OPTIONS, *FILE_KEYS, "workers", "engine", "output_dir", "tokenizer", "to"} - {"name"})
+_NAMES = sorted({*OPTIONS, *FILE_KEYS, "workers", "engine", "output_dir", "tokenizer", "to", "overwrite"} - {"name"})
 _ANY_NAME = "|".join(_NAMES)
 _LONG_NAMES = "|".join(name for name in _NAMES if "_" in name)
 _VALUE = r"""'[^']*'|"[^"]*"|\{[^{}]*\}|\.\.\.|[\w.%:/-]*[\w%]"""
@@ -64,7 +64,7 @@ def _spell_flag(match: re.Match[str]) -> str:
     value = _parse_value(match["value"])
     if isinstance(value, dict):
         return " ".join(f"{flag} {key}={'...' if item is ... else item}" for key, item in value.items())
-    return flag if value is None else f"{flag} {_quote(str(value))}"
+    return flag if value in (None, "True") else f"{flag} {_quote(str(value))}"
 
 
 def _spell_key(match: re.Match[str]) -> str:

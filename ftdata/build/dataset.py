@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +30,15 @@ from ftdata.build.ledger import Report, report_notes
 from ftdata.build.merge_shards import MergedShards
 from ftdata.build.pack import plan_packs, plan_unpacked
 from ftdata.build.reject_limit import RejectLimit
-from ftdata.build.run_tasks import TaskRunner, check_all_rereadable, is_rereadable
+from ftdata.build.request import BuildRequest, check_same_options, describe_data, read_current_report
+from ftdata.build.run_tasks import TaskRunner, check_all_rereadable
 from ftdata.build.shard_files import read_minhashes
-from ftdata.build.shards import Progress, Task, shard_key
+from ftdata.build.shards import Progress
 from ftdata.build.splits import ExampleFacts, Layout, SplitPlan, assign_splits
-from ftdata.errors import InputRefused, UsageError, check_choice
+from ftdata.errors import InputRefused, UsageError, check_choice, count_noun
 from ftdata.options import OPTIONS, select_options
 from ftdata.pipeline.mask import Policy
-from ftdata.pipeline.recipe import Recipe, make_recipe
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.file_names import split_from_name
 from ftdata.readers.file_parts import split_into_parts
@@ -78,6 +79,7 @@ def build_sft_dataset(
     on_bad_rows: str = "error",
     max_rejects: float | str | None = None,
     output_dir: str | Path | None = None,
+    overwrite: bool = False,
     workers: int | None = None,
     engine: str = "local",
     date: str | datetime.date | None = None,
@@ -120,6 +122,7 @@ def build_sft_dataset(
         max_rejects: the maximum number of rejected rows, or a share such as `"1%"`; needs `"quarantine"`.
         output_dir: a folder for the build, or a URL in an object store (`s3://bucket/name`), where builds are never
             replaced; `None` keeps the build in memory.
+        overwrite: whether to replace a build in `output_dir` that was made from other data or with other options.
         workers: the maximum number of worker processes, limited to one per 32 MB of data; does not affect the result.
             `None` for this process only. A script that uses several processes needs `if __name__ == "__main__":`.
         engine: `"local"`, `"ray"` (the cluster at `RAY_ADDRESS`, or a new local cluster) or `"ray:ADDRESS"`. Ray nodes
@@ -150,7 +153,7 @@ def build_sft_dataset(
     >>> print(ds.report)
     rows     2 read = 2 built + 0 rejected
     tokens   52 in = 52 kept + 0 cut + 0 in rejected rows
-    train    2 examples, 1 packs, 40.6% full, 52 tokens, 7.7% trained
+    train    2 examples, 1 pack, 40.6% full, 52 tokens, 7.7% trained
     >>> pack = ds["train"][0]
     >>> pack["seq_lengths"], [label for label in pack["labels"] if label != -100]
     ([26, 26], [52, 257, 54, 257])
@@ -170,6 +173,7 @@ def write_build(
     tokenizer: Any,
     output_dir: str | Path,
     *,
+    overwrite: bool = False,
     workers: int | None = None,
     engine: str = "local",
     progress: Progress | None = None,
@@ -201,7 +205,7 @@ def write_build(
     _check_split_names(sources)
     _check_output(output_dir, sources)
     parts = sources if row_filter.limit else split_into_parts(sources)
-    request = _BuildRequest(bound, layout, row_filter, reject_limit, _describe_data(data), parts)
+    request = BuildRequest(bound, layout, row_filter, reject_limit, describe_data(data), parts, overwrite)
     runner = TaskRunner(workers, engine)
     if isinstance(output_dir, str) and is_url(output_dir):
         return _build_at_url(request, remote.check_output_url(output_dir), runner, progress)
@@ -210,17 +214,19 @@ def write_build(
 
 
 def _build_unless_current(
-    request: _BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None
+    request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None
 ) -> Report:
-    report = _read_current_report(request, workspace.target, runner)
+    report = read_current_report(request, workspace.target, runner)
     if report is None:
+        if not request.overwrite:
+            check_same_options(request, workspace.target)
         report = _build(request, workspace, runner, progress)
         store.record_build(store.read_manifest(workspace.new))
         workspace.publish()
     return report
 
 
-def _build_at_url(request: _BuildRequest, url: str, runner: TaskRunner, progress: Progress | None) -> Report:
+def _build_at_url(request: BuildRequest, url: str, runner: TaskRunner, progress: Progress | None) -> Report:
     """Build a data set on this machine and upload it to a URL, unless the URL already contains the same build."""
     with atomic.open_workspace(remote.staging_folder(url), store.check_target) as workspace:
         manifest = None
@@ -278,67 +284,7 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
     return dataset
 
 
-@dataclass(frozen=True)
-class _BuildRequest:
-    """The inputs and options of a build, which determine its contents. `data` is the argument that the user passed."""
-
-    recipe: Recipe
-    layout: Layout
-    row_filter: RowFilter
-    reject_limit: RejectLimit
-    data: list[Any] | None
-    sources: Sequence[FileSource | MemorySource]
-
-    def make_tasks(self, home: Path) -> list[Task]:
-        """Return one task for each source or part of a source. The tasks write shards to folders inside `home`."""
-        uses_minhashes = self.layout.near_duplicate_threshold is not None
-        selection = (self.row_filter.where, self.row_filter.limit)
-        return [Task(source, home, number, *selection, uses_minhashes) for number, source in enumerate(self.sources)]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that the manifest records, except the list of sources."""
-        selection = {"where": self.row_filter.where, "limit": self.row_filter.limit}
-        return {**self.recipe.describe(), **asdict(self.layout), **selection}
-
-    def hash_request(self, keys: Sequence[str | None]) -> str | None:
-        """Return a hash of all inputs and options, or `None` if a row limit is set or a shard has no cache key."""
-        if not all(keys) or self.row_filter.limit:
-            return None
-        shares = [(source.split, source.share, source.item_index) for source in self.sources]
-        return cache.hash_key([self.options, shares, asdict(self.reject_limit), self.data, cache.package_hash(), keys])
-
-    def matches(self, manifest: Mapping[str, Any], runner: TaskRunner) -> bool:
-        """Return whether `manifest` describes a build with the requested inputs and options."""
-        options = {name: value for name, value in manifest["options"].items() if name != "sources"}
-        tasks = self.make_tasks(Path())
-        # Hashing all the data takes long, so it is the last check.
-        if (
-            manifest["request"] is None
-            or options != json.loads(json.dumps(self.options))
-            or not all(map(is_rereadable, tasks))
-        ):
-            return False
-        local = runner.engine == "local"
-        keys = [shard_key(self.recipe, task) for task in tasks] if local else runner.run(shard_key, self.recipe, tasks)
-        return bool(self.hash_request(keys) == manifest["request"])
-
-
-def _read_current_report(request: _BuildRequest, target: Path, runner: TaskRunner) -> Report | None:
-    """Return the report of the existing build in `target` if a new build would be identical, otherwise `None`."""
-    try:
-        manifest = store.read_manifest(target)
-    except InputRefused:
-        return None
-    # A downloaded folder may contain a build with a matching manifest but other tokens, so only recorded builds count.
-    if not store.is_recorded(manifest) or not request.matches(manifest, runner) or store.verify_files(target):
-        return None
-    return Report.from_dict(json.loads((target / "report.json").read_bytes()))
-
-
-def _build(
-    request: _BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None
-) -> Report:
+def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None) -> Report:
     start, folder = time.monotonic(), workspace.new
     recipe, layout = request.recipe, request.layout
     tasks = request.make_tasks(workspace.shards)
@@ -369,7 +315,7 @@ def _build(
         (*report_notes(merged.ledgers, recipe), *_split_notes(plan, layout), *_file_name_notes(merged.sources)),
         tuple(redact_for_storage(redact_text(str(reject))) for reject in islice(merged.rejects(), 20)),
         fingerprint,
-        redact_for_storage({**options, **asdict(request.reject_limit), "data": request.data}),
+        {**request.reported_options, "sources": redact_for_storage(sources)},
         round(time.monotonic() - start, 3),
         ", ".join(dict.fromkeys(result.encoder for result in results)),
     )
@@ -384,19 +330,6 @@ def _build(
     store.write_manifest(folder, {**about, "request": request_hash}, written)
     cache.evict_entries()
     return report
-
-
-def _describe_data(data: Any) -> list[Any] | None:
-    """Return `data` in the form used in configuration files. Return `None` if part of the data is in memory."""
-    items = data if isinstance(data, list | tuple) else [data]
-    described = [
-        {name: str(value) if name == "path" else value for name, value in item.items()}
-        if isinstance(item, Mapping)
-        else str(item)
-        for item in items
-        if isinstance(item, str | Path) or (isinstance(item, Mapping) and isinstance(item.get("path"), str | Path))
-    ]
-    return described if len(described) == len(items) else None
 
 
 def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
@@ -461,9 +394,9 @@ def _write_split(
 def _split_notes(plan: SplitPlan, layout: Layout) -> Iterator[str]:
     for reason, count in plan.left_out.items():
         if count:
-            yield f"{count:,} rows are left out: {reason}"
+            yield f"{count_noun(count, 'row')} left out: {reason}"
     for name, count in plan.shared.items():
-        yield f"leakage: {count:,} rows of {name} are also in train"
+        yield f"leakage: {count_noun(count, 'row')} of {name} also in train"
     if layout.test_size and layout.test_size >= 1 and len(plan.splits["test"]) < layout.test_size:
         yield f"test has fewer than {layout.test_size} rows, because identical rows are in the same split"
 

@@ -12,6 +12,7 @@ from ftdata._version import __version__
 from ftdata.build.ledger import Report
 from ftdata.build.reject_limit import RejectLimit
 from ftdata.build.splits import Layout
+from ftdata.errors import count_noun
 from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.readers.row_filter import RowFilter
 from ftdata.storage import disk
@@ -45,7 +46,7 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
     for number, (ledger, place) in enumerate(zip(report.sources, options["sources"], strict=True), start=1):
         split = f", split {place['split']}" if place["split"] else ""
         share = "" if (place["amount"], place["unit"]) == (1, "times") else f", {place['amount']:g} {place['unit']}"
-        yield f"source {number}", f"{ledger.source}: {ledger.built:,} rows{split}{share}"
+        yield f"source {number}", f"{ledger.source}: {count_noun(ledger.built, 'row')}{split}{share}"
     yield "tokenizer", f"{recipe.tokenizer.name} ({recipe.tokenizer.fingerprint})"
     yield "template", f"{template.name} ({disk.hash_bytes(template.source.encode())})"
     if template.kwargs:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 from ftdata._version import __version__
-from ftdata.errors import InternalError
+from ftdata.errors import InternalError, count_noun
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
@@ -209,14 +209,17 @@ class Report:
         ]
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
-            fill = f"{split['rows']:,} packs, {split['fill']:.1%} full, " if split["fill"] is not None else ""
-            lines.append(
-                f"{name:8} {split['examples']:,} examples, {fill}{split['tokens']:,} tokens, {share:.1%} trained"
+            examples, packs, tokens = (
+                count_noun(split[key], noun)
+                for key, noun in (("examples", "example"), ("rows", "pack"), ("tokens", "token"))
             )
+            fill = f"{packs}, {split['fill']:.1%} full, " if split["fill"] is not None else ""
+            lines.append(f"{name:8} {examples}, {fill}{tokens}, {share:.1%} trained")
             if len(self.sources) > 1:
-                tokens = max(split["tokens"], 1)
+                total = max(split["tokens"], 1)
                 lines += [
-                    f"{'':9}{part['examples']:,} examples, {part['tokens'] / tokens:.1%} of tokens: {part['source']}"
+                    f"{'':9}{count_noun(part['examples'], 'example')}, {part['tokens'] / total:.1%} of tokens: "
+                    f"{part['source']}"
                     for part in split["sources"]
                 ]
         return "\n".join([*lines, *(f"note     {spell_options(note)}" for note in self.notes)])
@@ -227,12 +230,42 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     flags = Counter[str]()
     for ledger in ledgers:
         flags.update(ledger.flags)
-    notes = list(describe_flags(flags, sum(ledger.tokens_repeated for ledger in ledgers)))
+    notes = [*_loss_notes(ledgers), *describe_flags(flags, sum(ledger.tokens_repeated for ledger in ledgers))]
     if recipe.template.uses_date:
         notes.append(f"the template prints the date {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:
         notes.append(f"template variables: {', '.join(f'{name}={value!r}' for name, value in sorted(kwargs.items()))}")
     return (*notes, *reading_notes(ledgers))
+
+
+_MAX_UNMENTIONED_LOSS = 0.01
+"""Share of the rows or tokens from which a note states the loss."""
+
+
+def _loss_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
+    """Yield a note if the build leaves out many rows or tokens, with the reasons and the options that change it."""
+    rejected = sum((ledger.rejected for ledger in ledgers), Counter[str]())
+    rows, filtered, tokens, cut, in_rejected = (
+        sum(getattr(ledger, name) for ledger in ledgers)
+        for name in ("read", "filtered", "tokens_in", "tokens_cut", "tokens_rejected")
+    )
+    lost_rows, lost_tokens = rejected.total() + filtered, cut + in_rejected
+    shares = lost_rows / max(rows, 1), lost_tokens / max(tokens, 1)
+    if max(shares) <= _MAX_UNMENTIONED_LOSS:
+        return
+    overlong = rejected["overlong"]
+    invalid = rejected.total() - overlong
+    reasons = [
+        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length, or set overlong='drop_turns')",
+        f"{count_noun(cut, 'token')} beyond max_length",
+        f"{count_noun(invalid, 'invalid row')}",
+        f"{count_noun(filtered, 'row')} excluded by where",
+    ]
+    listed = [reason for reason, count in zip(reasons, (overlong, cut, invalid, filtered), strict=True) if count]
+    yield (
+        f"left out: {lost_rows:,} of {count_noun(rows, 'row')} ({shares[0]:.1%}) and {lost_tokens:,} of "
+        f"{count_noun(tokens, 'token')} ({shares[1]:.1%}): {'; '.join(listed)}"
+    )
 
 
 def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
@@ -246,11 +279,12 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
     ):
         items = [(note.removeprefix(kind).strip(), rows) for note, rows in notes.most_common() if note.startswith(kind)]
         if items:
-            suffix = f", and {len(items) - 10} more" if len(items) > 10 else ""
-            yield f"{title}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in items[:10])}{suffix}"
-    if count := notes["quotes"]:
-        yield f"quotes are text, because the file does not use CSV quoting (override: --quoting csv): {count:,} rows"
-    if count := notes["rejected side"]:
-        yield f"preference pairs, of which only the chosen answer is written: {count:,} rows"
-    if count := notes["completion"]:
-        yield f"completions with several answers, which the messages schema cannot represent: {count:,} rows"
+            listed = ", ".join(f"{name} ({count_noun(rows, 'row')})" for name, rows in items[:10])
+            yield f"{title}: {listed}{f', and {len(items) - 10} more' if len(items) > 10 else ''}"
+    for name, sentence in (
+        ("quotes", "quotes are text, because the file does not use CSV quoting (override: quoting='csv')"),
+        ("rejected side", "preference pairs, of which only the chosen answer is written"),
+        ("completion", "completions with several answers, which the messages schema cannot represent"),
+    ):
+        if count := notes[name]:
+            yield f"{sentence}: {count_noun(count, 'row')}"

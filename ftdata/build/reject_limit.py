@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ftdata.build.ledger import Ledger
-from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, check_choice, escape_line_breaks
+from ftdata.errors import (
+    BadRows,
+    InputRefused,
+    TooManyRejects,
+    UsageError,
+    check_choice,
+    count_noun,
+    escape_line_breaks,
+)
 from ftdata.types import Reject
 
 BY_CHOICE = frozenset({"overlong"})
@@ -80,7 +88,9 @@ class RejectLimit:
             raise TooManyRejects("max_rejects", message, hint="fix the rows, or raise max_rejects")
         if not any(ledger.built for ledger in ledgers):
             filtered = sum(ledger.filtered for ledger in ledgers)
-            reason = f"where= filters out all {filtered:,} rows" if filtered else "the sources contain no rows"
+            reason = (
+                f"where= filters out all {count_noun(filtered, 'row')}" if filtered else "the sources contain no rows"
+            )
             reasons = "; ".join(map(str, islice(rejects(), 3))) or reason
             raise InputRefused("no_rows_built", f"no row is left to build: {reasons}")
 
@@ -111,4 +121,4 @@ def _group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:
         yield f"{line}. Fix: {fix}" if fix and fix not in fixes else line
         fixes.add(fix)
     if others:
-        yield f"... and {others:,} rows with other reasons"
+        yield f"... and {count_noun(others, 'row')} with other reasons"

@@ -33,6 +33,9 @@ def build(
         ),
     ] = None,
     *,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a build of other data or options in the output folder")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
     engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
     as_json: Json = False,
@@ -52,7 +55,14 @@ def build(
     workers = os.cpu_count() if workers is None and engine == "local" else workers
     with progress_bar() as progress:
         report = write_build(
-            request.sources, request.tokenizer, output_dir, workers=workers, engine=engine, progress=progress, **options
+            request.sources,
+            request.tokenizer,
+            output_dir,
+            overwrite=overwrite,
+            workers=workers,
+            engine=engine,
+            progress=progress,
+            **options,
         )
     print_value(report, as_json=as_json)
     if not as_json:

@@ -21,7 +21,7 @@ from ftdata.cli.options import (
     split_names,
 )
 from ftdata.cli.output import print_report, progress_bar, write_stdout
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, count_noun
 
 
 @add_options("rendering", "rows", "packing", "selection", "source")
@@ -53,7 +53,7 @@ def preview(
     with progress_bar() if odd or html else nullcontext() as progress:
         result = preview_rows(request.sources, request.tokenizer, **selection, **options, html=html, progress=progress)
     if html and not as_json:
-        write_stdout(f"{html}: {len(result.rows):,} rows, {html.stat().st_size:,} bytes")
+        write_stdout(f"{html}: {count_noun(len(result.rows), 'row')}, {html.stat().st_size:,} bytes")
     else:
         print_report(result, as_json=as_json, pager=pager)
 
@@ -160,5 +160,5 @@ def diff(
         changes = diff_builds(first, second, n=n, html=html, progress=progress)
     print_report(changes, as_json=as_json, pager=pager)
     if html and not as_json:
-        write_stdout(f"{html}: {len(changes.changed):,} rows side by side")
+        write_stdout(f"{html}: {count_noun(len(changes.changed), 'row')} side by side")
     raise typer.Exit(1 if changes else 0)

@@ -19,7 +19,7 @@ from rich.text import Text
 from ftdata._version import __version__
 from ftdata.build import near_duplicates
 from ftdata.build.splits import check_similarity_threshold
-from ftdata.errors import InputRefused, UsageError, check_choice, escape_unprintable
+from ftdata.errors import InputRefused, UsageError, check_choice, count_noun, escape_unprintable
 from ftdata.inspection import text_detectors
 from ftdata.inspection.checks import SEVERITIES, Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 from ftdata.inspection.row_views import to_single_line
@@ -142,7 +142,7 @@ class AuditReport:
         return {"ftdata": __version__, "rows": self.rows, "findings": findings, "skipped": self.skipped}
 
     def __str__(self) -> str:
-        summary = f"{self.rows:,} rows, {len(self.findings)} findings"
+        summary = f"{count_noun(self.rows, 'row')}, {count_noun(len(self.findings), 'finding')}"
         codes_by_reason: dict[str, list[str]] = {}
         for code, reason in self.skipped.items():
             codes_by_reason.setdefault(reason, []).append(code)

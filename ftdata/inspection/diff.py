@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.config import is_config_file, load_data_config
-from ftdata.errors import InputRefused, UsageError, check_choice
+from ftdata.errors import InputRefused, UsageError, check_choice, count_noun
 from ftdata.inspection import stored_builds
 from ftdata.inspection.fingerprints import (
     KINDS,
@@ -128,7 +128,7 @@ class Diff:
     def print(self, console: Console) -> None:
         """Print the number of changed rows, and the tokens that differ in the first changed rows."""
         for letter, title, (tokens, trained) in zip("AB", self.titles, self.tokens, strict=True):
-            heading = f"{letter} {to_single_line(title)}: {tokens:,} tokens, {trained:,} trained"
+            heading = f"{letter} {to_single_line(title)}: {count_noun(tokens, 'token')}, {trained:,} trained"
             console.print(Text(heading, "bold"), soft_wrap=True)
         for name, (a, b) in self.options.items():
             console.print(Text(f"  {name}: {_shorten(a)} → {_shorten(b)}"), soft_wrap=True)
@@ -144,7 +144,7 @@ class Diff:
                     text = _style_ranges(view, ranges, plain=has_no_colors(console))
                     console.print(Text.assemble(_SIDE_STYLES[side], text), soft_wrap=True)
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items() if count or kind == SAME)
-        console.print(f"{sum(self.rows.values()):,} rows: {counts}", highlight=False, soft_wrap=True)
+        console.print(f"{count_noun(sum(self.rows.values()), 'row')}: {counts}", highlight=False, soft_wrap=True)
 
     def page(self) -> HtmlPage:
         """Create an HTML page that shows the changed rows side by side."""

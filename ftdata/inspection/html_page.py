@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata._version import __version__
-from ftdata.errors import UsageError, escape_unprintable
+from ftdata.errors import UsageError, count_noun, escape_unprintable
 from ftdata.inspection.row_views import (
     ExampleView,
     RowView,
     Segment,
     SegmentOwner,
+    describe_dropped,
     describe_trained_share,
     make_visible,
     row_heading,
@@ -282,7 +283,10 @@ def _describe_rejects(codes: Mapping[str, int], rejects: Sequence[Reject]) -> tu
     )
     limit = f"<p>The first {len(rejects):,} rejected rows:</p>" if len(rejects) < total else ""
     head = "".join(f"<th>{name}</th>" for name in ("source", "code", "field", "reason", "fix"))
-    return f"{total:,} rows: {counts}", f"{limit}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return (
+        f"{count_noun(total, 'row')}: {counts}",
+        f"{limit}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>",
+    )
 
 
 def _source_link(reject: Reject) -> str:
@@ -334,12 +338,11 @@ def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = 
         if row.rejected:
             parts.append(f'<p style="color:#cf222e">{_escape(to_single_line(row.rejected))}</p>')
         for view in row.examples:
-            cut = f" · ✂ {view.cut:,} tokens cut" if view.cut else ""
+            cut = f" · ✂ {count_noun(view.cut, 'token')} cut" if view.cut else ""
             text = "".join(_render_segments(view))
             parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{describe_trained_share(view)}{cut}</p>')
         if row.dropped:
-            summary = f"✂ {len(row.dropped):,} examples dropped: {sum(row.dropped):,} tokens beyond max_length"
-            parts.append(f"<p>{summary}</p>")
+            parts.append(f"<p>{describe_dropped(row)}</p>")
         lost = (f"not printed by the template: {text.field}: {make_visible(text.text)}" for text in row.lost)
         flags = [f"flags: {', '.join(row.flags)}"] if row.flags else []
         parts += [f'<p style="color:#9a6700">{_escape(note)}</p>' for note in (*lost, *flags)]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow, escape_unprintable
+from ftdata.errors import BadRow, count_noun, escape_unprintable
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.pipeline.render_rows import add_row_flags, check_answers
@@ -421,3 +421,9 @@ def describe_trained_share(view: ExampleView) -> str:
     if view.ids is None:
         return f"{trained:,} of {total:,} characters trained"
     return f"{trained:,} of {total:,} tokens trained ({trained / max(total, 1):.0%})"
+
+
+def describe_dropped(row: RowView) -> str:
+    """Describe the examples of a row that were removed because they are too long."""
+    examples, tokens = count_noun(len(row.dropped), "example"), count_noun(sum(row.dropped), "token")
+    return f"✂ {examples} dropped: {tokens} beyond max_length"

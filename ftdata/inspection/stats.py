@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from ftdata.errors import InputRefused
+from ftdata.errors import InputRefused, count_noun
 from ftdata.inspection import charts
 from ftdata.inspection.row_views import to_single_line
 from ftdata.inspection.survey import Ints, Progress, RowNumbers, Survey, survey_rows
@@ -106,7 +106,7 @@ class Stats:
         reasons = ", ".join(f"{count:,} {code}" for code, count in self.rejected.items())
         rejected = f" ({reasons})" if reasons else ""
         total = sum(self.rejected.values())
-        console.print(Text(f"{self.rows:,} rows read, {total:,} rejected{rejected}"), soft_wrap=True)
+        console.print(Text(f"{count_noun(self.rows, 'row')} read, {total:,} rejected{rejected}"), soft_wrap=True)
         counts = _make_table("", "rows", "examples", "turns", "tokens", "trained", "share")
         lengths = _make_table("tokens per example", *map(_percentile_name, PERCENTILES))
         for group in self.groups:
@@ -128,7 +128,7 @@ class Stats:
             console.print()
             console.print(limits)
         for flag, count in self.flags.items():
-            console.print(f"flag {flag}: {count:,} examples", highlight=False)
+            console.print(f"flag {flag}: {count_noun(count, 'example')}", highlight=False)
 
     def pictures(self) -> dict[str, str]:
         """Draw two SVG histograms: the lengths of examples, and their shares of trained tokens.

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.text import Text
 
+from ftdata.errors import count_noun
 from ftdata.inspection.row_views import (
     ExampleView,
     RowView,
     Segment,
+    describe_dropped,
     describe_trained_share,
     make_visible,
     row_heading,
@@ -41,8 +43,7 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
                 console.print(Text(_describe_remainder(view), "red"), soft_wrap=True)
             console.print(Text(describe_trained_share(view), "cyan"), soft_wrap=True)
         if row.dropped:
-            summary = f"✂ {len(row.dropped):,} examples dropped: {sum(row.dropped):,} tokens beyond max_length"
-            console.print(Text(spell_options(summary), "red"), soft_wrap=True)
+            console.print(Text(spell_options(describe_dropped(row)), "red"), soft_wrap=True)
         for lost in row.lost:
             excerpt = make_visible(_shorten(lost.text))
             console.print(Text(f"not printed by the template: {lost.field}: {excerpt}", "yellow"), soft_wrap=True)
@@ -83,7 +84,7 @@ def style_segments(segments: Iterable[Segment], *, plain: bool) -> Text:
 
 
 def _describe_remainder(view: ExampleView) -> str:
-    label = f"✂ {view.cut:,} tokens cut" if view.cut else "✂ text without tokens"
+    label = f"✂ {count_noun(view.cut, 'token')} cut" if view.cut else "✂ text without tokens"
     return f"{label}: {make_visible(_shorten(view.remainder))}" if view.remainder else label
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ftdata.errors import count_noun
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -181,4 +183,4 @@ def describe_flags(counts: Mapping[str, int], repeated_tokens: int = 0) -> Itera
         if code in FLAGS:
             has_repeats = code == "conversation_split" and repeated_tokens
             repeats = f" ({repeated_tokens:,} tokens repeat)" if has_repeats else ""
-            yield f"{count:,} examples: {FLAGS[code].sentence}{repeats}"
+            yield f"{count_noun(count, 'example')}: {FLAGS[code].sentence}{repeats}"

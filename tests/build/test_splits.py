@@ -156,7 +156,7 @@ def test_build_applies_filters_limits_and_samples(tokenizer_dir, tmp_path):
     assert {name: built.report.totals[name] for name in ("read", "built", "filtered", "rejected")} == {
         "read": 36, "built": 23, "filtered": 12, "rejected": 1
     }  # fmt: skip
-    assert "3 rows are left out: duplicate" in built.report.notes
+    assert "3 rows left out: duplicate" in built.report.notes
     assert len(build_sft_dataset(str(path), tiny, limit=7)["train"]) == 7
     assert len(build_sft_dataset(str(path), tiny, where="question is matching('1[0-9]')", limit=4)["train"]) == 4
     mixed_in = build_sft_dataset([{"path": str(path), "weight": 0.5}, {"path": str(path), "weight": 2}], tiny, limit=10)
@@ -275,7 +275,7 @@ def test_leakage_between_existing_splits_is_noted(tokenizer_dir):
         {"train": datasets.Dataset.from_list(ROWS[:6]), "test": datasets.Dataset.from_list(ROWS[3:8])}
     )
     tiny = tokenizer_dir("tiny_bpe")
-    assert "leakage: 3 rows of test are also in train" in build_sft_dataset(made, tiny).report.notes
+    assert "leakage: 3 rows of test also in train" in build_sft_dataset(made, tiny).report.notes
     sampled = build_sft_dataset(made, tiny, sample=2)
     assert [len(sampled[name]) for name in ("train", "test")] == [2, 5]
     with pytest.raises(UsageError, match="already has splits"):
@@ -342,7 +342,7 @@ def test_limit_applies_to_each_split(tokenizer_dir, tmp_path):
         lines(tmp_path / "fold" / f"{name}.jsonl", ROWS[:10])
     built = build_sft_dataset(str(tmp_path / "fold"), tokenizer_dir("tiny_bpe"), limit=3)
     assert {name: len(split) for name, split in built.items()} == {"train": 3, "test": 3}
-    assert "leakage: 3 rows of test are also in train" in built.report.notes
+    assert "leakage: 3 rows of test also in train" in built.report.notes
     one = build_sft_dataset([{"path": str(tmp_path / "fold"), "rows": 1}], tokenizer_dir("tiny_bpe"))
     assert "10 rows of test" not in str(one.report.notes)
     named = [{"path": str(tmp_path / "fold"), "split": name} for name in ("train", "test")]

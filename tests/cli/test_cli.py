@@ -160,8 +160,12 @@ def test_build_then_audit(tokenizer_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "72 read = 72 built + 0 rejected" in done.stdout
     assert (tmp_path / "out" / "manifest.json").is_file()
-    report = ftdata("build", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out", "--json")
-    assert json.loads(report.stdout)["built"] == 72
+    again = ("build", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out", "--json")
+    refused = ftdata(*again)
+    assert refused.returncode == 2
+    assert "[build_exists]" in refused.stderr
+    assert "another value of --max-length, packing, test_size. Fix: set --overwrite" in refused.stderr
+    assert json.loads(ftdata(*again, "--overwrite").stdout)["built"] == 72
     clean = ftdata("audit", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"))
     assert clean.returncode == 0
     assert "0 findings" in clean.stdout
@@ -303,7 +307,7 @@ def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path
         "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
     )
     given = [command, str(data), "-t", tokenizer_dir("tiny_bpe"), "--template", str(template)]
-    given += {"build": ["-o", str(tmp_path / "out")], "diff": ["--set", "train_on=all"]}.get(command, [])
+    given += {"build": ["--overwrite", "-o", str(tmp_path / "out")], "diff": ["--set", "train_on=all"]}.get(command, [])
     told = {}
     for name, more in (("plain", []), ("set", ["--template-kwarg", "enable_thinking=false"])):
         done = ftdata(*given, *more, *(["--json"] if command != "build" else []))

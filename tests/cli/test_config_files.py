@@ -8,7 +8,7 @@ import pytest
 import warm
 
 from ftdata.cli.config_schema import make_config_schema
-from ftdata.config import Config, make_config
+from ftdata.config import Config, load_data_config, make_config
 from ftdata.errors import UsageError
 from ftdata.options import OPTIONS
 from ftdata.readers import resolve_sources
@@ -108,8 +108,9 @@ def test_misspelled_keys_of_sources_are_refused(folder):
     misspelled = [{"path": str(folder / "a.json"), "wieght": 2}, str(folder / "b.json")]
     with pytest.raises(UsageError, match="unknown key 'wieght'.*did you mean 'weight'"):
         resolve_sources(misspelled)
-    with pytest.raises(UsageError, match="unknown key 'wieght'.*did you mean 'weight'"):
-        make_config({"data": misspelled, "model": "", "output_dir": ""})
+    (folder / "bad.yaml").write_text(json.dumps({"data": misspelled}))
+    with pytest.raises(UsageError, match=r"bad.yaml: data has the unknown key 'wieght'.*did you mean 'weight'"):
+        load_data_config(folder / "bad.yaml")
     # Rows can have a column `path`.
     assert len(resolve_sources([{"path": "a", "text": "b"}])) == 1
 

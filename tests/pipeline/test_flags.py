@@ -46,5 +46,5 @@ def test_reports_describe_counted_flags():
     counts = {"conversation_split": 1000, "truncated": 2, "trailing_messages": 1}
     split, trailing = describe_flags(counts, repeated_tokens=50)
     assert split == f"1,000 examples: {FLAGS['conversation_split'].sentence} (50 tokens repeat)"
-    assert trailing == f"1 examples: {FLAGS['trailing_messages'].sentence}"
+    assert trailing == f"1 example: {FLAGS['trailing_messages'].sentence}"
     assert "repeat" not in next(describe_flags({"conversation_split": 1}))

@@ -76,7 +76,7 @@ def test_overlong_error_suggests_a_fix(tokenizer_dir):
     (whole,) = encode(
         [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}], tokenizer_dir("tiny_bpe")
     )
-    with pytest.raises(BadRow, match=r"Fix: raise max_length, or set overlong to 'drop_turns' or 'truncate'"):
+    with pytest.raises(BadRow, match=r"Fix: raise max_length, or set overlong='drop_turns' or overlong='truncate'"):
         truncate(whole, 8)
     with pytest.raises(
         BadRow, match=r"expected at most 8 .max_length., and no answer begins within that length. Fix: raise max_length"

@@ -259,7 +259,7 @@ def _build_data(config: Config, run: Path, before: checkpoints.PreviousRun | Non
     build = run / ("data.resumed" if before else "data")
     with device.main_process_first() as is_main:
         if is_main:
-            report = write_build(config.data, config.tokenizer, build, **config.build_options())
+            report = write_build(config.data, config.tokenizer, build, overwrite=True, **config.build_options())
             console.print(str(report), highlight=False, markup=False)
             if before:
                 shutil.rmtree(build)

@@ -1,0 +1,46 @@
+"""Builds are not replaced, and rows are not lost, without a word."""
+
+import json
+from functools import partial
+
+import pytest
+
+from ftdata import build_sft_dataset
+from ftdata.errors import UsageError
+
+
+def test_build_of_other_data_or_options_is_not_replaced(tokenizer_dir, tmp_path):
+    rows = [{"question": "2+2?", "answer": "4"}] * 3
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    build = partial(build_sft_dataset, tokenizer=tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "out")
+    build(str(tmp_path / "a.json"))
+    for data, options, changed in (
+        ("b.json", {}, "data"),
+        ("a.json", {"train_on": "all", "seed": 1}, "train_on, seed"),
+    ):
+        with pytest.raises(UsageError, match=f"another value of {changed}. Fix: set overwrite=True"):
+            build(str(tmp_path / data), **options)
+    # A build of the same sources follows their contents.
+    (tmp_path / "a.json").write_text(json.dumps(rows * 2))
+    assert len(build(str(tmp_path / "a.json"))["train"]) == 6
+    assert len(build(str(tmp_path / "b.json"), train_on="all", overwrite=True)["train"]) == 3
+    assert len(build(rows[:2], overwrite=True)["train"]) == 2
+
+
+def test_large_losses_are_noted_with_the_options_that_change_them(tokenizer_dir):
+    rows = [{"question": "2+2?", "answer": "4"}] * 150
+    long, bad = {"question": "2+2?", "answer": " ".join(map(str, range(99)))}, {"question": "2+2?", "answer": ""}
+    build = partial(
+        build_sft_dataset, tokenizer=tokenizer_dir("tiny_bpe"), max_length=64, on_bad_rows="quarantine", max_rejects=99
+    )
+    assert build([*rows, bad]).report.notes == ()
+    (note,) = build([*rows, bad, long, long]).report.notes
+    assert note.startswith("left out: 3 of 153 rows (2.0%) and ")
+    assert "2 rows longer than max_length (raise max_length, or set overlong='drop_turns'); 1 invalid row" in note
+    cut, truncated = build([*rows, *[long] * 9], overlong="truncate").report.notes
+    assert cut.startswith("left out: 0 of 159 rows (0.0%) and ")
+    assert "tokens beyond max_length" in cut
+    assert "max_length cuts an answer" in truncated
+    filtered = build([*rows[:12], {"question": "q", "answer": "5"}], where="answer != '4'").report.notes[0]
+    assert "12 rows excluded by where" in filtered
