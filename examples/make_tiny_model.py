@@ -8,13 +8,21 @@ vocabulary and the chat format, but no answers; fine-tuning adds the answers.
 """
 
 import argparse
+import logging
 import os
 import random
+import sys
 from pathlib import Path
 
-import torch
+# bitsandbytes reports an optional package when it is imported.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    sys.exit(f"{error.name} is not installed. Fix: pip install 'ftdata[train]'")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from ftdata import read
 
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="output folder for the tokenizer and the model")
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     texts = [text for row in read(arguments.data) for text in row.data.values()]
     tokenizer = make_tokenizer(texts)

@@ -22,7 +22,7 @@ TEMPLATE = (
 
 def conversations():
     """Yield conversations of different lengths: some with tool calls, and a long one."""
-    for n in range(40):
+    for n in range(20):
         yield [message(i, n) for i in range(2 * (1 + n % 7))]
     yield [message(i, 0) for i in range(80)]
 
@@ -97,6 +97,7 @@ def test_builds_are_the_same_on_a_busy_machine(runs, tmp_path, tokenizer_dir):
     template.write_text(TEMPLATE)
     given = str(data), tokenizer_dir("tiny_bpe"), str(template)
     expected = build(*given, str(tmp_path / "idle"))
-    with starved(4):
+    # One other process is enough to stop the clock of this one for most of the time.
+    with starved(4 if runs > 1 else 2):
         for run in range(runs):
             assert build(*given, str(tmp_path / f"{run}")) == expected, run

@@ -453,6 +453,7 @@ def test_notebook_shows_rows_without_scripts(opened, tmp_path):
     assert page.title() != "taken"
 
 
+@pytest.mark.long
 def test_docs_images_can_be_regenerated(tmp_path):
     """`python docs/scripts/inspect_images.py` writes exactly the images that the docs use."""
     root = Path(__file__).parents[2]

@@ -262,7 +262,7 @@ print(json.dumps(0))""")
     python(f"""
 import json
 from ftdata import build_sft_dataset
-build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, limit=5, output_dir={str(tmp_path / "out")!r})
+build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, limit=5, overwrite=True, output_dir={str(tmp_path / "out")!r})
 print(json.dumps(0))""")
     subprocess.run(command, check=True, env=os.environ, capture_output=True)
     assert sorted(name for name in files if name.endswith(".arrow")) == ["train/data-00000.arrow"]

@@ -141,6 +141,6 @@ def test_replaced_build_is_not_used_for_evaluation(llama, tmp_path):
     settings = {"max_steps": 1, "report_to": "none"}
     done = run(tmp_path / "built", model=llama, output_dir=tmp_path / "run", lora_r=2, settings=settings)
     assert "test split" in compare(done, n=1, max_new_tokens=2).data_name
-    write_build(rows, llama, tmp_path / "built")
+    write_build(rows, llama, tmp_path / "built", overwrite=True)
     with pytest.raises(FtdataError, match=r"data_differs.*has changed since .* was trained on it"):
         compare(done, n=1, max_new_tokens=2)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,9 @@ def _read_step(line: str) -> float:
 
 @dataclass(eq=False)
 class SampleCallback(TrainerCallback):
-    """Generates answers to the same prompts at every evaluation, and writes them to `samples.jsonl` and the console.
+    """Generates answers to the same prompts at every evaluation.
+
+    All answers are written to `samples.jsonl`. The console shows an answer only if it changed.
 
     Attributes:
         prompts: token ids of the prompts.
@@ -130,6 +132,7 @@ class SampleCallback(TrainerCallback):
     tokenizer: Tokenizer
     path: Path
     console: Console
+    _printed: dict[int, str] = field(default_factory=dict)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run repeats the evaluations after its checkpoint, so their samples are removed.
@@ -141,7 +144,8 @@ class SampleCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         answers = generate_ids(model, self.prompts, max_new_tokens=SAMPLE_TOKENS)
         with self.path.open("a", encoding="utf-8") as file:
-            for prompt, expected, answer in zip(self.prompts, self.expected, answers, strict=True):
+            samples = zip(self.prompts, self.expected, answers, strict=True)
+            for number, (prompt, expected, answer) in enumerate(samples):
                 sample = {
                     "step": state.global_step,
                     "prompt": self.tokenizer.decode(prompt),
@@ -149,8 +153,10 @@ class SampleCallback(TrainerCallback):
                     "answer": self.tokenizer.decode(answer),
                 }
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-                prompt_text = self.tokenizer.decode(prompt, skip_control=True).strip()
-                self._print_sample(prompt_text, sample["answer"])
+                if self._printed.get(number) != sample["answer"]:
+                    self._printed[number] = str(sample["answer"])
+                    prompt_text = self.tokenizer.decode(prompt, skip_control=True).strip()
+                    self._print_sample(prompt_text, self._printed[number])
 
     def _print_sample(self, prompt: str, answer: str) -> None:
         prompt, answer = (escape_unprintable(" ".join(text.split())) for text in (prompt, answer))
