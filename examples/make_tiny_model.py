@@ -14,17 +14,17 @@ import random
 import sys
 from pathlib import Path
 
+from ftdata import read
+
 # bitsandbytes reports an optional package when it is imported.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 try:
     import torch
     import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 except ImportError as error:
     sys.exit(f"{error.name} is not installed. Fix: pip install 'ftdata[train]'")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-from ftdata import read
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -83,7 +83,7 @@ def build(asked):
         os.environ["FTDATA_FAILPOINT"] = asked["failpoint"]
     os.environ["FTDATA_CACHE"] = asked.get("cache", "off")
     try:
-        report = write_build(asked["data"], asked["tokenizer"], asked["output_dir"], **asked["options"])
+        report = write_build(asked["data"], asked["tokenizer"], asked["output_dir"], overwrite=True, **asked["options"])
         if asked.get("together"):
             os.write(2, b"built;" if report.encoder else b"there;")
     except FtdataError as error:
