@@ -51,8 +51,8 @@ HEAVY = (
 
 
 def pytest_xdist_auto_num_workers():
-    # Half of the time, a test waits for a process or a disk.
-    return (os.cpu_count() or 1) + 2
+    # Some tests wait for processes most of the time.
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,15 +19,16 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ftdata.errors import format_bytes
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.batches import EncodedText, Encodings
 
@@ -36,6 +37,48 @@ _MAX_DISK_DIVISOR = 10
 
 _MAX_UNUSED_FACTOR = 3
 """The cached texts of a source are removed if they have this many times as many tokens as the last build used."""
+
+
+KINDS = {
+    "shards": "finished parts of builds",
+    "texts": "tokens of texts",
+    "builds": "builds at URLs",
+    "verdicts": "reports on templates",
+    "encoders": "comparisons of encoders",
+}
+"""The subfolders of the cache -> their contents."""
+
+
+class CacheSize(NamedTuple):
+    """The size of the cache.
+
+    Attributes:
+        folder: the folder of the cache; `None` if the cache is disabled.
+        kinds: kind of entry -> number of entries and their size in bytes.
+        limit: the maximum size of shards and texts in bytes.
+    """
+
+    folder: Path | None
+    kinds: dict[str, tuple[int, int]]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        """The size of all entries in bytes."""
+        return sum(size for _, size in self.kinds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sizes as a JSON object."""
+        kinds = {kind: {"entries": entries, "bytes": size} for kind, (entries, size) in self.kinds.items()}
+        return {"folder": self.folder and str(self.folder), "bytes": self.total, "limit": self.limit, "kinds": kinds}
+
+    def __str__(self) -> str:
+        if self.folder is None:
+            return "the cache is disabled (FTDATA_CACHE=off)"
+        lines = [f"{self.folder}: {format_bytes(self.total)}, at most {format_bytes(self.limit)} for parts and texts"]
+        for kind, (entries, size) in self.kinds.items():
+            lines.append(f"{kind:9}{entries:>8,} entries {format_bytes(size):>9}  {KINDS[kind]}")
+        return "\n".join(lines)
 
 
 @cache
@@ -225,9 +268,23 @@ def open_text_cache(key: str) -> Iterator[TextCache | None]:
             text_cache.close()
 
 
-def clear_cache() -> None:
-    """Remove all shards and texts from the cache."""
+def clear_cache(kinds: Iterable[str] = ("shards", "texts")) -> None:
+    """Remove all entries of the given kinds from the cache."""
     folder = disk.cache_root()
     if folder is not None:
-        for kind in ("shards", "texts"):
+        for kind in kinds:
             shutil.rmtree(folder / kind, ignore_errors=True)
+
+
+def measure_cache() -> CacheSize:
+    """Count the entries of the cache and their bytes."""
+    folder = disk.cache_root()
+    if folder is None:
+        return CacheSize(None, {}, 0)
+    kinds = {kind: list((folder / kind).iterdir()) for kind in KINDS if (folder / kind).is_dir()}
+    sizes = {
+        kind: (len(entries), sum(_folder_size(entry) if entry.is_dir() else entry.stat().st_size for entry in entries))
+        for kind, entries in kinds.items()
+    }
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return CacheSize(folder, sizes, shutil.disk_usage(existing).total // _MAX_DISK_DIVISOR)

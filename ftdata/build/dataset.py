@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -33,12 +35,13 @@ from ftdata.build.reject_limit import RejectLimit
 from ftdata.build.request import BuildRequest, check_same_options, describe_data, read_current_report
 from ftdata.build.run_tasks import TaskRunner, check_all_rereadable
 from ftdata.build.shard_files import read_minhashes
-from ftdata.build.shards import Progress
+from ftdata.build.shards import ShardResult
 from ftdata.build.splits import ExampleFacts, Layout, SplitPlan, assign_splits
 from ftdata.errors import InputRefused, UsageError, check_choice, count_noun
 from ftdata.options import OPTIONS, select_options
 from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import make_recipe
+from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.file_names import split_from_name
 from ftdata.readers.file_parts import split_into_parts
@@ -50,6 +53,9 @@ from ftdata.tokenizing.encoders import EncodersDiffer
 
 if TYPE_CHECKING:
     import datasets
+
+
+_log = logging.getLogger(__name__)
 
 
 def build_sft_dataset(
@@ -129,8 +135,8 @@ def build_sft_dataset(
             must see the same files; `workers` is then the number of parallel tasks (`None`: as many as possible).
         date: the current date for templates that print it.
         template_kwargs: additional template variables.
-        progress: a function that is called with the number of processed rows and tokens, and the processed share of
-            the data (0 to 1, or `None` if unknown).
+        progress: a function that is called with a `ftdata.progress.ProgressUpdate`: the phase, the number of processed
+            rows and tokens, and the processed share of the data.
 
     Returns:
         A `datasets.DatasetDict` with `"train"` (and `"test"`), and the `Report` as `.report`. Each pack (or example)
@@ -216,6 +222,8 @@ def write_build(
 def _build_unless_current(
     request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None
 ) -> Report:
+    if progress:
+        progress(ProgressUpdate("plan"))
     report = read_current_report(request, workspace.target, runner)
     if report is None:
         if not request.overwrite:
@@ -295,12 +303,18 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
         check_all_rereadable(tasks, str(difference))
         cache.clear_cache()
         results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
+    _log_reuse(results)
+    rows, tokens = (sum(getattr(result.ledger, name) for result in results) for name in ("read", "tokens_kept"))
+    if progress:
+        progress(ProgressUpdate("pack", rows, tokens))
     merged = MergedShards(results)
     request.reject_limit.check(merged.ledgers, merged.rejects)
     plan = assign_splits(_example_facts(merged, layout), layout)
     if not len(plan.splits["train"]):
         reasons = ", ".join(_split_notes(plan, layout)) or "the sources have no rows, or their shares are too small"
         raise InputRefused("no_rows_built", f"no row is left to train on: {reasons}")
+    if progress:
+        progress(ProgressUpdate("write", rows, tokens))
     disk.mkdir(folder)
     written, splits = list[store.WrittenFile](), dict[str, dict[str, Any]]()
     for name, members in plan.splits.items():
@@ -330,6 +344,15 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     store.write_manifest(folder, {**about, "request": request_hash}, written)
     cache.evict_entries()
     return report
+
+
+def _log_reuse(results: Sequence[ShardResult]) -> None:
+    """Log how many shards were not built, because an interrupted build had finished them, or the cache has them."""
+    counts = Counter(result.origin for result in results)
+    if counts["resumed"]:
+        _log.info("resumed: %d of %d parts of the data were already built", counts["resumed"], len(results))
+    if counts["cached"]:
+        _log.info("%d of %d parts of the data come from the cache (see: ftdata cache)", counts["cached"], len(results))
 
 
 def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:

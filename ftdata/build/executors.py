@@ -6,6 +6,7 @@ lost runs again. On a cluster, a second copy of a task starts if the task takes 
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,17 +18,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftdata.errors import MissingDependency, StorageError, UsageError, suggest_names
+import orjson
+
+from ftdata.errors import MissingDependency, StorageError, UsageError, count_noun, suggest_names
 
 Common = TypeVar("Common")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
 
 ENGINES = ("local", "ray")
 
@@ -59,11 +66,12 @@ def check_engine(engine: str) -> None:
 
 
 def run_tasks(
-    work: Callable[[Common, Task], Result],
+    work: Callable[..., Result],
     common: Common,
     tasks: Iterable[Task],
     workers: int | None = 1,
     engine: str = "local",
+    report: Callable[[int, Any], None] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Call `work(common, task)` for each task. Yield the number and the result of a task as soon as it is finished.
 
@@ -74,6 +82,8 @@ def run_tasks(
         workers: the number of parallel tasks; 1 runs local tasks in this process; `None` uses all processors.
         engine: `"local"`, `"ray"` (the cluster at `RAY_ADDRESS`, or a new local cluster), or `"ray:ADDRESS"` with an
             address for `ray.init`: `HOST:PORT`, `ray://HOST:PORT` or `auto`.
+        report: called with the number of a task and its progress. If it is set, local tasks are run with a function as
+            third argument, `work(common, task, progress)`; the arguments of `progress` are the progress of the task.
 
     Raises:
         StorageError: `worker_lost`: the workers of a task terminate repeatedly.
@@ -84,9 +94,13 @@ def run_tasks(
         yield from _run_on_ray(work, common, tasks, workers, engine if address.startswith("//") else address)
     elif workers == 1:
         for number, task in enumerate(tasks):
-            yield number, work(common, task)
+            yield number, work(common, task, _bind_report(report, number)) if report else work(common, task)
     else:
-        yield from _run_in_pool(work, common, tasks, workers or os.cpu_count() or 1)
+        yield from _run_in_pool(work, common, tasks, workers or os.cpu_count() or 1, report)
+
+
+def _bind_report(report: Callable[[int, Any], None], number: int) -> Callable[..., None]:
+    return lambda *progress: report(number, progress)
 
 
 def _worker_lost_error(task: object, reason: str) -> StorageError:
@@ -94,27 +108,38 @@ def _worker_lost_error(task: object, reason: str) -> StorageError:
     return StorageError("worker_lost", problem, hint="check the available memory, or use fewer workers")
 
 
-_work_and_common: tuple[Callable[[Any, Any], Any], Any]
+_work_and_common: tuple[Callable[..., Any], Any]
+_progress_sender: Connection | None = None
+_REPORT_SECONDS = 0.25
+"""Minimum time between two progress messages of a worker process."""
 
 
 def _run_in_pool(
-    work: Callable[[Common, Task], Result], common: Common, tasks: Iterable[Task], workers: int
+    work: Callable[..., Result],
+    common: Common,
+    tasks: Iterable[Task],
+    workers: int,
+    report: Callable[[int, Any], None] | None,
 ) -> Iterator[tuple[int, Result]]:
     new_tasks, retries, attempts = enumerate(tasks), deque[tuple[int, Task]](), Counter[int]()
     while True:
         # Processes are spawned, because a fork would copy locked thread pools of tokenizers and Arrow.
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, _initialize_worker, (work, common))
+        receiver, sender = spawn.Pipe(duplex=False)
+        pool = ProcessPoolExecutor(workers, spawn, _initialize_worker, (work, common, sender if report else None))
         running: dict[Future[Result], tuple[int, Task]] = {}
         try:
             while True:
                 while len(running) < 2 * workers and (item := retries.popleft() if retries else next(new_tasks, None)):
                     attempts[item[0]] += 1
-                    running[pool.submit(_run_task, item[1])] = item
+                    running[pool.submit(_run_task, *item)] = item
                 if not running:
                     pool.shutdown()
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done = wait(running, timeout=_REPORT_SECONDS if report else None, return_when=FIRST_COMPLETED).done
+                while report and receiver.poll():
+                    report(*orjson.loads(receiver.recv_bytes()))
+                for future in done:
                     result = future.result()
                     number, _ = running.pop(future)
                     yield number, result
@@ -123,8 +148,11 @@ def _run_in_pool(
                 if attempts[number] >= TRIES:
                     raise _worker_lost_error(task, str(error)) from None
                 retries.append((number, task))
+            _log.warning("a worker process ended unexpectedly: %s run again", count_noun(len(retries), "part"))
         finally:
             _terminate(pool)
+            receiver.close()
+            sender.close()
 
 
 def _terminate(pool: ProcessPoolExecutor) -> None:
@@ -134,9 +162,9 @@ def _terminate(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _initialize_worker(work: Callable[[Any, Any], Any], common: Any) -> None:
-    global _work_and_common  # noqa: PLW0603  (a worker process runs one function)
-    _work_and_common = work, common
+def _initialize_worker(work: Callable[..., Any], common: Any, sender: Connection | None) -> None:
+    global _work_and_common, _progress_sender
+    _work_and_common, _progress_sender = (work, common), sender
     # The parent process handles Ctrl-C. If the parent terminates, the worker terminates as well.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -149,9 +177,21 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _run_task(task: Any) -> Any:
+def _run_task(number: int, task: Any) -> Any:
     work, common = _work_and_common
-    return work(common, task)
+    if _progress_sender is None:
+        return work(common, task)
+    sender, last_time = _progress_sender, 0.0
+
+    def send(*progress: Any) -> None:
+        nonlocal last_time
+        if time.monotonic() - last_time >= _REPORT_SECONDS:
+            last_time = time.monotonic()
+            # All workers share the pipe. Writes of less than 4 kB are not interleaved (POSIX, PIPE_BUF).
+            with suppress(OSError):
+                sender.send_bytes(orjson.dumps([number, progress]))
+
+    return work(common, task, send)
 
 
 def _run_on_ray(
@@ -202,6 +242,7 @@ class _RayRunner:
                     yield self.finish(reference)
             if not ready and len(self.running) < capacity:
                 for number, task in self.find_stragglers():
+                    _log.info("%s takes long: a second copy of the task starts", task)
                     self.start(number, task)
 
     @property

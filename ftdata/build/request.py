@@ -15,6 +15,7 @@ from ftdata.build.run_tasks import TaskRunner, is_rereadable
 from ftdata.build.shards import Task, shard_key
 from ftdata.build.splits import Layout
 from ftdata.errors import InputRefused, UsageError
+from ftdata.options import option_names
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.row_filter import RowFilter
@@ -98,6 +99,9 @@ def check_same_options(request: BuildRequest, target: Path) -> None:
     except (InputRefused, OSError, ValueError, LookupError, TypeError):
         return
     requested = json.loads(json.dumps(request.reported_options, default=str))
+    for name in option_names("rejects"):
+        # These options determine whether a build succeeds, but not its contents.
+        del requested[name]
     names = [name for name, value in requested.items() if _identify(name, stored.get(name)) != _identify(name, value)]
     if names:
         problem = f"{target} contains a build with another value of {', '.join(names)}"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, TypeVar
 
 from ftdata.build.executors import run_tasks
-from ftdata.build.shards import Progress, ShardResult, Task, build_shard
+from ftdata.build.shards import ShardResult, Task, build_shard
 from ftdata.errors import InputRefused
 from ftdata.pipeline.recipe import Recipe
+from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource
 
 Item = TypeVar("Item")
@@ -51,44 +51,37 @@ class TaskRunner:
             engine, workers = "local", 1
         if engine == "local":
             workers = min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
-        reporter = _ProgressReporter(progress, sizes)
-        # In this process, progress is reported per batch. Worker processes report it when a shard is done.
-        on_batch = reporter.report_batch if progress and engine == "local" and workers == 1 else None
+        reporter = _ProgressReporter(progress, sizes) if progress else None
+        report = reporter.report if reporter else None
         remaining = _apply_limit(tasks, results) if limited else tasks
-        for number, result in run_tasks(partial(build_shard, progress=on_batch), recipe, remaining, workers, engine):
+        for number, result in run_tasks(build_shard, recipe, remaining, workers, engine, report):
             results[number] = result
-            reporter.report_shard(number, result)
+            if reporter:
+                reporter.report(number, (result.ledger.read, result.ledger.tokens_kept, 1.0))
         return [results[number] for number in sorted(results)]
 
 
 @dataclass
 class _ProgressReporter:
-    """Counts finished shards, rows, tokens and bytes, and passes the counts to a progress function."""
+    """Adds up the progress of all shards, and passes the sums to a progress function."""
 
-    progress: Progress | None
+    progress: Progress
     sizes: Sequence[int]
-    shards: int = 0
+    counts: dict[int, tuple[int, int, float | None]] = field(default_factory=dict)
     rows: int = 0
     tokens: int = 0
-    size: int = 0
+    size: float = 0.0
 
-    def __post_init__(self) -> None:
-        self._total_size = max(sum(self.sizes), 1)
-
-    def report_shard(self, number: int, result: ShardResult) -> None:
-        """Add a finished shard to the counts, and report the progress."""
-        self.shards += 1
-        self.rows += result.ledger.read
-        self.tokens += result.ledger.tokens_kept
-        self.size += self.sizes[number]
-        self.report_batch(0, 0, None)
-
-    def report_batch(self, rows: int, tokens: int, share: float | None) -> None:
-        """Report the progress of the build. The arguments describe the finished part of the current shard."""
-        if self.progress is not None:
-            size = self.sizes[self.shards] * (share or 0.0) if self.shards < len(self.sizes) else 0
-            total_share = (self.size + size) / self._total_size
-            self.progress(self.rows + rows, self.tokens + tokens, total_share or share or None)
+    def report(self, number: int, counts: tuple[int, int, float | None]) -> None:
+        """Report the progress of one shard: its processed rows, tokens and share."""
+        rows, tokens, share = self.counts.get(number, (0, 0, 0.0))
+        self.counts[number] = counts
+        self.rows += counts[0] - rows
+        self.tokens += counts[1] - tokens
+        self.size += self.sizes[number] * ((counts[2] or 0.0) - (share or 0.0))
+        total_size = sum(self.sizes)
+        share = self.size / total_size if total_size else counts[2] if len(self.sizes) == 1 else None
+        self.progress(ProgressUpdate("tokenize", self.rows, self.tokens, share or None))
 
 
 def is_rereadable(task: Task) -> bool:

@@ -34,8 +34,8 @@ from ftdata.schemas import schemas
 from ftdata.storage import atomic, disk
 from ftdata.types import Reject, Row
 
-Progress = Callable[[int, int, float | None], None]
-"""Called with the number of processed rows and tokens, and the processed share of the data (`None` if unknown)."""
+ShardProgress = Callable[[int, int, float | None], None]
+"""Called with the numbers of processed rows and tokens of a shard, and their share of the shard (`None` if unknown)."""
 
 _CLOCK_TICK = 5_000_000_000
 """Nanoseconds that are longer than a tick of the clock of any file system."""
@@ -82,6 +82,7 @@ class ShardResult:
         lines: the number of physical lines, if known.
         encoder: name and version of the encoder.
         key: the cache key; `None` if the shard cannot be cached.
+        origin: `"built"`, `"resumed"` (finished by an interrupted build) or `"cached"`.
     """
 
     task: Task
@@ -90,9 +91,10 @@ class ShardResult:
     lines: int | None
     encoder: str
     key: str | None = None
+    origin: str = "built"
 
 
-def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) -> ShardResult:
+def build_shard(recipe: Recipe, task: Task, progress: ShardProgress | None = None) -> ShardResult:
     """Build one shard, or restore it from the cache.
 
     Raises:
@@ -102,9 +104,11 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     """
     status, key = _file_status(task.source), shard_key(recipe, task)
     folder = task.home / ((key or f"{task.number:06d}") + ("" if task.trusted else "-reference"))
-    stored = key is not None and (atomic.read_sealed(folder) or cache.restore_entry("shards", key, folder))
+    resumed = atomic.read_sealed(folder) if key is not None else None
+    stored = resumed or (key is not None and cache.restore_entry("shards", key, folder))
     if stored:
         result = _read_result(stored, task, folder, key)
+        result = replace(result, origin="resumed" if resumed else "cached")
         if progress:
             progress(result.ledger.read, result.ledger.tokens_kept, 1.0)
         return result
@@ -222,7 +226,7 @@ class _LineCounter:
             yield from self._rows
 
 
-def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
+def _build(recipe: Recipe, task: Task, folder: Path, progress: ShardProgress | None) -> ShardResult:
     ledger = Ledger(redact_for_storage(task.source.path))
     encoders = recipe.tokenizer.encoders
     encoders.is_fast_trusted, encoders.raises_on_difference = encoders.is_fast_trusted and task.trusted, True

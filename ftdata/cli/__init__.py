@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 findings, 2 usage or configuration error, 3 input refus
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,8 +16,9 @@ from typing import Annotated
 import typer
 
 import ftdata
-from ftdata.cli.build import build, config_app, convert, env, plugins, push, templates_app, verify
+from ftdata.cli.build import build, cache_app, config_app, convert, env, plugins, push, templates_app, verify
 from ftdata.cli.inspect import audit, diff, preview, stats
+from ftdata.cli.output import LogHandler
 from ftdata.cli.train import chat, evaluate, generate, init, merge, train
 from ftdata.errors import FtdataError, escape_unprintable
 from ftdata.redaction import redact_text
@@ -40,6 +42,7 @@ app.command()(plugins)
 app.command()(env)
 app.add_typer(templates_app, name="templates")
 app.add_typer(config_app, name="config")
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:
@@ -49,6 +52,10 @@ def main() -> None:
     """
     _prepare_streams()
     set_style("flags")
+    logger = logging.getLogger("ftdata")
+    logger.addHandler(LogHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, drop_shares, read_request
-from ftdata.cli.output import print_json_or_text, print_value, progress_bar, write_stdout
-from ftdata.errors import UsageError, escape_unprintable
+from ftdata.cli.output import interruptible, print_json_or_text, print_value, progress_bar, write_stdout
+from ftdata.errors import UsageError, escape_unprintable, format_bytes
 
+cache_app = typer.Typer(invoke_without_command=True)
 config_app = typer.Typer(
     no_args_is_help=True, help="Import configurations of other tools, and print the schema of configurations."
 )
@@ -53,7 +54,7 @@ def build(
         ]
         raise UsageError("missing_option", f"a build needs {' and '.join(missing)}")
     workers = os.cpu_count() if workers is None and engine == "local" else workers
-    with progress_bar() as progress:
+    with interruptible(), progress_bar() as progress:
         report = write_build(
             request.sources,
             request.tokenizer,
@@ -187,6 +188,25 @@ def config_schema() -> None:
     from ftdata.cli.config_schema import make_config_schema
 
     write_stdout(json.dumps(make_config_schema(), indent=2))
+
+
+@cache_app.callback()
+def cache_show(context: typer.Context, as_json: Json = False) -> None:
+    """Show the size of the cache, which builds use to skip finished work."""
+    from ftdata.build.cache import measure_cache
+
+    if context.invoked_subcommand is None:
+        print_value(measure_cache(), as_json=as_json)
+
+
+@cache_app.command("clear")
+def cache_clear() -> None:
+    """Remove everything from the cache."""
+    from ftdata.build.cache import KINDS, clear_cache, measure_cache
+
+    size = measure_cache()
+    clear_cache(KINDS)
+    print(f"removed {format_bytes(size.total)} from {size.folder}" if size.folder else size)
 
 
 def env(as_json: Json = False) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pydoc
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ftdata.errors import escape_unprintable
+from ftdata.progress import Progress, ProgressUpdate
+from ftdata.redaction import redact_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def write_stdout(text: str) -> None:
@@ -72,30 +79,122 @@ def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Any]:
-    """Show a progress bar with rows and tokens on stderr. Show nothing if stderr is not a terminal."""
+def interruptible() -> Iterator[None]:
+    """If Ctrl-C interrupts the `with` block, say that the same command continues the work, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("ftdata: interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+class LogHandler(logging.Handler):
+    """Prints log records of ftdata as lines to the current standard error, which a progress bar may replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a log record."""
+        print(f"ftdata: {escape_unprintable(redact_text(record.getMessage()))}", file=sys.stderr)
+
+
+_LINE_SECONDS = 10.0
+"""Time between two lines of progress if standard error is not a terminal."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show progress on standard error: a bar on a terminal, or else a line every ten seconds."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _show_bar(console) as show:
+            yield show
+    else:
+        yield _LineProgress()
+
+
+@contextmanager
+def _show_bar(console: Console) -> Iterator[Progress]:
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as ProgressBars
 
     columns = (
-        BarColumn(),
-        TextColumn("{task.fields[rows]:,} rows ({task.fields[rows_each]:,.0f}/s)"),
-        TextColumn("{task.fields[tokens]:,} tokens ({task.fields[tokens_each]:,.0f}/s)"),
-        TimeElapsedColumn(),
-        TextColumn("remaining:"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description:8}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[share]}"),
+        TextColumn("{task.fields[counts]}"),
     )
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        # Some versions of rich write an empty line even if the output is not a terminal.
-        yield lambda *_: None
-        return
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("build", total=None, rows=0, tokens=0, rows_each=0, tokens_each=0)
+    with ProgressBars(*columns, console=console, transient=True, expand=True) as bars:
+        task, clock = bars.add_task("plan", total=None, share="", counts=""), _PhaseClock()
 
-        def update(rows: int, tokens: int, share: float | None) -> None:
-            seconds = bar.tasks[task].elapsed or 1
-            fields = {"rows": rows, "tokens": tokens, "rows_each": rows / seconds, "tokens_each": tokens / seconds}
-            bar.update(task, total=share and 1, completed=share or 0, **cast(Any, fields))
+        def show(update: ProgressUpdate) -> None:
+            fields: Any = {"counts": _describe_progress(update, clock.seconds(update.phase)), "share": ""}
+            total, completed = None, 0.0
+            if update.share is not None:
+                total, completed, fields["share"] = 1.0, update.share, f"{update.share:>4.0%}"
+            bars.update(task, description=update.phase, total=total, completed=completed, **fields)
 
-        yield update
+        yield show
+
+
+class _PhaseClock:
+    """Measures the time since the current phase began."""
+
+    def __init__(self) -> None:
+        self._phase, self._start = "", time.monotonic()
+
+    def seconds(self, phase: str) -> float:
+        """Return the seconds since the first call with this phase."""
+        if phase != self._phase:
+            self._phase, self._start = phase, time.monotonic()
+        return time.monotonic() - self._start
+
+
+class _LineProgress:
+    """Prints a line of progress to standard error every ten seconds, for log files."""
+
+    def __init__(self) -> None:
+        self._last, self._clock = time.monotonic(), _PhaseClock()
+
+    def __call__(self, update: ProgressUpdate) -> None:
+        """Print a line if the last line is ten seconds old."""
+        now, seconds = time.monotonic(), self._clock.seconds(update.phase)
+        if now - self._last >= _LINE_SECONDS:
+            self._last = now
+            share = "" if update.share is None else f" {update.share:.0%}"
+            print(f"ftdata: {update.phase}{share} {_describe_progress(update, seconds)}".rstrip(), file=sys.stderr)
+
+
+def _describe_progress(update: ProgressUpdate, seconds: float) -> str:
+    """Describe progress in at most 52 characters.
+
+    >>> _describe_progress(ProgressUpdate("tokenize", 1_234_567, 987_654_321, 0.25), 60)
+    '1.2M rows (21k/s) 988M tokens (16M/s) 3:00 left'
+    """
+    if not update.rows:
+        return ""
+    if update.share is None and seconds < 1:
+        return f"{_shorten_number(update.rows)} rows {_shorten_number(update.tokens)} tokens"
+    each = max(seconds, 0.1)
+    rows, tokens, row_rate, token_rate = map(
+        _shorten_number, (update.rows, update.tokens, update.rows / each, update.tokens / each)
+    )
+    text = f"{rows} rows ({row_rate}/s) {tokens} tokens ({token_rate}/s)"
+    if not update.share:
+        return text
+    left = int(seconds * (1 - update.share) / update.share)
+    hours, minutes = f"{left // 3600}:" if left >= 3600 else "", left // 60 % 60
+    return f"{text} {hours}{minutes:{'02' if hours else ''}}:{left % 60:02} left"
+
+
+def _shorten_number(number: float) -> str:
+    """Write a number with at most three digits.
+
+    >>> _shorten_number(7), _shorten_number(1234), _shorten_number(45_600_000)
+    ('7', '1.2k', '46M')
+    """
+    for unit in ("", "k", "M", "B", "T"):
+        if number < 999.5:
+            return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
+        number /= 1000
+    return f"{number:.0f}P"

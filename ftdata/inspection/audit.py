@@ -23,10 +23,11 @@ from ftdata.errors import InputRefused, UsageError, check_choice, count_noun, es
 from ftdata.inspection import text_detectors
 from ftdata.inspection.checks import SEVERITIES, Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 from ftdata.inspection.row_views import to_single_line
-from ftdata.inspection.survey import Progress, RowNumbers, Survey, rows_of_examples, survey_rows
+from ftdata.inspection.survey import RowNumbers, Survey, rows_of_examples, survey_rows
 from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
+from ftdata.progress import Progress
 from ftdata.readers.streams import STDIN
 from ftdata.spelling import spell_options
 from ftdata.templates.worker.client import verify_template
@@ -251,7 +252,7 @@ def audit(
         pii: Whether to search for personal data.
         where: As for `build_sft_dataset`: a filter expression for the rows to check.
         limit: Maximum number of rows to check per source. All rows of `against` are read.
-        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        progress: Called with a `ProgressUpdate` after each batch of rows.
         options: Further options of `build_sft_dataset` that are part of the recipe: `columns`, `train_on`,
             `max_length`, `overlong`, ...
 

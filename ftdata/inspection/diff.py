@@ -38,10 +38,10 @@ from ftdata.inspection.fingerprints import (
 )
 from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
 from ftdata.inspection.row_views import ExampleView, RowView, make_row_view, to_single_line
-from ftdata.inspection.survey import Progress
 from ftdata.inspection.target import Target, make_target
 from ftdata.inspection.terminal import has_no_colors, render_plain_text, style_segments
 from ftdata.options import option_names
+from ftdata.progress import Progress
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
@@ -182,7 +182,7 @@ def diff(a: Any, b: Any, *, n: int = 10, html: str | Path | None = None, progres
         b: The other side, like `a`.
         n: The number of differing rows to show.
         html: Write these rows side by side to this HTML file.
-        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        progress: Called with a `ProgressUpdate` after each batch of rows.
 
     Returns:
         The number of rows that are equal or differ, by kind, and the first rows that differ. Falsy if no row differs.

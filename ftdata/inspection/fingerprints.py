@@ -12,9 +12,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftdata.inspection import stored_builds
-from ftdata.inspection.survey import Progress
 from ftdata.inspection.target import Target
 from ftdata.pipeline.batch import Batch
+from ftdata.progress import Progress, ProgressUpdate
 from ftdata.types import Example
 
 SAME, LABELS, TOKENS = "same", "labels differ", "tokens differ"
@@ -105,7 +105,7 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
 
     Args:
         target: The side.
-        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        progress: Called with a `ProgressUpdate` after each batch of rows.
         by_text: Whether to hash texts instead of tokens, because the tokenizers of the sides differ.
     """
     columns: tuple[list[int], ...] = ([], [], [], [], [])
@@ -126,7 +126,7 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
             columns[4].append(labels)
         rejected += ((paths.setdefault(reject.source.path, len(paths)), reject.source.row) for reject in batch.rejects)
         if progress:
-            progress(rows, tokens, step.share)
+            progress(ProgressUpdate("read", rows, tokens, step.share))
     for reject in stored_builds.read_build_rejects(target.folder) if target.folder else ():
         rejected.append((paths.setdefault(reject.source.path, len(paths)), reject.source.row))
     source_numbers, row_numbers = (np.asarray(column, np.int64) for column in columns[:2])

@@ -16,11 +16,12 @@ from ftdata.build.store import read_manifest
 from ftdata.inspection import charts, stored_builds
 from ftdata.inspection.html_page import MOST_PACKS, HtmlPage, PackLayout, flatten_options
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view
-from ftdata.inspection.survey import Outliers, Progress, RowNumbers, Survey, row_key, survey_rows
+from ftdata.inspection.survey import Outliers, RowNumbers, Survey, row_key, survey_rows
 from ftdata.inspection.target import Target
 from ftdata.pipeline.batch import Batch, BuiltRow
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
+from ftdata.progress import Progress
 from ftdata.storage import disk
 from ftdata.types import Reject
 
@@ -64,7 +65,7 @@ def make_overview(target: Target, limit: int | None, packing: str | None, progre
         target: The data or the build.
         limit: The number of first rows to show; `None` for the default.
         packing: Plan packed sequences as a build would; the stored packed sequences of a build are always shown.
-        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        progress: Called with a `ProgressUpdate` after each batch of rows.
 
     Raises:
         UsageError: `packing` is set without `max_length`, or for a build.

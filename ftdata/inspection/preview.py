@@ -19,12 +19,13 @@ from ftdata.inspection import stored_builds, terminal
 from ftdata.inspection.html_page import HtmlPage, render_fragment, write_page
 from ftdata.inspection.overview import DEFAULT_ROWS, make_overview
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view, make_text_view, to_single_line
-from ftdata.inspection.survey import Outliers, Progress, survey_rows
+from ftdata.inspection.survey import Outliers, survey_rows
 from ftdata.inspection.target import Target, make_target
 from ftdata.options import select_options
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import Options, load_bare_template
+from ftdata.progress import Progress
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 from ftdata.spelling import spell_options
@@ -116,8 +117,7 @@ def preview(
         html: Write a self-contained HTML page to this file. Unless you select rows, the page is an overview of all
             data: the first `n` rows (100), the outliers, a histogram of lengths, the effect of `max_length`, packed
             sequences, and rejected rows.
-        progress: With `odd` or `html`: called with the number of rows and tokens so far, and with the share of the data
-            that is done.
+        progress: With `odd` or `html`: called with a `ProgressUpdate` after each batch of rows.
 
     Returns:
         The rows. Use `.print(console)` for styled output, `str` for plain text, and `.as_dict()` for JSON.

@@ -15,8 +15,9 @@ from rich.text import Text
 from ftdata.errors import InputRefused, count_noun
 from ftdata.inspection import charts
 from ftdata.inspection.row_views import to_single_line
-from ftdata.inspection.survey import Ints, Progress, RowNumbers, Survey, survey_rows
+from ftdata.inspection.survey import Ints, RowNumbers, Survey, survey_rows
 from ftdata.inspection.target import Target, make_target
+from ftdata.progress import Progress
 from ftdata.storage import disk
 from ftdata.storage.atomic import replace_file
 
@@ -166,7 +167,7 @@ def stats(
         where: As for `build_sft_dataset`: a filter expression for the rows to count.
         limit: Maximum number of rows per source.
         svg: Folder for the histograms `lengths.svg` and `trained.svg`.
-        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        progress: Called with a `ProgressUpdate` after each batch of rows.
         options: Further options of `build_sft_dataset` that are part of the recipe.
 
     Raises:

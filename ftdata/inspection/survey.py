@@ -17,13 +17,12 @@ from ftdata.pipeline.batch import Batch, BuiltRow
 from ftdata.pipeline.examples import build_batches
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.recipe import Recipe
+from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.row_filter import RowFilter
 from ftdata.types import Conversation, Reject, Source
 
 Ints = NDArray[np.int64]
-Progress = Callable[[int, int, float | None], None]
-
 _MIN_PROMPT_TOKENS = 4
 MOST_REJECTS = 1000
 """The number of rejects that are kept; further rejects are only counted."""
@@ -200,7 +199,7 @@ def survey_rows(
         steps: The batches.
         sources: The name and the split of each source.
         on_batch: Called with each batch and the numbers of its built rows.
-        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        progress: Called with a `ProgressUpdate` after each batch of rows.
     """
     schemas: dict[str, int] = {}
     parts, flags, rejected = list[RowNumbers](), Counter[str](), Counter[str]()
@@ -218,7 +217,7 @@ def survey_rows(
             on_batch(batch, numbers)
         rows, tokens = rows + len(batch), tokens + int(numbers.tokens.sum())
         if progress:
-            progress(rows, tokens, share)
+            progress(ProgressUpdate("read", rows, tokens, share))
     return Survey(
         tuple(name for name, _ in sources),
         tuple(split for _, split in sources),

@@ -337,9 +337,10 @@ def test_user_defined_mask_policy(tiny):
 
 def test_progress_is_reported(tiny):
     seen = []
-    build_sft_dataset(ROWS, tiny, progress=lambda *done: seen.append(done))
-    assert seen[-1][0] == len(ROWS)
-    assert seen[-1][1] > 0
+    build_sft_dataset(ROWS, tiny, progress=seen.append)
+    assert list(dict.fromkeys(update.phase for update in seen)) == ["plan", "tokenize", "pack", "write"]
+    assert seen[-1].rows == len(ROWS)
+    assert seen[-1].tokens > 0
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -350,15 +351,17 @@ def test_progress_counts_all_files(tiny, tmp_path, monkeypatch, workers):
     for path in paths:
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     seen = []
-    build_sft_dataset([str(path) for path in paths], tiny, workers=workers, progress=lambda *done: seen.append(done))
+    build_sft_dataset([str(path) for path in paths], tiny, workers=workers, progress=seen.append)
+    seen = [update for update in seen if update.phase == "tokenize"]
     assert seen == sorted(seen)
-    assert seen[-1] == (2 * len(ROWS), seen[-1][1], 1.0)
-    assert len(seen) > 2 * (workers == 1)
+    assert seen[-1] == ("tokenize", 2 * len(ROWS), seen[-1].tokens, 1.0)
+    # Worker processes report batches as well.
+    assert len(seen) > 2
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(paths[0].read_bytes()))
     seen.clear()
-    build_sft_dataset(str(packed), tiny, progress=lambda *done: seen.append(done))
-    assert {share for *_, share in seen} == {None, 1.0}
+    build_sft_dataset(str(packed), tiny, progress=seen.append)
+    assert {update.share for update in seen} == {None, 1.0}
 
 
 def test_sharegpt_rows_equal_messages_rows(tiny):

@@ -50,7 +50,7 @@ def test_lost_worker_is_replaced(cluster, tmp_path, engine):
     assert sorted(run_tasks(slowly, common, range(20), 2, engine)) == [(number, 2 * number) for number in range(20)]
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.long)])
 def test_task_that_kills_its_workers_is_named(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3], "mark": str(tmp_path / "mark"), "once": False}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
@@ -69,6 +69,7 @@ def test_errors_of_workers_are_unchanged(cluster, engine):
         list(run_tasks(failing, None, range(3), 2, engine))
 
 
+@pytest.mark.long
 def test_slow_task_is_restarted_on_another_worker(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("ftdata.build.executors.SLOW_SECONDS", 1.0)
     common = {"mark": str(tmp_path / "mark")}

@@ -152,6 +152,7 @@ encode([], tokenizer="m").labels
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_type_hints_are_available_to_users(tmp_path):
     """`py.typed`: mypy uses the types of the package and reports wrong calls."""
     (tmp_path / "use.py").write_text(USER_CODE)

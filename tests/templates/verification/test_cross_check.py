@@ -149,6 +149,9 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     rows = [
         {"messages": [{"role": "user", "content": "row 7" if n == 7 else f"row {n + 10}"}, TALK[1]]} for n in range(20)
     ]
+    # A worker sends each layout once. Earlier tests may have evicted the template from the cache of this process.
+    render_cache.render_cache.cache_clear()
+    process._get_worker().stop()
     build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
     if is_cached:
         monkeypatch.setattr(render_cache.TextLayout, "fill", wrongly_filled)

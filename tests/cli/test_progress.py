@@ -1,0 +1,109 @@
+"""What a build says while it runs: its phases, and what it reuses. `ftdata cache` shows and clears what is kept."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import warm
+
+from ftdata.cli import output
+from ftdata.progress import ProgressUpdate
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}."}) + "\n" for n in range(2000)))
+    return path
+
+
+def run(*arguments, **environment):
+    command = warm.python("-m", "ftdata", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+
+
+def test_reused_work_is_reported_and_the_cache_can_be_cleared(data, tokenizer_dir, tmp_path):
+    environment = {"FTDATA_CACHE": str(tmp_path / "cache")}
+    build = ("build", data, "-t", tokenizer_dir("tiny_bpe"), "-o")
+    assert run(*build, tmp_path / "a", **environment).stderr == ""
+    assert "1 of 1 parts of the data come from the cache" in run(*build, tmp_path / "b", **environment).stderr
+    size = json.loads(run("cache", "--json", **environment).stdout)
+    assert size["folder"] == environment["FTDATA_CACHE"]
+    assert size["kinds"]["shards"]["entries"] == 1
+    assert 0 < size["bytes"] < size["limit"]
+    assert "finished parts of builds" in run("cache", **environment).stdout
+    assert "removed" in run("cache", "clear", **environment).stdout
+    assert json.loads(run("cache", "--json", **environment).stdout)["bytes"] == 0
+    assert run(*build, tmp_path / "c", **environment).stderr == ""
+    assert "disabled" in run("cache", FTDATA_CACHE="off").stdout
+
+
+def test_interrupted_build_resumes(data, tokenizer_dir, tmp_path):
+    """After Ctrl-C, the message says how to continue, and the next build reports what it reuses."""
+    more = [tmp_path / f"{n}.jsonl" for n in range(12)]
+    for number, path in enumerate(more):
+        path.write_text(data.read_text().replace("?", f"? {number}"))
+    command = [sys.executable, "-m", "ftdata", "build", *more, "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out"]
+    command += ["--workers", "1"]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    shards = tmp_path / ".out.ftdata" / "shards"
+    while not (shards.is_dir() and len([path for path in shards.iterdir() if path.name[0] != "."]) >= 2):
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert said == "ftdata: interrupted; run the same command again to continue\n"
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "of 12 parts of the data were already built" in done.stderr
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_terminal_shows_phases_within_its_width(data, tokenizer_dir, tmp_path, columns):
+    text = show_on_terminal(
+        ["-m", "ftdata", "build", str(data), "-t", tokenizer_dir("tiny_bpe"), "-o", str(tmp_path / "out")], columns
+    )
+    assert "plan" in text
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
+    lines = [line for line in re.split(r"[\r\n]", text) if "plan" in line or "tokens (" in line]
+    assert max(map(len, lines)) <= columns
+
+
+def show_on_terminal(arguments, columns):
+    """Return what a command writes to a terminal, without colors."""
+    parent, child = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    process = subprocess.Popen([sys.executable, *arguments], stdout=child, stderr=child, env=environment)
+    os.close(child)
+    written = b""
+    while True:
+        try:
+            written += os.read(parent, 1 << 16)
+        except OSError:
+            break
+    os.close(parent)
+    assert process.wait() == 0, written
+    return written.decode()
+
+
+def test_log_files_get_a_line_per_interval(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    show = output._LineProgress()
+    for now[0], share in ((0.0, 0.0), (4.0, 0.1), (11.0, 0.25), (12.0, 0.26), (25.0, 0.5)):
+        show(ProgressUpdate("tokenize", int(4e6 * share), int(2e9 * share), share))
+    assert capsys.readouterr().err.splitlines() == [
+        "ftdata: tokenize 25% 1.0M rows (91k/s) 500M tokens (45M/s) 0:33 left",
+        "ftdata: tokenize 50% 2.0M rows (80k/s) 1.0B tokens (40M/s) 0:25 left",
+    ]
+
+
+def test_counts_fit_on_a_line():
+    longest = ProgressUpdate("tokenize", 999_499_999, 999_400_000_000_000, 0.001)
+    assert len(output._describe_progress(longest, 300.0)) <= 60
