@@ -17,6 +17,7 @@ import typer
 
 import ftdata
 from ftdata.cli.build import build, cache_app, config_app, convert, env, plugins, push, templates_app, verify
+from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.inspect import audit, diff, preview, stats
 from ftdata.cli.output import LogHandler
 from ftdata.cli.train import chat, evaluate, generate, init, merge, train
@@ -26,6 +27,7 @@ from ftdata.spelling import set_style, spell_options
 
 app = typer.Typer(
     name="ftdata",
+    cls=CompactGroup,
     help="Prepare and inspect fine-tuning data, and train models on it.",
     no_args_is_help=True,
     add_completion=True,
@@ -36,10 +38,10 @@ app = typer.Typer(
     },
 )
 for _command in (preview, build, verify, convert, push, audit, stats, diff, init, train, generate, chat, merge):
-    app.command()(_command)
-app.command("eval")(evaluate)
-app.command()(plugins)
-app.command()(env)
+    app.command(cls=CompactCommand)(_command)
+app.command("eval", cls=CompactCommand)(evaluate)
+app.command(cls=CompactCommand)(plugins)
+app.command(cls=CompactCommand)(env)
 app.add_typer(templates_app, name="templates")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")

@@ -10,15 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
+from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, drop_shares, read_request
 from ftdata.cli.output import interruptible, print_json_or_text, print_value, progress_bar, write_stdout
 from ftdata.errors import UsageError, escape_unprintable, format_bytes
 
-cache_app = typer.Typer(invoke_without_command=True)
+cache_app = typer.Typer(cls=CompactGroup, invoke_without_command=True)
 config_app = typer.Typer(
     no_args_is_help=True, help="Import configurations of other tools, and print the schema of configurations."
 )
-templates_app = typer.Typer(no_args_is_help=True, help="List, show and check chat templates.")
+templates_app = typer.Typer(cls=CompactGroup, no_args_is_help=True, help="List, show and check chat templates.")
 
 
 @add_options("rendering", "rows", "selection", "layout", "rejects", "source")
@@ -30,13 +31,11 @@ def build(
         typer.Option(
             "--output-dir",
             "-o",
-            help="Output folder or URL, e.g. s3://bucket/name (default: data in the run directory)",
+            help="Output folder or URL (default: OUTPUT_DIR/data of a configuration)",
         ),
     ] = None,
     *,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a build of other data or options in the output folder")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a build of other data or options")] = False,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
     engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
     as_json: Json = False,
@@ -122,7 +121,7 @@ def push(
     print(push_build(folder, repo, private=private))
 
 
-@templates_app.command("list")
+@templates_app.command("list", cls=CompactCommand)
 def templates_list(as_json: Json = False) -> None:
     """List built-in and installed templates."""
     from ftdata.templates import templates
@@ -130,7 +129,7 @@ def templates_list(as_json: Json = False) -> None:
     print_json_or_text(templates.names(), "\n".join(templates.names()), as_json=as_json)
 
 
-@templates_app.command("show")
+@templates_app.command("show", cls=CompactCommand)
 def templates_show(
     name: Annotated[str, typer.Argument(help="Template name or .jinja file")], as_json: Json = False
 ) -> None:
@@ -141,7 +140,7 @@ def templates_show(
     print_json_or_text({"name": template_name, "source": source}, source, as_json=as_json)
 
 
-@templates_app.command("check")
+@templates_app.command("check", cls=CompactCommand)
 def templates_check(
     template: Annotated[str, typer.Argument(help="Template to check: name, .jinja file, or tokenizer")],
     as_json: Json = False,
@@ -154,7 +153,7 @@ def templates_check(
     raise typer.Exit(1 if report.verdict == "refused" else 0)
 
 
-@config_app.command("import")
+@config_app.command("import", cls=CompactCommand)
 def config_import(
     file: Annotated[
         Path, typer.Argument(help="Axolotl YAML, LLaMA-Factory YAML, or dataset_info.json", show_default=False)
@@ -182,7 +181,7 @@ def config_import(
     print_json_or_text(imported.as_dict(), escape_unprintable(text), as_json=as_json)
 
 
-@config_app.command("schema")
+@config_app.command("schema", cls=CompactCommand)
 def config_schema() -> None:
     """Print the JSON schema of configuration files, with which editors complete and check them."""
     from ftdata.cli.config_schema import make_config_schema
@@ -199,7 +198,7 @@ def cache_show(context: typer.Context, as_json: Json = False) -> None:
         print_value(measure_cache(), as_json=as_json)
 
 
-@cache_app.command("clear")
+@cache_app.command("clear", cls=CompactCommand)
 def cache_clear() -> None:
     """Remove everything from the cache."""
     from ftdata.build.cache import KINDS, clear_cache, measure_cache

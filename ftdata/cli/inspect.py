@@ -56,6 +56,8 @@ def preview(
         write_stdout(f"{html}: {count_noun(len(result.rows), 'row')}, {html.stat().st_size:,} bytes")
     else:
         print_report(result, as_json=as_json, pager=pager)
+    if result.rows and all(row.rejected for row in result.rows):
+        raise typer.Exit(3)
 
 
 @add_options("rendering", "rows", "selection", "source")
@@ -64,18 +66,16 @@ def audit(
     tokenizer: Tokenizer = None,
     *,
     against: Annotated[
-        list[str] | None, typer.Option(help="Test set to compare with: report its rows that also occur in the data")
+        list[str] | None, typer.Option(help="Test set: report its rows that also occur in the data")
     ] = None,
     near_duplicate_threshold: Annotated[
-        float | None, typer.Option(help="Also look for near-duplicates above this similarity, e.g. 0.8")
+        float | None, typer.Option(help="Similarity of reported near-duplicates, e.g. 0.8")
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
     ignore: Annotated[str | None, typer.Option(help="Names of checks to skip, e.g. duplicate,script")] = None,
-    fail_on: Annotated[
-        str, typer.Option(help="Minimum severity of findings for exit code 1: note, warning, error or never")
-    ] = "note",
+    fail_on: Annotated[str, typer.Option(help="Severity for exit code 1: note, warning, error, never")] = "note",
     output_format: Annotated[
-        str, typer.Option("--output-format", help="Output format: text, json, sarif, or github (annotations)")
+        str, typer.Option("--output-format", help="Output format: text, json, sarif or github")
     ] = "text",
     as_json: Json = False,
     **options: Any,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 import yaml
 
+from ftdata.cli.help import GROUP_TITLES, HelpAll
 from ftdata.errors import UsageError, describe_exception
 from ftdata.options import OPTIONS, SHARE_KEYS, Option, option_names
 from ftdata.spelling import set_style
@@ -33,6 +34,9 @@ Tokenizer = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
 Pager = Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")]
+_MAIN_OPTIONS = ("template", "train_on", "max_length", "packing", "test_size", "limit")
+"""Options that the short help text of a command describes."""
+
 _READER_OPTIONS = {
     "format": f"Format of the data if its name has another suffix: {', '.join(FORMATS)}",
     "encoding": "Text encoding if not UTF-8/16/32, e.g. cp1252",
@@ -140,10 +144,11 @@ def add_options(*selected: str) -> Decorator:
     options = [OPTIONS[name] for name in option_names(*selected)]
     if "source" in selected:
         options += (Option("source", name, str | None, None, text) for name, text in _READER_OPTIONS.items())
-    return add_parameters(map(_make_parameter, options), _parse_values)
+    help_all = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
+    return add_parameters([*map(_make_parameter, options), help_all], _parse_values)
 
 
-def _parse_values(**values: Any) -> dict[str, Any]:
+def _parse_values(*, help_all: bool, **values: Any) -> dict[str, Any]:  # noqa: ARG001  (printed by its callback)
     parsers = {name: spelling.parse for name, spelling in _SPELLINGS.items() if spelling.parse}
     return {name: parsers[name](value) if name in parsers else value for name, value in values.items()}
 
@@ -177,7 +182,9 @@ def _make_parameter(option: Option) -> inspect.Parameter:
     spelling = _SPELLINGS.get(option.name, _Spelling(option.type))
     names = [spelling.name] if spelling.name else []
     default = "" if option.default in (None, False, ()) else str(option.default)
-    info = typer.Option(*names, help=option.help, show_default=default or False, **spelling.settings)
+    panel = None if option.name in _MAIN_OPTIONS else GROUP_TITLES[option.group]
+    settings = {"show_default": default or False, "rich_help_panel": panel, **spelling.settings}
+    info = typer.Option(*names, help=option.help, **settings)
     annotation = Annotated[spelling.type | None, info]  # type: ignore[name-defined]  # (typer reads the type at run time)
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

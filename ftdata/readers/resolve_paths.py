@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from ftdata.errors import InputRefused, UsageError, suggest_names
 from ftdata.readers.file_names import is_data, matches_pattern, split_from_name
 from ftdata.readers.formats import readers
-from ftdata.readers.hub import hub_files, is_hub
+from ftdata.readers.hub import SCHEME, hub_files, is_hub
 from ftdata.readers.remote_files import list_url
 from ftdata.readers.streams import STDIN, Input, is_url
 
@@ -53,7 +54,8 @@ def resolve_files(
     if not location.strip():
         message = "the path is empty"
         raise UsageError("file_not_found", message, hint="check that the variable that contains the path is set")
-    if is_hub(location):
+    # Names of data sets do not end with the suffix of a data file, so a missing file is not searched on the Hub.
+    if is_hub(location) and (location.startswith(SCHEME) or Input(location).suffix not in readers):
         for file, split in hub_files(location, _is_readable, **hub_options or {}):
             yield replace(_make_file(str(file), reader), split=split)
     elif hub_options:
@@ -93,15 +95,24 @@ def _resolve_pattern(pattern: str, reader: str | None) -> Iterator[ResolvedFile]
         )
     if not paths:
         siblings = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers]
-        if siblings:
-            hint = suggest_names(Path(pattern).name, siblings)
-        else:
-            hint = f"check the path; searched in {Path(pattern).parent.resolve()}"
+        hint = suggest_names(Path(pattern).name, siblings) if siblings else _suggest_folder(Path(pattern).parent)
         raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint)
     for path in paths:
         # A recursive pattern matches the files inside folders itself.
         if Path(path).is_file() or "**" not in pattern:
             yield from _resolve_local(path, reader)
+
+
+def _suggest_folder(folder: Path) -> str:
+    """Return a hint for a path in a folder that contains no data, or that does not exist."""
+    if folder.is_dir():
+        return f"check the path; searched in {folder.resolve()}"
+    existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    missing = folder.absolute().relative_to(existing).parts[0]
+    siblings = [path.name for path in existing.iterdir() if path.is_dir()]
+    matches = get_close_matches(missing, siblings, n=1)
+    suggestion = f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"{existing} contains no folder {missing!r}{suggestion}"
 
 
 def _glob_recursively(pattern: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, cast
 
@@ -395,6 +396,25 @@ def _matches_schema(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
         raise BadRow("schema_failed", problem, hint="fix the function; it is called for every row") from error
 
 
+def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
+    """Find columns whose names differ from those of one schema only by case or spelling.
+
+    Return a mapping for `columns=`, which is empty if no schema or several schemas match.
+
+    >>> _find_similar_columns({"Question": "2+2?", "anwser": "4"})
+    {'question': 'Question', 'answer': 'anwser'}
+    """
+    names = {str(name).casefold(): name for name in data}
+    found = list[dict[str, str]]()
+    for schema_name, schema in _detectable_schemas().items():
+        similar = {column: get_close_matches(column, names, n=1, cutoff=0.75) for column in schema.columns}
+        mapping = {column: names[matches[0]] for column, matches in similar.items() if matches}
+        renamed = {**data, **{column: data[name] for column, name in mapping.items()}}
+        if len(set(mapping.values())) == len(mapping) and _matches_schema(schema_name, schema, renamed):
+            found.append({column: name for column, name in mapping.items() if column != name})
+    return found[0] if len(found) == 1 else {}
+
+
 def _detect_schema(data: Mapping[str, Any]) -> str:
     names = [name for name, schema in _detectable_schemas().items() if _matches_schema(name, schema, data)]
     if len(names) > 1:
@@ -422,7 +442,9 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
     canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
     nulls = [name for name, value in data.items() if value is None and name in canonical]
     null_columns = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
-    hint = (
-        f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. Known schemas: {candidates}"
-    )
+    if similar := _find_similar_columns(data):
+        hint = f"did you mean columns={similar!r}?"
+    else:
+        example = "columns={'prompt': ..., 'completion': ...}"
+        hint = f"map its columns with columns=, e.g. {example}. Known schemas: {candidates}"
     raise BadRow("unknown_schema", f"the row matches no schema; its columns: {columns}{null_columns}", hint=hint)

@@ -206,7 +206,7 @@ def test_audit_reports_findings_with_their_lines(tokenizer_dir, tmp_path):
         (["preview", "nowhere.json"], 2, "file_not_found"),
         (["preview", "{faq}", "--turns", "both"], 2, "unknown_turns"),
         (["preview", "{faq}", "--row", "1000"], 3, "no_such_row"),
-        (["preview", "{faq}", "--template", "alpaca"], 0, ""),
+        (["preview", "{faq}", "--template", "alpaca"], 3, ""),
         (["preview", "{faq}", "--template", "chatlm"], 2, "did you mean 'chatml'"),
         (["preview", "{faq}", "--column", "output"], 2, "expected name=column"),
         (["preview", "{faq}", "--tokenizer", "./nowhere"], 2, "no_tokenizer"),

@@ -168,3 +168,21 @@ def test_type_errors_are_sentences(values, says):
     with pytest.raises(UsageError) as caught:
         make_config({"data": "d", "model": "m", "output_dir": "o", **values})
     assert says in str(caught.value)
+
+
+def test_misspelled_columns_files_and_folders_are_suggested(folder):
+    (folder / "c.jsonl").write_text('{"Question": "2+2?", "anwser": "4"}\n')
+    shown = run("preview", folder / "c.jsonl", code=3).stdout
+    assert "did you mean --column question=Question --column answer=anwser?" in shown
+    assert (
+        "2+2?"
+        in run("preview", folder / "c.jsonl", "--column", "question=Question", "--column", "answer=anwser").stdout
+    )
+    (folder / "data").mkdir()
+    (folder / "a.json").rename(folder / "data" / "a.json")
+    assert "did you mean 'a.json'?" in run("preview", folder / "data" / "a.jsn", code=2).stderr
+    # A missing local file is not searched on the Hub.
+    command = warm.python("-m", "ftdata", "preview", "dta/a.json")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 2
+    assert "contains no folder 'dta'; did you mean 'data'?" in done.stderr
