@@ -116,6 +116,28 @@ CASES = {
         rows({"messages": [{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, *TALK]}),
     ),
     "trivial_answer": (rows(talk("q", "N/A")), rows(talk("q", "4"), talk("q", "No."), talk("q", "👍"), talk("q", "√"))),
+    "empty_question": (
+        rows(talk(" ", "an answer")),
+        rows(
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "train": False},
+                    {"role": "user", "content": ""},
+                    {**ANSWER, "train": False},
+                    *TALK,
+                ]
+            }
+        ),
+    ),
+    "unread_column": (
+        rows({"question": "a question", "answer": "an answer", "context": "text"}),
+        rows({"question": "a question", "answer": "an answer", "id": "7"}),
+    ),
+    "contradiction": (
+        rows(PLAIN, talk("a question", "another answer")),
+        rows(PLAIN, PLAIN, talk("a second question", "another answer")),
+    ),
     "default_system": (rows(PLAIN, template=DEFAULT), rows(talk("q", "a", system="s"), template=DEFAULT)),
     "mojibake": (rows(talk("itâ€™s", "a")), rows(talk("it’s “CAFÉ”, été…” à São Paulo", "«MANHÃ» Â l’aide"))),
     "pii": (

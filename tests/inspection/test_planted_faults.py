@@ -132,7 +132,9 @@ def large(request, tokenizer_dir, tmp_path_factory):
     with (folder / "faulty.jsonl").open("a") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in leaked)
     expected = {code: [number + 1 for number, (own, _, _) in enumerate(whole) if own == code] for code in faults}
-    return folder, tokenizer, {**expected, "leakage": [8, 71]}, len(clean) + len(held_out)
+    # A near-duplicate has the same prompt as the row that it is similar to.
+    expected |= {"leakage": [8, 71], "contradiction": expected["near_duplicate"]}
+    return folder, tokenizer, expected, len(clean) + len(held_out)
 
 
 OPTIONS = {"max_length": 1024, "overlong": "truncate", "near_duplicate_threshold": 0.8, "pii": True}

@@ -57,6 +57,21 @@ def _check_near_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
 
 
 @register_data_check(
+    "contradiction",
+    "warning",
+    "the row has the same prompt as an earlier row, but a different answer",
+    "keep one of the answers, unless the prompt has several good answers",
+)
+def _check_contradictions(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    numbers, is_train = data.survey.numbers, ~data.is_held_out
+    first_rows = _first_rows(numbers.prompt_hash, is_train)
+    for row in np.flatnonzero(is_train & (numbers.prompt_hash != 0)).tolist():
+        earlier = first_rows[int(numbers.prompt_hash[row])]
+        if earlier != row and numbers.content_hash[row] != numbers.content_hash[earlier]:
+            yield row, f"same prompt as {data.survey.source(earlier)}"
+
+
+@register_data_check(
     "leakage",
     "error",
     "a held-out row is also in the training data (with --near-duplicate-threshold: or a near-duplicate of it)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ftdata.inspection import text_detectors
 from ftdata.inspection.checks.registry import CheckedRow, register_check, register_row_check
 from ftdata.inspection.row_views import content_texts
 from ftdata.pipeline.flags import FLAGS
+from ftdata.schemas.answer_text import has_visible_text
 from ftdata.types import Message
 
 # --- flags, which the pipeline sets
@@ -142,6 +144,42 @@ def _is_trained(row: CheckedRow, number: int) -> bool:
         for span in example.spans
         if span.message == number and span.generated
     )
+
+
+@register_row_check(
+    "empty_question",
+    "warning",
+    "a user message before a trained answer is empty",
+    "remove the row: the model would learn to answer without a question",
+    needs_messages=True,
+)
+def _check_empty_question(row: CheckedRow) -> Iterator[str]:
+    messages = row.conversation.messages
+    for number, (message, answer) in enumerate(pairwise(messages)):
+        is_question = message["role"] == "user" and answer["role"] == "assistant"
+        has_text = any(map(has_visible_text, content_texts(message.get("content"))))
+        if is_question and not has_text and _is_trained(row, number + 1):
+            yield f"messages[{number}].content is {message.get('content')!r}"
+
+
+_CONTENT_COLUMNS = {
+    "answer", "answers", "assistant", "completion", "content", "context", "conversations", "documents", "explanation",
+    "history", "input", "instruction", "knowledge", "messages", "output", "passage", "prompt", "question", "rationale",
+    "reasoning", "response", "solution", "system", "system_prompt", "text", "thinking", "thought", "user",
+}  # fmt: skip
+"""Column names that usually contain text for training."""
+
+
+@register_row_check(
+    "unread_column",
+    "note",
+    "a column that is not read has a name of training text",
+    "map the column to a column of the schema, or remove it from the data",
+    needs_messages=True,
+)
+def _check_unread_column(row: CheckedRow) -> Iterator[str]:
+    columns = (note.removeprefix("column ") for note in row.conversation.notes if note.startswith("column "))
+    yield from (f"column {column!r}" for column in sorted(columns) if column.casefold() in _CONTENT_COLUMNS)
 
 
 @register_row_check(
