@@ -36,8 +36,11 @@ demo: install  ## run preview, build, train and eval on a tiny model (five minut
 	$(BIN)/ftdata eval $(RUN)/run -n 12
 
 test: install  ## run lint, types, layers and all tests that are not long (six minutes)
-	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest -n auto -m 'not long'
+	@# The checks run beside the tests, which do not use all processors all the time.
+	@mkdir -p $(RUN)
+	$(MAKE) --no-print-directory check > $(RUN)/check.txt 2>&1 & checks=$$!; \
+		$(BIN)/python -m pytest -n auto -m 'not long'; tests=$$?; \
+		wait $$checks; checks=$$?; cat $(RUN)/check.txt; exit $$((tests + checks))
 
 test-long: install  ## run all tests, including long tests
 	$(BIN)/python -m pytest -n auto --hypothesis-profile=full

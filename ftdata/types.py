@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
@@ -361,6 +362,22 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def _repr_html_(self) -> str:
+        """Return the text for a notebook. Trained tokens are green, and a title shows the id of each token."""
+        style = "background:#2da44e33;text-decoration:underline #2da44e"
+        parts, position = list[str](), 0
+        tokens = zip(self.offsets.tolist(), self.input_ids.tolist(), self.trained.tolist(), strict=True)
+        for (start, end), id_, trained in tokens:
+            # Several tokens can share a character, which is shown once.
+            first = max(start, position)
+            mark = f' style="{style}"' if trained else ""
+            text = escape(self.text[first:end]).replace("\n", "↵\n")
+            parts.append(f'{escape(self.text[position:first])}<span title="{id_}"{mark}>{text}</span>')
+            position = max(end, position)
+        share = f"{int(self.trained.sum()):,} of {len(self):,} tokens trained"
+        flags = f" · flags: {', '.join(sorted(self.flags))}" if self.flags else ""
+        return f'<pre style="white-space:pre-wrap">{"".join(parts)}</pre><p>{share}{escape(flags)}</p>'
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from html import escape
 from itertools import chain
 from typing import Any
 
@@ -195,6 +196,10 @@ class Report:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         ledgers = [ledger.as_dict() for ledger in self.sources]
         return {"ftdata": __version__, **self.totals, **values, "sources": ledgers}
+
+    def _repr_html_(self) -> str:
+        """Return the report for a notebook."""
+        return f'<pre style="white-space:pre-wrap">{escape(str(self))}</pre>'
 
     def __str__(self) -> str:
         totals = self.totals

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,23 @@ class AuditReport:
         """Convert the report to a JSON-serializable dictionary."""
         findings = [finding.as_dict() for finding in self.findings]
         return {"ftdata": __version__, "rows": self.rows, "findings": findings, "skipped": self.skipped}
+
+    def _repr_html_(self) -> str:
+        """Return the findings as a table for a notebook."""
+        colors = {"error": "#cf222e", "warning": "#9a6700", "note": "#0969da"}
+        places = {
+            finding.code: "<br>".join(escape(str(place.source)) for place in finding.locations[:_PRINTED_LOCATIONS])
+            for finding in self.findings
+        }
+        rows = "".join(
+            f'<tr><td style="color:{colors[finding.severity]}">{finding.severity}</td><td>{finding.code}</td>'
+            f"<td>{finding.count:,}</td><td>{escape(finding.message)}</td><td>{escape(spell_options(finding.fix))}</td>"
+            f"<td>{places[finding.code]}</td></tr>"
+            for finding in self.findings
+        )
+        head = "".join(f"<th>{name}</th>" for name in ("severity", "check", "count", "problem", "fix", "rows"))
+        summary = f"<p>{count_noun(self.rows, 'row')}, {count_noun(len(self.findings), 'finding')}</p>"
+        return f"<table><tr>{head}</tr>{rows}</table>{summary}" if rows else summary
 
     def __str__(self) -> str:
         summary = f"{count_noun(self.rows, 'row')}, {count_noun(len(self.findings), 'finding')}"
