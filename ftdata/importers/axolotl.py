@@ -13,6 +13,8 @@ from typing import Any
 
 from ftdata.importers.draft import (
     CONVERT_HINT,
+    KERNELS_NOTE,
+    TEXT_TEMPLATE,
     Draft,
     KeyRules,
     apply_rules,
@@ -28,6 +30,17 @@ from ftdata.importers.draft import (
 
 _NO_EQUIVALENT = "it affects training, and ftdata has no equivalent"
 _OTHER_METHOD = "ftdata does not support this training method"
+
+
+def _check_plugins(names: Any) -> dict[str, Any]:
+    """Leave out plug-ins that only replace kernels. Any other plug-in affects training."""
+    listed = names if isinstance(names, list) else [names]
+    others = [str(name) for name in listed if not str(name).endswith(("LigerPlugin", "CutCrossEntropyPlugin"))]
+    if others:
+        raise conversion_error(f"the plugin {others[0]} cannot be converted: {_NO_EQUIVALENT}")
+    return {}
+
+
 KEYS = KeyRules(
     rules={
         "base_model": "model",
@@ -65,6 +78,7 @@ KEYS = KeyRules(
         "fp16": lambda value: {"train.fp16": bool(value)},
         "tf32": lambda value: {} if value == "auto" else {"train.tf32": bool(value)},
         "gradient_checkpointing": lambda value: {"train.gradient_checkpointing": bool(value)},
+        "plugins": _check_plugins,
         "use_tensorboard": lambda value: {"train.report_to": "tensorboard"} if value else {},
         "use_wandb": lambda value: {"train.report_to": "wandb"} if value else {},
         "wandb_project": lambda name: {"train.report_to": "wandb"} if name else {},
@@ -84,6 +98,7 @@ KEYS = KeyRules(
         "lora_qkv_kernel", "lora_o_kernel", "flash_attn_cross_entropy", "flash_attn_rms_norm", "tokenizer_use_fast",
         "model_type", "tokenizer_type", "is_llama_derived_model", "wandb_entity", "wandb_watch", "wandb_log_model",
         "wandb_run_id", "hub_model_id", "push_dataset_to_hub", "mlflow_tracking_uri", "comet_project_name", "debug",
+        "cut_cross_entropy",
         "ddp_timeout", "ddp_bucket_cap_mb", "resume_from_checkpoint", "auto_resume_from_checkpoints", "local_rank",
     },
     notes={
@@ -98,18 +113,30 @@ KEYS = KeyRules(
         "revision_of_model": "left out: download that revision, and set model to its folder",
         "shuffle_before_merging_datasets": "left out: use shuffle, which shuffles all rows once",
         "test_datasets": "left out: hold out rows with test_size, or with a test split in the data",
+        **dict.fromkeys(
+            ("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_glu_activation", "liger_cross_entropy",
+             "liger_fused_linear_cross_entropy", "liger_use_token_scaling"),
+            KERNELS_NOTE,
+        ),
         "cosine_min_lr_ratio": "left out: use lr_scheduler_type: cosine_with_min_lr",
     },
     unsupported={
         **dict.fromkeys(("rl", "reward_model", "process_reward_model", "pretraining_dataset"), _OTHER_METHOD),
         **dict.fromkeys(
             ("lora_model_dir", "relora", "unfrozen_parameters", "lisa_n_layers", "loraplus_lr_ratio", "embedding_lr",
-             "lr_groups", "qat", "plugins",
+             "lr_groups", "qat",
              "kd_trainer", "use_eaft", "curriculum_sampling", "min_sample_len", "trainer_cls", "gptq", "fp8"),
             _NO_EQUIVALENT,
         ),
     },
 )  # fmt: skip
+_MODEL_TEMPLATES = {
+    "aya", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "falcon_h1", "gemma", "gemma3", "jamba",
+    "llama3", "llama4", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "mistral_v7_tekken", "phi_3", "phi_35",
+    "phi_4", "qwen3", "qwen_25",
+}  # fmt: skip
+"""Templates of Axolotl that are named after a model, whose tokenizer contains the template."""
+
 _DEFAULTS = {
     "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "seed": 42, "optimizer": "adamw_torch_fused",
     "lr_scheduler": "cosine", "save_total_limit": 4, "gradient_checkpointing": False, "output_dir": "model-out",
@@ -259,7 +286,7 @@ def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draf
         draft.add_note("type completion: each text is one example; Axolotl splits long texts into several examples")
         column = info.get("field") or "text"
         columns = {} if column == "text" else {"columns": {"text": column}}
-        return {"schema": "text", "template": "{% generation %}{{ text }}{{ eos_token }}{% endgeneration %}", **columns}
+        return {"schema": "text", "template": TEXT_TEMPLATE, **columns}
     if kind == "chat_template":
         if train_on:
             draft.add_note("train_on_inputs: the whole text is trained; Axolotl excludes the headers of chat templates")
@@ -317,6 +344,12 @@ def _template_options(info: Mapping[str, Any], values: Mapping[str, Any], draft:
                 "chat_template chatml: the text is the same; the stop token <|im_end|> must be in the tokenizer"
             )
             return {"template": "chatml"}
+        if name in _MODEL_TEMPLATES:
+            draft.add_note(
+                f"chat_template {name}: ftdata uses the chat template of the model, which can differ from Axolotl's; "
+                "check the text with ftdata preview, or set template to a .jinja file"
+            )
+            continue
         problem = f"the chat_template {name} cannot be converted"
         hint = "save the template as a .jinja file and set template to its path, or use tokenizer_default"
         raise conversion_error(problem, hint=hint)

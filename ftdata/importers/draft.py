@@ -9,6 +9,11 @@ from typing import Any
 from ftdata.errors import UsageError, escape_line_breaks, escape_unprintable, shorten
 from ftdata.schemas import ROLES, SPECIAL_ROLES
 
+KERNELS_NOTE = "left out: results are the same without these kernels; the loss of TRL saves the memory of the logits"
+
+TEXT_TEMPLATE = "{% generation %}{{ text }}{{ eos_token }}{% endgeneration %}"
+"""The template of plain texts that end with the EOS token, of which all tokens are trained."""
+
 CONVERT_HINT = "convert rows to messages with a function: schema='./mine.py:convert'"
 
 Rule = str | Callable[[Any], Mapping[str, Any]]

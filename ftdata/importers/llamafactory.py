@@ -13,6 +13,8 @@ from typing import Any
 from ftdata.errors import describe_exception, suggest_names
 from ftdata.importers.draft import (
     CONVERT_HINT,
+    KERNELS_NOTE,
+    TEXT_TEMPLATE,
     Draft,
     KeyRules,
     apply_rules,
@@ -71,7 +73,7 @@ KEYS = KeyRules(
     ignored={
         "do_train", "do_eval", "do_predict", "predict_with_generate", "preprocessing_num_workers", "use_fast_tokenizer",
         "preprocessing_batch_size", "overwrite_cache", "overwrite_output_dir", "plot_loss", "streaming", "buffer_size",
-        "data_shared_file_system", "ddp_timeout", "enable_liger_kernel", "use_unsloth", "upcast_layernorm",
+        "data_shared_file_system", "ddp_timeout", "use_unsloth", "upcast_layernorm",
         "upcast_lmhead_output", "resume_from_checkpoint", "include_num_input_tokens_seen", "use_reentrant_gc",
         "cache_dir", "low_cpu_mem_usage", "save_only_model", "ray_run_name", "group_by_length", "double_quantization",
         "quantization_method", "quantization_type",
@@ -89,6 +91,7 @@ KEYS = KeyRules(
         "add_tokens": "left out: save a tokenizer that contains them, and set tokenizer to its folder",
         "add_special_tokens": "left out: save a tokenizer that contains them, and set tokenizer to its folder",
         "eval_dataset": "left out: hold out rows with test_size, or with a test split in the data",
+        "enable_liger_kernel": KERNELS_NOTE,
         "disable_shuffling": "left out: the seed and the epoch determine the order of the rows",
     },
     unsupported={
@@ -132,21 +135,29 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     Raises:
         UsageError: `cannot_import`.
     """
-    for key, supported in (("stage", "sft"), ("mix_strategy", "concat")):
-        check_setting("", key, values.get(key, supported), (supported,))
+    is_pretraining = values.get("stage") == "pt"
+    check_setting("", "stage", values.get("stage", "sft"), ("sft", "pt"))
+    check_setting("", "mix_strategy", values.get("mix_strategy", "concat"), ("concat",))
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
     apply_rules(values, KEYS, draft, skip=_CONVERTED_BELOW)
     _convert_weights(values, draft)
     _convert_lengths(values, draft)
-    names = [name.strip() for name in str(values.get("dataset") or "").split(",") if name.strip()]
+    listed = values.get("dataset") or ""
+    texts = map(str, listed if isinstance(listed, list) else [listed])
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     if not names:
         raise conversion_error("the setting dataset is empty, expected the names of data sets")
     data_dir = Path(str(values.get("dataset_dir", "data")))
     if not (data_dir / _INFO_FILE).is_file() and (folder / data_dir / _INFO_FILE).is_file():
         data_dir = folder / data_dir
     selected = [name for name in names if not selection or name in selection] or list(selection)
-    _convert_datasets(_read_info_file(data_dir / _INFO_FILE), selected, data_dir, draft)
+    infos = _read_info_file(data_dir / _INFO_FILE)
+    if is_pretraining:
+        _convert_texts(infos, selected, data_dir, draft)
+        remove_evaluation(draft)
+        return draft
+    _convert_datasets(infos, selected, data_dir, draft)
     setting = f"template: {values['template']}" if values.get("template") else "template"
     draft.add_note(
         f"{setting}: LLaMA-Factory uses built-in templates, ftdata uses the chat template of the model; "
@@ -214,11 +225,32 @@ def _read_info_file(path: Path) -> Mapping[str, Any]:
     return infos
 
 
-def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
+def _convert_texts(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
+    """Convert data sets of `stage: pt`, which trains all tokens of the column `prompt`."""
+    _check_names(infos, names, folder)
+    draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
+    columns = {name: (infos[name].get("columns") or {}).get("prompt", "instruction") for name in names}
+    options = {
+        name: {"schema": "text", "template": TEXT_TEMPLATE, "columns": {"text": column} if column != "text" else None}
+        for name, column in columns.items()
+    }
+    merge_dataset_options(options, draft)
+    draft.set_field("packing", "bfd")
+    draft.add_note(
+        "stage pt: each text is one example, and packing does not cut it; LLaMA-Factory joins all texts and cuts them "
+        "into blocks of cutoff_len"
+    )
+
+
+def _check_names(infos: Mapping[str, Any], names: Sequence[str], folder: Path) -> None:
     for name in names:
         if not isinstance(infos.get(name), Mapping):
             problem = f"{folder / _INFO_FILE} contains no data set {name!r}"
             raise conversion_error(problem, hint=suggest_names(name, infos))
+
+
+def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
+    _check_names(infos, names, folder)
     draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
     merge_dataset_options({name: _row_options(name, infos[name], draft) for name in names}, draft)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ftdata import preview
+from ftdata import build_sft_dataset, preview
 from ftdata.config import Config, load_config
 from ftdata.errors import UsageError
 from ftdata.importers import import_config
@@ -163,7 +163,8 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
         ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": []}]}, "roles_to_train"),
         ({"datasets": [{"path": "a", "type": "chat_template", "message_field_training": "learn"}]}, "'learn'.*rename this message field to train"),
         ({"datasets": [{"path": "a", "type": "chat_template", "message_property_mappings": {"content": "body"}}]}, "the content of each message is under the key 'body'"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "chat_template": "llama3"}]}, "the chat_template llama3 cannot be converted"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "chat_template": "mine"}]}, "the chat_template mine cannot be converted"),
+        ({"plugins": ["axolotl.integrations.liger.LigerPlugin", "my.Plugin"]}, "the plugin my.Plugin cannot be converted"),
         ({"datasets": [{"path": "a", "type": "alpaca", "format": "{instruction}"}]}, "Axolotl does not read format at this level"),
         ({"datasets": [{"path": "a", "type": "chat_template", "drop_system_message": True}]}, "drop_system_message"),
         ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "unknown keys: field_question"),
@@ -338,3 +339,37 @@ def test_every_key_maps_to_an_existing_field(keys):
             assert section in Config.__struct_fields__, target
     groups = [set(keys.rules), set(keys.same_name), set(keys.ignored), set(keys.notes), set(keys.unsupported)]
     assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+def test_templates_of_models_and_kernels_are_imported(tmp_path):
+    plugins = ["axolotl.integrations.liger.LigerPlugin"]
+    found = import_config(axolotl(tmp_path, chat_template="llama3", plugins=plugins, liger_rope=True))
+    assert found.config.template is None
+    assert any(
+        note.startswith("chat_template llama3: ftdata uses the chat template of the model") for note in found.notes
+    )
+    assert any("liger_rope" in note for note in found.notes)
+    assert any(
+        "enable_liger_kernel" in note for note in import_config(factory(tmp_path, enable_liger_kernel=True)).notes
+    )
+
+
+def test_several_data_sets_in_a_list_are_imported(tmp_path):
+    infos = {name: {"file_name": f"{name}.json"} for name in ("one", "two")}
+    path = factory(tmp_path, dataset=["one", "two"])
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(infos))
+    assert [source["path"].rpartition("/")[2] for source in import_config(path).config.data] == ["one.json", "two.json"]
+
+
+def test_pretraining_of_llama_factory_trains_all_of_each_text(tmp_path, tokenizer_dir):
+    path = factory(tmp_path, stage="pt", dataset="texts", val_size=0, max_samples=None)
+    info = {"texts": {"file_name": "texts.json", "columns": {"prompt": "body"}}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "data" / "texts.json").write_text(json.dumps([{"body": "one text"}, {"body": "another"}]))
+    config = import_config(path).config
+    assert (config.schema, config.columns, config.packing) == ("text", {"text": "body"}, "bfd")
+    dataset = build_sft_dataset(config.data, tokenizer_dir("tiny_bpe"), **config.build_options())
+    counts = dataset.report.splits["train"]
+    # Nothing precedes the first token of a text, so no model can predict it.
+    assert counts["trained"] == counts["tokens"] - 2
+    assert dataset.report.totals["built"] == 2
