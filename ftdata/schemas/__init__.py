@@ -396,6 +396,10 @@ def _matches_schema(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
         raise BadRow("schema_failed", problem, hint="fix the function; it is called for every row") from error
 
 
+_MAX_COMPARED_COLUMNS = 100
+"""Rows with more columns are not searched for misspelled names, because comparing names is slow."""
+
+
 def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
     """Find columns whose names differ from those of one schema only by case or spelling.
 
@@ -404,6 +408,8 @@ def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
     >>> _find_similar_columns({"Question": "2+2?", "anwser": "4"})
     {'question': 'Question', 'answer': 'anwser'}
     """
+    if len(data) > _MAX_COMPARED_COLUMNS:
+        return {}
     names = {str(name).casefold(): name for name in data}
     found = list[dict[str, str]]()
     for schema_name, schema in _detectable_schemas().items():

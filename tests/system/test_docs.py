@@ -44,7 +44,7 @@ def test_commands_and_options_in_the_docs_exist(page, command, reference):
     """Every command and option that the docs mention but do not run; `A|B` are alternatives."""
     words = shlex.split(command)
     of = next((name for name in reference.NAMES if f"ftdata {command} ".startswith(f"{name} ")), None)
-    assert of or words in (["templates"], ["config"], ["--help"], ["--version"]) or "|" in command, command
+    assert of or words in (["templates"], ["config"], ["cache"], ["--help"], ["--version"]) or "|" in command, command
     for word in words:
         if word.startswith("-") and word not in ("-", "--help", "-h", "--version"):
             assert of and word.partition("=")[0] in reference.NAMES[of], (of, word)

@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftdata.errors import escape_unprintable
+from ftdata.errors import count_noun, escape_unprintable
 from ftdata.inspection.html_page import write_html
+
+_TABLE_WIDTH = 120
+"""Minimum number of columns of a terminal for answers side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +88,31 @@ class Comparison:
             yield title, template.format(getattr(self.base, name)), template.format(getattr(self.tuned, name))
 
     def print(self, console: Console) -> None:
-        """Print the answers of both models side by side, then the scores of both models."""
-        table = Table("prompt", "expected", "base", "tuned", show_lines=True)
+        """Print the answers of both models, then the scores of both models.
+
+        The answers are side by side, or below each other on a terminal with fewer than 120 columns.
+        """
+        names, is_wide = ("prompt", "expected", "base", "tuned"), console.width >= _TABLE_WIDTH
+        table = Table(*names, show_lines=True) if is_wide else Table.grid(padding=(0, 2))
         for row in self.rows:
             style = "green" if row.tuned.strip() == row.expected.strip() else "red"
             cells = ((row.prompt, ""), (row.expected, ""), (row.base, "dim"), (row.tuned, style))
-            table.add_row(*(Text(escape_unprintable(text), style=style) for text, style in cells))
+            texts = [Text(escape_unprintable(text).strip("\n"), style=style) for text, style in cells]
+            if is_wide:
+                table.add_row(*texts)
+                continue
+            for name, text in zip(names, texts, strict=True):
+                table.add_row(Text(name, style="bold"), text)
+            table.add_row()
         console.print(table)
         scores = Table("", "base", "tuned", box=None, pad_edge=False)
         for title, *values in self.scores():
             scores.add_row(title, *values)
-        console.print(f"{len(self.rows)} rows of {escape_unprintable(self.data_name)}", highlight=False, markup=False)
+        console.print(
+            f"{count_noun(len(self.rows), 'row')} of {escape_unprintable(self.data_name)}",
+            highlight=False,
+            markup=False,
+        )
         console.print(scores)
 
     def as_html(self) -> str:

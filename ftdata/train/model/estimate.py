@@ -78,7 +78,7 @@ class Estimate:
         flops_per_step: floating-point operations per step: six per token and non-embedding weight (Kaplan et al. 2020),
             as in `Trainer.floating_point_ops`, independent of the number of trainable parameters.
         flops: floating-point operations of all steps.
-        seconds: approximate time of all steps.
+        seconds: approximate time of all steps and evaluations.
         weights: bytes of the weights in each process.
         gradients: bytes of the gradients.
         optimizer: bytes of the optimizer state.
@@ -160,7 +160,14 @@ def count_split(split: Any) -> SplitCounts:
     return SplitCounts(joined, int(joined.sum()), trained, documents)
 
 
-def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments: Any, vocabulary: int = 0) -> Estimate:
+def estimate_run(
+    config: Config,
+    model_config: Any,
+    rows: SplitCounts,
+    arguments: Any,
+    vocabulary: int = 0,
+    test_tokens: int = 0,
+) -> Estimate:
     """Estimate the memory, compute, steps and time of a run.
 
     Args:
@@ -169,6 +176,7 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
         rows: the counts of the train split.
         arguments: the settings of the trainer.
         vocabulary: the largest token id plus one; if the embeddings must grow for it, they are trained in full.
+        test_tokens: the number of tokens of the test split, which every evaluation reads.
 
     Raises:
         UsageError: the adapter does not fit the model, or the run would have 0 steps.
@@ -200,6 +208,7 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
+    evaluation_flops = flops_per_token * test_tokens * count_evaluations(steps, len(rows.lengths), arguments)
     flops_per_second = device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION * device.process_count()
     state = OPTIMIZER_BYTES.get(str(getattr(arguments.optim, "value", arguments.optim)), 8)
     return Estimate(
@@ -220,13 +229,29 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
         tokens_per_step=tokens_per_step,
         flops_per_step=flops,
         flops=flops * steps,
-        seconds=flops * steps * shares / 6 / flops_per_second,
+        seconds=(flops * steps * shares + evaluation_flops * 2) / 6 / flops_per_second,
         weights=weights + (4 * trainable if lora is not None else 0),
         gradients=4 * trainable,
         optimizer=round(state * trainable),
         activations=round(token_bytes * batch),
         free=device.free_memory(),
     )
+
+
+def count_evaluations(steps: int, rows: int, arguments: Any) -> int:
+    """Return how often a run with a test split evaluates the model, with the evaluation of the finished model.
+
+    Args:
+        steps: the number of steps.
+        rows: the number of rows of the train split.
+        arguments: the settings of the trainer.
+    """
+    strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    if strategy == "steps":
+        interval = arguments.eval_steps or arguments.logging_steps
+        # A number below 1 is a share of all steps.
+        return 1 + int(steps // (interval if interval >= 1 else max(interval * steps, 1)))
+    return 1 + (math.ceil(steps / count_steps(rows, arguments, epochs=1)) if strategy == "epoch" else 0)
 
 
 def check_memory(estimate: Estimate) -> None:

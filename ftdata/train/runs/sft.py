@@ -276,7 +276,9 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
             f"an example has {data.longest_document:,} tokens, but {config.model} accepts at most {positions:,} tokens",
             hint=f"build with max_length: {positions}",
         )
-    return estimate_run(config, model_config, count_split(data.splits["train"]), settings, data.vocabulary_size)
+    test_tokens = count_split(data.splits["test"]).tokens if "test" in data.splits else 0
+    train = count_split(data.splits["train"])
+    return estimate_run(config, model_config, train, settings, data.vocabulary_size, test_tokens)
 
 
 def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer:

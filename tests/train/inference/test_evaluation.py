@@ -117,7 +117,27 @@ def test_comparison_is_written_as_json_and_html(training_python, learnt, tmp_pat
         assert all(any(text.strip() == cell.strip() for cell in cells) for text in (row["prompt"], row["tuned"]))
 
 
-def test_hostile_answers_are_escaped_in_terminal_and_html():
+@pytest.mark.parametrize("width", [200, 80])
+def test_answers_are_below_each_other_on_a_narrow_terminal(width):
+    from rich.console import Console
+
+    from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
+
+    scores = Scores(1.0, 0.0, 0.0, 0.0)
+    answer = "We are open Monday to Friday from 9 am to 6 pm."
+    rows = (ComparedAnswer("When are you open?", answer, "When are you open?", answer),)
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        Comparison("data", "base", "tuned", scores, scores, rows).print(console)
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert f"expected  {answer}" in [line.rstrip() for line in lines] or width == 200
+    assert sum(answer in line for line in lines) == (2 if width == 80 else 1)
+    assert any("1 row of data" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [200, 80])
+def test_hostile_answers_are_escaped_in_terminal_and_html(width):
     from rich.console import Console
 
     from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
@@ -128,7 +148,7 @@ def test_hostile_answers_are_escaped_in_terminal_and_html():
         hostile, hostile, hostile, scores, scores, (ComparedAnswer(hostile, hostile, hostile, hostile),)
     )
     assert "script" not in Cells(report.as_html()).tags
-    console = Console(width=200, force_terminal=True, color_system=None)
+    console = Console(width=width, force_terminal=True, color_system=None)
     with console.capture() as capture:
         report.print(console)
     assert "\x1b[31m" not in capture.get()
