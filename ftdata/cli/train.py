@@ -37,7 +37,7 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path(
         "run.yaml"
     ),
-    output_dir: Annotated[str, typer.Option(help="Value of the setting output_dir in the new configuration")] = "out",
+    output_dir: Annotated[str, typer.Option(help="Value of the setting output_dir in the new configuration")] = "run",
     *,
     trust_remote_code: TrustRemoteCode = False,
     **options: Any,

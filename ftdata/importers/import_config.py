@@ -84,7 +84,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
         problem = f"the file contains a value that is not valid in {tool}: {error}"
         hint = f"check that {tool} accepts the file"
         raise UsageError("cannot_import", problem, where=str(path), hint=hint) from None
-    fields = {"model": model or _MODEL_PLACEHOLDER, "output_dir": "out", **draft.fields}
+    fields = {"model": model or _MODEL_PLACEHOLDER, "output_dir": "run", **draft.fields}
     if model is not None:
         fields["model"] = model
     elif "model" not in draft.fields:

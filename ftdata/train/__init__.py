@@ -263,7 +263,7 @@ def merge(
     return merge_adapter.merge_into_base(run, Path(output_dir), dtype)
 
 
-def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
+def init(data: str, model: str, output_dir: str | Path = "run", **overrides: Any) -> str:
     """Return a commented YAML configuration with values chosen for the given data and model.
 
     Args:
