@@ -310,8 +310,8 @@ def _describe_type_error(message: str, values: Mapping[str, Any]) -> str:
     for key in path.split("."):
         value = value.get(key, NULL) if isinstance(value, dict) else NULL
     is_shown = value is None or (isinstance(value, bool | int | float | str) and not is_secret_name(path))
-    found = f"is {shorten(redact_text(dump_yaml([value])[2:].strip()), 80)}" if is_shown else "has an invalid type"
-    return f"{path} {found}, expected {' or '.join(expected)}"
+    problem = f"is {shorten(redact_text(dump_yaml([value])[2:].strip()), 80)}" if is_shown else "has an invalid type"
+    return f"{path} {description}, expected {' or '.join(expected)}"
 
 
 def _shorten_lora_names(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -98,13 +98,13 @@ class RejectLimit:
 def _group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:
     """Yield a line for each reason, with the first rows that have it. The fix follows where it first applies."""
     groups, counts = dict[tuple[str, str, str], list[str]](), Counter[tuple[str, str, str]]()
-    others = 0
+    unlisted = 0
     for reject in rejects:
         key = reject.code, reject.reason, reject.fix
         if reject.code in BY_CHOICE:
             continue
         if key not in groups and len(groups) == _MAX_GROUPS:
-            others += 1
+            unlisted += 1
             continue
         counts[key] += 1
         places = groups.setdefault(key, [])
@@ -120,5 +120,5 @@ def _group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:
             line = f"[{code}] {count:,} rows: {reason} ({', '.join(places)}{more})"
         yield f"{line}. Fix: {fix}" if fix and fix not in fixes else line
         fixes.add(fix)
-    if others:
-        yield f"... and {count_noun(others, 'row')} with other reasons"
+    if unlisted:
+        yield f"... and {count_noun(unlisted, 'row')} with other reasons"

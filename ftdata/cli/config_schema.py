@@ -48,8 +48,8 @@ def make_config_schema() -> dict[str, Any]:
 def _list_choices(field: dict[str, Any], choices: tuple[str, ...]) -> dict[str, Any]:
     """Replace the type of a field by the list of its allowed values."""
     is_optional = field.get("default", "") is None
-    kept = {name: value for name, value in field.items() if name in ("default", "description")}
-    return {"enum": [*choices, None] if is_optional else [*choices], **kept}
+    annotations = {name: value for name, value in field.items() if name in ("default", "description")}
+    return {"enum": [*choices, None] if is_optional else [*choices], **annotations}
 
 
 def _make_data_schema() -> dict[str, Any]:

@@ -74,17 +74,17 @@ def render_help(ctx: Any, *, is_complete: bool) -> str:
     formatter.write_usage(ctx.command_path, " ".join([*names, "[OPTIONS]"]))
     formatter.write_paragraph()
     formatter.write_text(ctx.command.help or "")
-    others = dict[str, list[Any]]()
+    unlisted_groups = dict[str, list[Any]]()
     for title in dict.fromkeys((_ARGUMENTS, _OPTIONS, *groups)):
         if groups[title] and (is_complete or title in (_ARGUMENTS, _OPTIONS)):
             with formatter.section(title):
                 formatter.write_dl([_describe(parameter, ctx) for parameter in groups[title]], col_max=_NAME_WIDTH)
         elif groups[title]:
-            others[title] = groups[title]
-    if others:
+            unlisted_groups[title] = groups[title]
+    if unlisted_groups:
         formatter.write_paragraph()
         formatter.write("More options (see --help-all):\n")
-        for title, options in others.items():
+        for title, options in unlisted_groups.items():
             listed = " ".join(option.opts[0] for option in options)
             lines = textwrap.wrap(listed, formatter.width - _NAME_WIDTH, break_on_hyphens=False)
             for number, line in enumerate(lines):
@@ -105,9 +105,9 @@ def _describe(parameter: Any, ctx: Any) -> tuple[str, str]:
     names = ", ".join(sorted(parameter.opts, key=len))
     if parameter.secondary_opts:
         names = f"{names}/{parameter.secondary_opts[0].removeprefix('--')}"
-    shown = parameter.show_default
-    default = shown if isinstance(shown, str) else None
-    if shown is True and not parameter.is_flag and "default:" not in text:
+    show_default = parameter.show_default
+    default = show_default if isinstance(show_default, str) else None
+    if show_default is True and not parameter.is_flag and "default:" not in text:
         value = parameter.get_default(ctx)
         default = None if value is None else str(value)
     return names, f"{text} (default: {default})" if default else text

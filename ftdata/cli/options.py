@@ -218,11 +218,9 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
     source_options = {name: value for name, value in source_options.items() if value is not None}
     config = None
     if any(map(is_config_file, data)):
-        others = [*data[1:], *(f"--{name}" for name in source_options)]
-        if others:
-            problem = (
-                f"{data[0]} cannot be combined with {others[0]}, because one of the arguments is a configuration file"
-            )
+        conflicts = [*data[1:], *(f"--{name}" for name in source_options)]
+        if conflicts:
+            problem = f"{data[0]} cannot be combined with {conflicts[0]}, because one of the arguments is a configuration file"
             raise UsageError("config_alone", problem, hint="set the field data of the configuration instead")
         config = load_data_config(Path(data[0]))
     for name in options.keys() & OPTIONS.keys():
@@ -238,8 +236,8 @@ def drop_shares(sources: Any) -> tuple[Any, list[str]]:
     """Remove `weight`, `rows` and `tokens` from the sources of a configuration. Also return the removed keys."""
     items = sources if isinstance(sources, list) else [sources]
     removed = [key for key in SHARE_KEYS if any(isinstance(item, dict) and key in item for item in items)]
-    kept = [
+    plain_items = [
         {key: value for key, value in item.items() if key not in SHARE_KEYS} if isinstance(item, dict) else item
         for item in items
     ]
-    return kept, removed
+    return plain_items, removed

@@ -35,9 +35,9 @@ _OTHER_METHOD = "ftdata does not support this training method"
 def _check_plugins(names: Any) -> dict[str, Any]:
     """Leave out plug-ins that only replace kernels. Any other plug-in affects training."""
     listed = names if isinstance(names, list) else [names]
-    others = [str(name) for name in listed if not str(name).endswith(("LigerPlugin", "CutCrossEntropyPlugin"))]
-    if others:
-        raise conversion_error(f"the plugin {others[0]} cannot be converted: {_NO_EQUIVALENT}")
+    unsupported = [str(name) for name in listed if not str(name).endswith(("LigerPlugin", "CutCrossEntropyPlugin"))]
+    if unsupported:
+        raise conversion_error(f"the plugin {unsupported[0]} cannot be converted: {_NO_EQUIVALENT}")
     return {}
 
 

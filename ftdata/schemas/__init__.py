@@ -411,14 +411,14 @@ def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
     if len(data) > _MAX_COMPARED_COLUMNS:
         return {}
     names = {str(name).casefold(): name for name in data}
-    found = list[dict[str, str]]()
+    mappings = list[dict[str, str]]()
     for schema_name, schema in _detectable_schemas().items():
         similar = {column: get_close_matches(column, names, n=1, cutoff=0.75) for column in schema.columns}
         mapping = {column: names[matches[0]] for column, matches in similar.items() if matches}
         renamed = {**data, **{column: data[name] for column, name in mapping.items()}}
         if len(set(mapping.values())) == len(mapping) and _matches_schema(schema_name, schema, renamed):
-            found.append({column: name for column, name in mapping.items() if column != name})
-    return found[0] if len(found) == 1 else {}
+            mappings.append({column: name for column, name in mapping.items() if column != name})
+    return mappings[0] if len(mappings) == 1 else {}
 
 
 def _detect_schema(data: Mapping[str, Any]) -> str:
