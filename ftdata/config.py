@@ -311,7 +311,7 @@ def _describe_type_error(message: str, values: Mapping[str, Any]) -> str:
         value = value.get(key, NULL) if isinstance(value, dict) else NULL
     is_shown = value is None or (isinstance(value, bool | int | float | str) and not is_secret_name(path))
     problem = f"is {shorten(redact_text(dump_yaml([value])[2:].strip()), 80)}" if is_shown else "has an invalid type"
-    return f"{path} {description}, expected {' or '.join(expected)}"
+    return f"{path} {problem}, expected {' or '.join(expected)}"
 
 
 def _shorten_lora_names(values: dict[str, Any], where: str) -> dict[str, Any]:

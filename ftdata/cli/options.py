@@ -220,7 +220,7 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
     if any(map(is_config_file, data)):
         conflicts = [*data[1:], *(f"--{name}" for name in source_options)]
         if conflicts:
-            problem = f"{data[0]} cannot be combined with {conflicts[0]}, because one of the arguments is a configuration file"
+            problem = f"{data[0]} cannot be combined with {conflicts[0]}: one of the arguments is a configuration file"
             raise UsageError("config_alone", problem, hint="set the field data of the configuration instead")
         config = load_data_config(Path(data[0]))
     for name in options.keys() & OPTIONS.keys():

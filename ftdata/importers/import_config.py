@@ -65,7 +65,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     - path: me/faq
       split: train
     model: gpt2
-    output_dir: out
+    output_dir: run
     schema: alpaca
     columns:
       instruction: q
