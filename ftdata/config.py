@@ -1,4 +1,4 @@
-"""Read, check and write configuration files, which all commands accept as data.
+"""Read, check and write configuration files, which commands accept in place of data.
 
 ```yaml
 data: data.json

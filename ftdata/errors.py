@@ -214,22 +214,6 @@ def count_noun(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def format_bytes(size: int) -> str:
-    """Return a number of bytes with a decimal unit.
-
-    >>> format_bytes(950), format_bytes(3_400_000_000)
-    ('950 B', '3.4 GB')
-    """
-    if size < 1000:
-        return f"{size} B"
-    amount = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
-
-
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     """Check that an option has one of its allowed values.
 

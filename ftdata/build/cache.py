@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import format_bytes
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.batches import EncodedText, Encodings
 
@@ -73,11 +72,13 @@ class CacheSize(NamedTuple):
         return {"folder": self.folder and str(self.folder), "bytes": self.total, "limit": self.limit, "kinds": kinds}
 
     def __str__(self) -> str:
+        from rich.filesize import decimal as format_bytes
+
         if self.folder is None:
             return "the cache is disabled (FTDATA_CACHE=off)"
-        lines = [f"{self.folder}: {format_bytes(self.total)}, at most {format_bytes(self.limit)} for parts and texts"]
+        lines = [f"{self.folder}: {format_bytes(self.total)}, at most {format_bytes(self.limit)} for shards and texts"]
         for kind, (entries, size) in self.kinds.items():
-            lines.append(f"{kind:9}{entries:>8,} entries {format_bytes(size):>9}  {KINDS[kind]}")
+            lines.append(f"{kind:9}{entries:>8,} entries {format_bytes(size):>10}  {KINDS[kind]}")
         return "\n".join(lines)
 
 

@@ -128,7 +128,8 @@ def build_sft_dataset(
         max_rejects: the maximum number of rejected rows, or a share such as `"1%"`; needs `"quarantine"`.
         output_dir: a folder for the build, or a URL in an object store (`s3://bucket/name`), where builds are never
             replaced; `None` keeps the build in memory.
-        overwrite: whether to replace a build in `output_dir` that was made from other data or with other options.
+        overwrite: whether to replace a build in `output_dir` that was made from other sources or with other options.
+            Rows in memory are not compared, so a build of such rows replaces a build of other rows.
         workers: the maximum number of worker processes, limited to one per 32 MB of data; does not affect the result.
             `None` for this process only. A script that uses several processes needs `if __name__ == "__main__":`.
         engine: `"local"`, `"ray"` (the cluster at `RAY_ADDRESS`, or a new local cluster) or `"ray:ADDRESS"`. Ray nodes

@@ -13,7 +13,7 @@ import typer
 from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, drop_shares, read_request
 from ftdata.cli.output import interruptible, print_json_or_text, print_value, progress_bar, write_stdout
-from ftdata.errors import UsageError, escape_unprintable, format_bytes
+from ftdata.errors import UsageError, escape_unprintable
 
 cache_app = typer.Typer(cls=CompactGroup, invoke_without_command=True)
 config_app = typer.Typer(
@@ -86,7 +86,7 @@ def convert(
     request = read_request(data, tokenizer, options)
     # Only rendered text needs the tokenizer, which a configuration contains in any case.
     tokenizer = request.tokenizer if to == "text" else tokenizer
-    sources, shares = drop_shares(request.sources) if request.output_dir is not None else (request.sources, [])
+    sources, shares = drop_shares(request.sources)
     if shares:
         print(
             f"{', '.join(shares)} of the configuration are not applied: convert writes each row once", file=sys.stderr
@@ -201,11 +201,13 @@ def cache_show(context: typer.Context, as_json: Json = False) -> None:
 @cache_app.command("clear", cls=CompactCommand)
 def cache_clear() -> None:
     """Remove everything from the cache."""
+    from rich.filesize import decimal
+
     from ftdata.build.cache import KINDS, clear_cache, measure_cache
 
     size = measure_cache()
     clear_cache(KINDS)
-    print(f"removed {format_bytes(size.total)} from {size.folder}" if size.folder else size)
+    print(f"removed {decimal(size.total)} from {size.folder}" if size.folder else size)
 
 
 def env(as_json: Json = False) -> None:

@@ -195,12 +195,12 @@ class Request(NamedTuple):
     Attributes:
         sources: the data, in a form that `resolve_sources` accepts.
         tokenizer: the tokenizer; `None` if it is missing.
-        output_dir: the field `output_dir` of the configuration, which may be empty; `None` without a configuration.
+        output_dir: the field `output_dir` of the configuration; empty if it is missing.
     """
 
     sources: Any
     tokenizer: str | None
-    output_dir: str | None = None
+    output_dir: str = ""
 
 
 def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]) -> Request:

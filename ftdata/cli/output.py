@@ -166,7 +166,7 @@ class _LineProgress:
 
 
 def _describe_progress(update: ProgressUpdate, seconds: float) -> str:
-    """Describe progress in at most 52 characters.
+    """Describe progress in at most 60 characters, so that a line with a bar fits 80 columns.
 
     >>> _describe_progress(ProgressUpdate("tokenize", 1_234_567, 987_654_321, 0.25), 60)
     '1.2M rows (21k/s) 988M tokens (16M/s) 3:00 left'

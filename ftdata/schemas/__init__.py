@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 from ftdata.errors import BadRow, UsageError, suggest_names
@@ -396,6 +396,15 @@ def _matches_schema(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
         raise BadRow("schema_failed", problem, hint="fix the function; it is called for every row") from error
 
 
+@lru_cache(maxsize=64)
+def _match_names(names: tuple[str, ...], version: int) -> dict[str, str]:  # noqa: ARG001  (the version of the schemas)
+    """Return canonical column -> the name that differs from it only by case or spelling."""
+    folded = {str(name).casefold(): name for name in names}
+    canonical = dict.fromkeys(column for schema in _detectable_schemas().values() for column in schema.columns)
+    matches = {column: get_close_matches(column, folded, n=1, cutoff=0.75) for column in canonical}
+    return {column: folded[closest[0]] for column, closest in matches.items() if closest}
+
+
 _MAX_COMPARED_COLUMNS = 100
 """Rows with more columns are not searched for misspelled names, because comparing names is slow."""
 
@@ -410,11 +419,10 @@ def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
     """
     if len(data) > _MAX_COMPARED_COLUMNS:
         return {}
-    names = {str(name).casefold(): name for name in data}
+    similar = _match_names(tuple(data), schemas.version)
     mappings = list[dict[str, str]]()
     for schema_name, schema in _detectable_schemas().items():
-        similar = {column: get_close_matches(column, names, n=1, cutoff=0.75) for column in schema.columns}
-        mapping = {column: names[matches[0]] for column, matches in similar.items() if matches}
+        mapping = {column: similar[column] for column in schema.columns if column in similar}
         renamed = {**data, **{column: data[name] for column, name in mapping.items()}}
         if len(set(mapping.values())) == len(mapping) and _matches_schema(schema_name, schema, renamed):
             mappings.append({column: name for column, name in mapping.items() if column != name})

@@ -97,7 +97,7 @@ def test_builds_are_the_same_on_a_busy_machine(runs, tmp_path, tokenizer_dir):
     template.write_text(TEMPLATE)
     given = str(data), tokenizer_dir("tiny_bpe"), str(template)
     expected = build(*given, str(tmp_path / "idle"))
-    # One other process is enough to stop the clock of this one for most of the time.
+    # Two other processes take two thirds of the time of the core.
     with starved(4 if runs > 1 else 2):
         for run in range(runs):
             assert build(*given, str(tmp_path / f"{run}")) == expected, run
