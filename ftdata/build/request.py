@@ -98,6 +98,9 @@ def check_same_options(request: BuildRequest, target: Path) -> None:
         stored = json.loads((target / "report.json").read_bytes())["options"]
     except (InputRefused, OSError, ValueError, LookupError, TypeError):
         return
+    if not isinstance(stored, dict):
+        # The build is damaged, or another program wrote it.
+        return
     requested = json.loads(json.dumps(request.reported_options, default=str))
     for name in option_names("rejects"):
         # These options determine whether a build succeeds, but not its contents.

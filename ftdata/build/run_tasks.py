@@ -72,6 +72,9 @@ class _ProgressReporter:
     tokens: int = 0
     size: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._total_size = sum(self.sizes)
+
     def report(self, number: int, counts: tuple[int, int, float | None]) -> None:
         """Report the progress of one shard: its processed rows, tokens and share."""
         rows, tokens, share = self.counts.get(number, (0, 0, 0.0))
@@ -79,8 +82,7 @@ class _ProgressReporter:
         self.rows += counts[0] - rows
         self.tokens += counts[1] - tokens
         self.size += self.sizes[number] * ((counts[2] or 0.0) - (share or 0.0))
-        total_size = sum(self.sizes)
-        share = self.size / total_size if total_size else counts[2] if len(self.sizes) == 1 else None
+        share = self.size / self._total_size if self._total_size else counts[2] if len(self.sizes) == 1 else None
         self.progress(ProgressUpdate("tokenize", self.rows, self.tokens, share or None))
 
 

@@ -17,7 +17,9 @@ from ftdata.errors import UsageError, escape_unprintable
 
 cache_app = typer.Typer(cls=CompactGroup, invoke_without_command=True)
 config_app = typer.Typer(
-    no_args_is_help=True, help="Import configurations of other tools, and print the schema of configurations."
+    cls=CompactGroup,
+    no_args_is_help=True,
+    help="Import configurations of other tools, and print the schema of configurations.",
 )
 templates_app = typer.Typer(cls=CompactGroup, no_args_is_help=True, help="List, show and check chat templates.")
 

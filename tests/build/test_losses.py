@@ -44,3 +44,13 @@ def test_large_losses_are_noted_with_the_options_that_change_them(tokenizer_dir)
     assert "max_length cuts an answer" in truncated
     filtered = build([*rows[:12], {"question": "q", "answer": "5"}], where="answer != '4'").report.notes[0]
     assert "12 rows excluded by where" in filtered
+
+
+@pytest.mark.parametrize("options", ["[]", "null", '"x"'])
+def test_build_with_a_damaged_report_is_replaced(options, tokenizer_dir, tmp_path):
+    rows = [{"question": "2+2?", "answer": "4"}]
+    build = partial(build_sft_dataset, rows, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "out")
+    build()
+    report = json.loads((tmp_path / "out" / "report.json").read_bytes())
+    (tmp_path / "out" / "report.json").write_text(json.dumps({**report, "options": json.loads(options)}))
+    assert len(build()["train"]) == 1
