@@ -11,14 +11,26 @@ import re
 from contextlib import suppress
 from typing import Any, Literal
 
-from ftdata.options import FILE_KEYS, OPTIONS
+from ftdata.options import OPTIONS
 
 Style = Literal["arguments", "flags", "keys"]
 
 _FLAGS = {"columns": "column", "template_kwargs": "template-kwarg"}
 """Options whose flag has another name, because it sets one item of a mapping."""
 
-_NAMES = sorted({*OPTIONS, *FILE_KEYS, "workers", "engine", "output_dir", "tokenizer", "to", "overwrite"} - {"name"})
+_OTHER_NAMES = (
+    "encoding",
+    "engine",
+    "format",
+    "output_dir",
+    "overwrite",
+    "quoting",
+    "split",
+    "to",
+    "tokenizer",
+    "workers",
+)
+_NAMES = sorted({*OPTIONS, *_OTHER_NAMES})
 _ANY_NAME = "|".join(_NAMES)
 _LONG_NAMES = "|".join(name for name in _NAMES if "_" in name)
 _VALUE = r"""'[^']*'|"[^"]*"|\{[^{}]*\}|\.\.\.|[\w.%:/-]*[\w%]"""
@@ -26,7 +38,7 @@ _OPTION = re.compile(
     # An option with its value, and the comma if another option follows. `--set turns=split` is not changed.
     rf"(?<![\w.'\"/-])(?<!--set )(?P<name>{_ANY_NAME})=(?P<value>{_VALUE})?(?:,(?=\ (?:{_ANY_NAME})=))?"
     # The name of an option. A quoted name may be a column.
-    rf"|(?<![\w.'\"`/\[-])(?P<bare>{_LONG_NAMES})(?![\w='\"`.(-])"
+    rf"|(?<![\w.'\"`/\[-])(?P<bare>{_LONG_NAMES})(?![\w='\"`(-]|\.\w)"
 )
 
 

@@ -222,12 +222,12 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
         if conflicts:
             problem = f"{data[0]} cannot be combined with {conflicts[0]}: one of the arguments is a configuration file"
             raise UsageError("config_alone", problem, hint="set the field data of the configuration instead")
+        set_style("keys")
         config = load_data_config(Path(data[0]))
     for name in options.keys() & OPTIONS.keys():
         if options[name] is None:
             options[name] = getattr(config, name) if config else OPTIONS[name].default
     if config:
-        set_style("keys")
         return Request(config.data, tokenizer or config.tokenizer or config.model or None, config.output_dir)
     return Request([{"path": path, **source_options} for path in data] if source_options else data, tokenizer)
 

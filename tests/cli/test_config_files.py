@@ -111,6 +111,8 @@ def test_misspelled_keys_of_sources_are_refused(folder):
     (folder / "bad.yaml").write_text(json.dumps({"data": misspelled}))
     with pytest.raises(UsageError, match=r"bad.yaml: data has the unknown key 'wieght'.*did you mean 'weight'"):
         load_data_config(folder / "bad.yaml")
+    # Keys of a file are not spelled as flags.
+    assert "known: data_files, encoding" in run("preview", folder / "bad.yaml", code=2).stderr
     # Rows can have a column `path`.
     assert len(resolve_sources([{"path": "a", "text": "b"}])) == 1
 
