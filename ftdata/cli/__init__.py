@@ -19,9 +19,9 @@ import ftdata
 from ftdata.cli.build import build, cache_app, config_app, convert, env, plugins, push, templates_app, verify
 from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.inspect import audit, diff, preview, stats
-from ftdata.cli.output import LogHandler
+from ftdata.cli.output import LogHandler, print_error
 from ftdata.cli.train import chat, evaluate, generate, init, merge, train
-from ftdata.errors import FtdataError, escape_unprintable
+from ftdata.errors import FtdataError
 from ftdata.redaction import redact_text
 from ftdata.spelling import set_style, spell_options
 
@@ -90,7 +90,7 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"ftdata: {escape_unprintable(redact_text(message))}", file=sys.stderr)
+    print_error(redact_text(message))
     sys.exit(code)
 
 

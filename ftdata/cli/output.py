@@ -78,6 +78,21 @@ def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
     pydoc.pager(text)
 
 
+def print_error(message: str) -> None:
+    """Print an error message to standard error. On a terminal, the error code and the word "Fix" have colors."""
+    message = f"ftdata: {escape_unprintable(message)}"
+    if not sys.stderr.isatty():
+        print(message, file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(message)
+    text.highlight_regex(r"^ftdata: (\[\w+\])?", "bold red")
+    text.highlight_regex(r"\bFix:", "bold green")
+    Console(stderr=True).print(text, soft_wrap=True)
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """If Ctrl-C interrupts the `with` block, say that the same command continues the work, and exit with code 130."""

@@ -20,13 +20,15 @@ from rich.text import Text
 from ftdata._version import __version__
 from ftdata.build import near_duplicates
 from ftdata.build.splits import check_similarity_threshold
-from ftdata.errors import InputRefused, UsageError, check_choice, count_noun, escape_unprintable
+from ftdata.errors import InputRefused, UsageError, check_choice, escape_unprintable
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks import SEVERITIES, Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
+from ftdata.inspection.checks import Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 from ftdata.inspection.row_views import to_single_line
+from ftdata.inspection.summary import describe_verdict, true_statements
 from ftdata.inspection.survey import RowNumbers, Survey, rows_of_examples, survey_rows
 from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.batch import Batch
+from ftdata.pipeline.flags import SEVERITIES
 from ftdata.pipeline.recipe import Recipe
 from ftdata.progress import Progress
 from ftdata.readers.streams import STDIN
@@ -38,7 +40,14 @@ MAX_LOCATIONS = 10
 """The number of rows that a finding lists."""
 
 _PRINTED_LOCATIONS, _INDENT = 5, "    "
-_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+_STYLES = {
+    "error": "bold red",
+    "warning": "bold yellow",
+    "note": "bold cyan",
+    "Correct:": "bold green",
+    "Fix:": "bold green",
+}
+"""The style of a line's first word."""
 
 FAIL_ON = (*SEVERITIES, "never")
 _MAX_SAMPLES = 100
@@ -123,11 +132,13 @@ class AuditReport:
         rows: The number of audited rows.
         findings: The findings.
         skipped: The codes of the checks that did not run, with the option that enables each, or the reason.
+        passed: Statements that the checks confirmed, such as "no answer is truncated".
     """
 
     rows: int
     findings: tuple[Finding, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+    passed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.findings)
@@ -141,7 +152,14 @@ class AuditReport:
     def as_dict(self) -> dict[str, Any]:
         """Convert the report to a JSON-serializable dictionary."""
         findings = [finding.as_dict() for finding in self.findings]
-        return {"ftdata": __version__, "rows": self.rows, "findings": findings, "skipped": self.skipped}
+        passed = list(self.passed)
+        return {
+            "ftdata": __version__,
+            "rows": self.rows,
+            "findings": findings,
+            "passed": passed,
+            "skipped": self.skipped,
+        }
 
     def _repr_html_(self) -> str:
         """Return the findings as a table for a notebook."""
@@ -157,29 +175,31 @@ class AuditReport:
             for finding in self.findings
         )
         head = "".join(f"<th>{name}</th>" for name in ("severity", "check", "count", "problem", "fix", "rows"))
-        summary = f"<p>{count_noun(self.rows, 'row')}, {count_noun(len(self.findings), 'finding')}</p>"
-        return f"<table><tr>{head}</tr>{rows}</table>{summary}" if rows else summary
+        summary = "".join(f"<p>{escape(line)}</p>" for line in self._summary())
+        return f"{summary}<table><tr>{head}</tr>{rows}</table>" if rows else summary
+
+    def _summary(self) -> list[str]:
+        """Return the summary of the report: the number of findings, and the confirmed statements."""
+        verdict = describe_verdict(self.rows, (finding.severity for finding in self.findings))
+        return [verdict, *([f"Correct: {'; '.join(self.passed)}"] if self.passed else [])]
 
     def __str__(self) -> str:
-        summary = f"{count_noun(self.rows, 'row')}, {count_noun(len(self.findings), 'finding')}"
         codes_by_reason: dict[str, list[str]] = {}
         for code, reason in self.skipped.items():
             codes_by_reason.setdefault(reason, []).append(code)
         skipped = "; ".join(f"{', '.join(codes)} ({reason})" for reason, codes in codes_by_reason.items())
-        lines = [*map(str, self.findings), summary, *([f"skipped checks: {skipped}"] if skipped else [])]
+        lines = [*self._summary(), *map(str, self.findings), *([f"Skipped checks: {skipped}"] if skipped else [])]
         return "\n".join(lines)
 
     def print(self, console: Console) -> None:
         """Print the report to a rich console. On a terminal, long lines are wrapped and indented."""
-        for line in str(self).splitlines():
-            severity, separator, code = line.partition(" ")
-            style = _STYLES.get(severity, "")
+        for number, line in enumerate(str(self).splitlines()):
             if not console.is_terminal:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
-            elif line.startswith(_INDENT):
-                console.print(Padding(Text(line.strip()), (0, 0, 0, len(_INDENT))))
-            else:
-                console.print(Text.assemble((severity, style), separator, code))
+                continue
+            first, separator, rest = line.strip().partition(" ")
+            text = Text.assemble((first, _STYLES.get(first, "")), separator, rest, style="bold" if number == 0 else "")
+            console.print(Padding(text, (0, 0, 0, len(_INDENT))) if line.startswith(_INDENT) else text)
 
     def as_sarif(self) -> dict[str, Any]:
         """Convert the report to SARIF 2.1.0 (OASIS), a format that code hosts and editors can display."""
@@ -384,7 +404,12 @@ class Auditor:
         def rank(finding: Finding) -> tuple[int, int]:
             return -SEVERITIES.index(finding.severity), order.get(finding.code, -1)
 
-        return AuditReport(survey.rows, tuple(sorted(self.findings.values(), key=rank)))
+        has_rendered = len(survey.numbers.tokens) > survey.flags.get("pretokenized", 0)
+        # A check that did not run could contradict a statement.
+        codes = {*(finding.code for finding in self.findings.values()), *self.skipped_codes}
+        contradictions = {code: check.contradicts for code, check in checks.items()} if has_rendered else {}
+        findings = tuple(sorted(self.findings.values(), key=rank))
+        return AuditReport(survey.rows, findings, passed=true_statements(contradictions, codes))
 
     def _add_finding(self, check: Check, source: Source | None, detail: str = "") -> None:
         if (check.code, False) not in self.findings:

@@ -37,7 +37,7 @@ from ftdata.inspection.fingerprints import (
     match_sources,
 )
 from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
-from ftdata.inspection.row_views import ExampleView, RowView, make_row_view, to_single_line
+from ftdata.inspection.row_views import ExampleView, Heading, RowView, make_row_view, to_single_line
 from ftdata.inspection.target import Target, make_target
 from ftdata.inspection.terminal import has_no_colors, render_plain_text, style_segments
 from ftdata.options import option_names
@@ -50,7 +50,7 @@ from ftdata.yaml12 import parse_yaml
 _RECIPE_OPTIONS = option_names("rendering", "rows", "selection")
 """Options that select rows, or determine how rows are rendered and tokenized."""
 
-_CONTEXT, _MAX_COMPARED_TOKENS = 8, 4000
+_CONTEXT, _MAX_COMPARED_TOKENS, _CAPTION_OPTIONS = 8, 4000, 3
 _SIDE_STYLES = (("- ", "red"), ("+ ", "green"))
 
 
@@ -148,27 +148,42 @@ class Diff:
 
     def page(self) -> HtmlPage:
         """Create an HTML page that shows the changed rows side by side."""
-        rows, marks, titles = list[RowView](), list[list[NDArray[np.bool_]]](), list[list[str]]()
-        labels = [f"{letter}: {title}" for letter, title in zip("AB", self.titles, strict=True)]
+        rows, marks, captions = list[RowView](), list[list[NDArray[np.bool_]]](), list[list[str]]()
         for changed in self.changed:
             reasons = "; ".join(filter(None, (changed.a.rejected, changed.b.rejected)))
             row = replace(changed.a, rejected=reasons, why=(changed.kind,), lost=())
             for pair in changed.pairs():
                 rows.append(replace(row, examples=tuple(view for _, view, _ in pair)))
                 marks.append([_mark_ranges(view, ranges) for _, view, ranges in pair])
-                titles.append([labels[side] for side, _, _ in pair])
+                captions.append([self.captions[side] for side, _, _ in pair])
         totals = {kind: f"{count:,}" for kind, count in self.rows.items() if count or kind == SAME}
         options = {name: f"{_shorten(a)} → {_shorten(b)}" for name, (a, b) in self.options.items()}
         return HtmlPage(
-            " against ".join(self.titles),
+            Heading("Differences between A and B", dict(zip("AB", self.titles, strict=True))),
             rows,
             totals=totals,
-            titles=titles,
+            captions=captions,
             changed=marks,
             options=options,
             tokenizer=self.tokenizer,
             status=f"this page contains the first {len(self.changed):,} rows that differ, with outlined differences",
         )
+
+    @property
+    def captions(self) -> tuple[str, str]:
+        """The captions of A and B. They name the options that differ, or else the data."""
+        if not self.options:
+            return f"A: {self.titles[0]}", f"B: {self.titles[1]}"
+        options = {name.removesuffix(".name"): pair for name, pair in self.options.items()}
+        if "template" in options:
+            options.pop("template.source", None)
+        values = [[f"{name} {_shorten(pair[side])}" for name, pair in options.items()] for side in (0, 1)]
+        omitted = len(options) - _CAPTION_OPTIONS
+        more = f" and {count_noun(omitted, 'more option')}" if omitted > 0 else ""
+        a, b = (
+            f"{letter}: {', '.join(texts[:_CAPTION_OPTIONS])}{more}" for letter, texts in zip("AB", values, strict=True)
+        )
+        return a, b
 
 
 def diff(a: Any, b: Any, *, n: int = 10, html: str | Path | None = None, progress: Progress | None = None) -> Diff:
@@ -225,7 +240,7 @@ def diff(a: Any, b: Any, *, n: int = 10, html: str | Path | None = None, progres
     if selected:
         views = [_view_rows(target, side_keys, {*selected}) for target, side_keys in zip(targets, keys, strict=True)]
     result = Diff(
-        (targets[0].title, targets[1].title),
+        (str(targets[0].heading), str(targets[1].heading)),
         _changed_options(*targets),
         {kind: counts[kind] for kind in KINDS},
         (fingerprints[0].tokens, fingerprints[1].tokens),

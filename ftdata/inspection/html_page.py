@@ -23,15 +23,21 @@ from ftdata._version import __version__
 from ftdata.errors import UsageError, count_noun, escape_unprintable
 from ftdata.inspection.row_views import (
     ExampleView,
+    Heading,
     RowView,
     Segment,
     SegmentOwner,
     describe_dropped,
+    describe_example,
     describe_trained_share,
     make_visible,
     row_heading,
     to_single_line,
 )
+from ftdata.inspection.summary import Summary
+from ftdata.inspection.survey import KINDS
+from ftdata.pipeline.flags import FLAGS
+from ftdata.spelling import spell_options
 from ftdata.storage import disk
 from ftdata.storage.atomic import replace_file
 from ftdata.tokenizing.tokenizer import Tokenizer
@@ -61,34 +67,38 @@ class PackLayout:
 
 @dataclass(frozen=True)
 class HtmlPage:
-    """The content of an HTML page: rows, totals, warnings, charts and options.
+    """The content of an HTML page: rows, totals, notes, charts and options.
 
     Attributes:
-        title: The heading.
+        heading: The heading.
         rows: The rows, which are shown token by token.
         tokenizer: The tokenizer, for the vocabulary entries of tokens; `None` without tokens.
         status: A note on the selection of the rows.
+        summary: The problems of the data; `None` if the page contains only selected rows.
         totals: Name -> formatted number.
-        warnings: Notes that apply to all rows.
+        notes: Notes that apply to all rows.
         picture: An SVG histogram of lengths, and its description.
         packs: The packed sequences.
         rejects: The number of rejected rows by code, and the first rejects.
         options: The options that the data was made with.
-        titles: For rows side by side: the title of each example of each row.
+        kind_counts: The number of rows of the data with each flag, and of each kind of outlier.
+        captions: For rows side by side: the caption of each example of each row.
         changed: For rows side by side: for each example of each row, whether each token differs (bool `[n]`).
     """
 
-    title: str
+    heading: Heading
     rows: Sequence[RowView]
     tokenizer: Tokenizer | None = None
     status: str = ""
+    summary: Summary | None = None
     totals: Mapping[str, str] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
     picture: tuple[str, str] | None = None
     packs: PackLayout | None = None
     rejects: tuple[Mapping[str, int], Sequence[Reject]] = field(default_factory=lambda: ({}, ()))
     options: Mapping[str, Any] = field(default_factory=dict)
-    titles: Sequence[Sequence[str]] = ()
+    kind_counts: Mapping[str, int] = field(default_factory=dict)
+    captions: Sequence[Sequence[str]] = ()
     changed: Sequence[Sequence[NDArray[np.bool_]]] = ()
 
 
@@ -137,12 +147,15 @@ def render_html(page: HtmlPage) -> str:
     if page.rejects[0]:
         sections["rejected"] = _collapsible("rejected", *_describe_rejects(*page.rejects))
     if page.options:
-        sections["options"] = _collapsible("options", "of this data", _options_table(page.options))
+        sections["options"] = _collapsible(
+            "options", "that differ" if page.captions else "of this data", _options_table(page.options)
+        )
     parts = {
         "policy": escape(policy, quote=True).replace("&#x27;", "'"),
-        "title": _escape(page.title),
+        "title": _escape(page.heading.name),
+        "facts": _facts(page.heading.facts),
         "sections": "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key in [*sections, "rows"]),
-        "body": _summary(page) + "".join(sections.values()),
+        "body": _render_summary(page) + "".join(sections.values()),
         "made": f"ftdata {escape(__version__)}",
         "style": style,
         "script": script,
@@ -185,14 +198,30 @@ def _data(page: HtmlPage) -> dict[str, Any]:
                 "key": f"{row.source.path}\0{row.source.row}\0{'' if row.number is None else row.number}",
                 "name": f"row {row.source.row}" if row.number is None else f"example {row.number}",
                 "kinds": [
-                    *dict.fromkeys([*row.why, *row.flags, *(["rejected"] if row.rejected and not page.titles else [])])
+                    *dict.fromkeys(
+                        [*row.why, *row.flags, *(["rejected"] if row.rejected and not page.captions else [])]
+                    )
                 ],
-                "titles": page.titles[number] if page.titles else None,
+                "captions": page.captions[number] if page.captions else None,
                 "examples": examples,
             }
         )
     packs = page.packs and {"size": page.packs.size, "shown": page.packs.documents}
-    return {"said": page.status, "owners": list(owners), "pieces": _pieces(page), "rows": rows, "packs": packs}
+    return {
+        "status": page.status,
+        "owners": list(owners),
+        "pieces": _pieces(page),
+        "kinds": {kind: [page.kind_counts.get(kind), _describe_kind(kind)] for row in rows for kind in row["kinds"]},
+        "rows": rows,
+        "packs": packs,
+    }
+
+
+def _describe_kind(kind: str) -> str:
+    """Return an explanation of a flag or a kind of outlier; an empty string if there is none."""
+    if kind in FLAGS:
+        return FLAGS[kind].sentence
+    return KINDS.get(kind.partition(":")[0], "")
 
 
 def _example(view: ExampleView, owners: dict[SegmentOwner, int], changed: NDArray[np.bool_] | None) -> dict[str, Any]:
@@ -257,12 +286,29 @@ def _collapsible(key: str, summary: str, body: str) -> str:
     return f'<details id="{key}">{heading}{box}</details>'
 
 
-def _summary(page: HtmlPage) -> str:
+def _facts(facts: Mapping[str, str]) -> str:
+    items = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _render_summary(page: HtmlPage) -> str:
+    parts = []
+    if page.summary:
+        parts.append(f'<h2>Summary</h2><p class="verdict">{_escape(page.summary.verdict)}</p>')
+        problems = "".join(
+            f'<li><b class="{problem.severity}">{problem.severity}</b> {_escape(problem.description)}. '
+            f"<span><b>Fix:</b> {_escape(spell_options(problem.fix))}</span></li>"
+            for problem in page.summary.problems
+        )
+        parts.append(f'<ul class="problems">{problems}</ul>' if problems else "")
+        correct = "; ".join(page.summary.passed)
+        parts.append(f'<p><b class="correct">correct</b> {_escape(correct)}</p>' if correct else "")
     cards = "".join(
         f"<li><b>{_escape(value)}</b><span>{_escape(name)}</span></li>" for name, value in page.totals.items()
     )
-    notes = "".join(f"<li>{_escape(note)}</li>" for note in page.warnings)
-    return (f'<ul class="cards">{cards}</ul>' if cards else "") + (f"<ul>{notes}</ul>" if notes else "")
+    notes = "".join(f"<li>{_escape(spell_options(note))}</li>" for note in page.notes)
+    parts += [f'<ul class="cards">{cards}</ul>' if cards else "", f"<ul>{notes}</ul>" if notes else ""]
+    return f'<section id="summary" aria-label="Summary">{"".join(parts)}</section>'
 
 
 def _describe_packs(packs: PackLayout) -> tuple[str, str]:
@@ -337,10 +383,11 @@ def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = 
         parts.append(f"<p>{_escape(row_heading(row) + kinds)}</p>")
         if row.rejected:
             parts.append(f'<p style="color:#cf222e">{_escape(to_single_line(row.rejected))}</p>')
-        for view in row.examples:
+        for number, view in enumerate(row.examples):
             cut = f" · ✂ {count_noun(view.cut, 'token')} cut" if view.cut else ""
-            text = "".join(_render_segments(view))
-            parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{describe_trained_share(view)}{cut}</p>')
+            text, title = "".join(_render_segments(view)), describe_example(row, number)
+            share = f"{title} · {describe_trained_share(view)}" if title else describe_trained_share(view)
+            parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{share}{cut}</p>')
         if row.dropped:
             parts.append(f"<p>{describe_dropped(row)}</p>")
         lost = (f"not printed by the template: {text.field}: {make_visible(text.text)}" for text in row.lost)

@@ -13,13 +13,15 @@ import numpy as np
 from ftdata.build.pack import plan_packs
 from ftdata.build.splits import Layout
 from ftdata.build.store import read_manifest
+from ftdata.errors import count_noun
 from ftdata.inspection import charts, stored_builds
 from ftdata.inspection.html_page import MOST_PACKS, HtmlPage, PackLayout, flatten_options
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view
+from ftdata.inspection.summary import summarize_flags
 from ftdata.inspection.survey import Outliers, RowNumbers, Survey, row_key, survey_rows
 from ftdata.inspection.target import Target
 from ftdata.pipeline.batch import Batch, BuiltRow
-from ftdata.pipeline.flags import describe_flags
+from ftdata.pipeline.flags import FLAGS, describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.progress import Progress
 from ftdata.storage import disk
@@ -92,7 +94,7 @@ def make_overview(target: Target, limit: int | None, packing: str | None, progre
         is_packed = target.options["packing"] and recipe.max_length
         packs = _read_layout(target.folder, names, recipe.max_length or 0) if is_packed else None
         table = {"fingerprint": read_manifest(target.folder)["fingerprint"], **flatten_options(target.options)}
-    return _make_page(target, _make_rows(first_rows, outliers, recipe), survey, packs, table)
+    return _make_page(target, _make_rows(first_rows, outliers, recipe), survey, outliers.counts, packs, table)
 
 
 def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> list[RowView]:
@@ -106,7 +108,12 @@ def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> lis
 
 
 def _make_page(
-    target: Target, rows: list[RowView], survey: Survey, packs: PackLayout | None, options: Mapping[str, Any]
+    target: Target,
+    rows: list[RowView],
+    survey: Survey,
+    kind_counts: Mapping[str, int],
+    packs: PackLayout | None,
+    options: Mapping[str, Any],
 ) -> HtmlPage:
     numbers, recipe = survey.numbers, target.recipe
     tokens, trained = int(numbers.tokens.sum()), int(numbers.trained.sum())
@@ -124,12 +131,14 @@ def _make_page(
         svg = charts.draw_length_histogram(survey.lengths, line=recipe.max_length)
         picture = svg, describe_lengths(survey, recipe)
     return HtmlPage(
-        target.title,
+        target.heading,
         rows,
         recipe.tokenizer,
         status=_describe_rows(rows, survey),
+        summary=summarize_flags(survey.rows, len(numbers.tokens), survey.flags, survey.rejected),
         totals=totals,
-        warnings=tuple(collect_warnings(survey, recipe)),
+        notes=tuple(collect_notes(survey, recipe)),
+        kind_counts=kind_counts,
         picture=picture,
         packs=packs,
         rejects=(survey.rejected, survey.rejects[:500]),
@@ -144,17 +153,18 @@ def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
     return f"this page contains {count:,} of {total:,} {unit}" if count < total else ""
 
 
-def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
-    """Yield warnings about the template, and one warning for each kind of problem that was flagged in examples."""
+def collect_notes(survey: Survey, recipe: Recipe) -> Iterator[str]:
+    """Yield notes about the template, and one note for each flag of the examples that is not a problem."""
     yield from added_texts(recipe)
-    yield from describe_flags({flag: count for flag, count in survey.flags.items() if flag != "pretokenized"})
+    no_problems = [code for code, flag in FLAGS.items() if not flag.severity and code != "pretokenized"]
+    yield from describe_flags({code: survey.flags[code] for code in no_problems if code in survey.flags})
 
 
 def describe_lengths(survey: Survey, recipe: Recipe) -> str:
     """Summarize the lengths of the examples and the effect of `max_length`."""
     lengths = survey.lengths
     summary = (
-        f"{len(lengths):,} examples of {int(lengths.min()):,} to {int(lengths.max()):,} tokens, "
+        f"{count_noun(len(lengths), 'example')} of {int(lengths.min()):,} to {int(lengths.max()):,} tokens, "
         f"median {int(np.median(lengths)):,}. "
     )
     if recipe.max_length is None:
@@ -164,11 +174,12 @@ def describe_lengths(survey: Survey, recipe: Recipe) -> str:
         return f"{summary}No example exceeds max_length {recipe.max_length:,}."
     truncated, dropped = int((survey.numbers.cut > 0).sum()), len(survey.overlong)
     # A build does not contain the truncated text, nor the turns that `drop_turns` removed.
-    lost = f", {survey.lost:,} are removed completely." if survey.read is None else ", as far as the build records."
+    lost = f", {survey.lost:,} removed completely." if survey.read is None else ", as far as the build records."
+    rejected, answers = survey.rejected.get("overlong", 0), survey.flags.get("answer_truncated", 0)
     return (
-        f"{summary}{longer:,} exceed max_length {recipe.max_length:,} (overlong={recipe.overlong}): "
-        f"{truncated:,} are truncated, {dropped:,} are left out ({survey.rejected.get('overlong', 0):,} rows are "
-        f"rejected for it); {survey.flags.get('answer_truncated', 0):,} answers are truncated{lost}"
+        f"{summary}{count_noun(longer, 'example')} longer than max_length {recipe.max_length:,} "
+        f"(overlong={recipe.overlong}): {truncated:,} truncated, {dropped:,} left out "
+        f"({count_noun(rejected, 'row')} rejected). {count_noun(answers, 'answer')} truncated{lost}"
     )
 
 

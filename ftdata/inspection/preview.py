@@ -18,7 +18,7 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection import stored_builds, terminal
 from ftdata.inspection.html_page import HtmlPage, render_fragment, write_page
 from ftdata.inspection.overview import DEFAULT_ROWS, make_overview
-from ftdata.inspection.row_views import RowView, added_texts, make_row_view, make_text_view, to_single_line
+from ftdata.inspection.row_views import Heading, RowView, added_texts, make_row_view, make_text_view, to_single_line
 from ftdata.inspection.survey import Outliers, survey_rows
 from ftdata.inspection.target import Target, make_target
 from ftdata.options import select_options
@@ -130,7 +130,7 @@ def preview(
         HubError: The network or the hub fails.
 
     >>> print(preview([{"question": "2+2?", "answer": "4"}], template="question_answer", n=1))
-    <memory> · template question_answer · no tokenizer
+    <memory> · template question_answer · tokenizer none
     ── row 0 · <memory>[0] · question_answer ──
     ### Question:↵
     2+2?↵
@@ -160,7 +160,8 @@ def preview(
             rows = _view_documents(target, selection)
         else:
             rows = _view_rows(target, selection, RowFilter(where, limit))
-        page = HtmlPage(target.title, tuple(rows), target.recipe.tokenizer, warnings=tuple(added_texts(target.recipe)))
+        notes = tuple(added_texts(target.recipe))
+        page = HtmlPage(target.heading, tuple(rows), target.recipe.tokenizer, notes=notes)
     return _finish(page, selection, html)
 
 
@@ -298,7 +299,7 @@ def _make_text_page(
         for row in selection.select(row_filter.filter_rows(_stream_rows(resolve_sources(data), selection.numbers)))
     )
     paths = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(row.source.path for row in rows))
-    return HtmlPage(f"{', '.join(paths)} · template {bare.name} · no tokenizer", rows)
+    return HtmlPage(Heading.from_paths(paths, bare.name, "none"), rows)
 
 
 def _view_rows(target: Target, selection: RowSelection, row_filter: RowFilter) -> Iterator[RowView]:
@@ -353,4 +354,4 @@ def _finish(page: HtmlPage, selection: RowSelection, html: str | Path | None) ->
         raise InputRefused("no_such_row", problem)
     if html is not None:
         write_page(html, page)
-    return Preview(page.title, tuple(page.rows), tuple(page.warnings))
+    return Preview(str(page.heading), tuple(page.rows), tuple(page.notes))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,6 +148,35 @@ class ExampleView:
         if self.ids is not None:
             return int(self.trained.sum()), len(self)
         return int(np.diff(self.ends, prepend=0)[self.trained].sum()), len(self.text)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The heading of a report.
+
+    Attributes:
+        name: A short title.
+        facts: Name -> value, such as `{"data": "chats/train.jsonl", "template": "chatml"}`.
+    """
+
+    name: str
+    facts: Mapping[str, str]
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[str], template: str, tokenizer: str) -> Heading:
+        """Create the heading of a report on data or a build. The short title contains no folders."""
+        facts = {"data": _join_names(paths), "template": template, "tokenizer": tokenizer}
+        return cls(_join_names([PurePath(path).name or path for path in paths]), facts)
+
+    def __str__(self) -> str:
+        return " · ".join(value if name == "data" else f"{name} {value}" for name, value in self.facts.items())
+
+
+def _join_names(names: Sequence[str]) -> str:
+    """Join the first three distinct names, and count the other names."""
+    distinct = list(dict.fromkeys(names))
+    omitted = f" and {len(distinct) - 3:,} more" if len(distinct) > 3 else ""
+    return f"{', '.join(distinct[:3])}{omitted}"
 
 
 class DroppedText(NamedTuple):
@@ -413,6 +443,11 @@ def row_heading(row: RowView) -> str:
     number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
     pack = "" if row.pack is None else f" · pack {row.pack}"
     return to_single_line(f"{number} · {row.source} · {row.schema or 'rejected'}{pack}")
+
+
+def describe_example(row: RowView, number: int) -> str:
+    """Return the heading of an example of a row; an empty string if the row has only one example."""
+    return f"example {number + 1} of {len(row.examples)}" if len(row.examples) > 1 else ""
 
 
 def describe_trained_share(view: ExampleView) -> str:

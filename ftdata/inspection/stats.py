@@ -181,7 +181,7 @@ def stats(
         raise InputRefused("no_rows_built", f"0 of {survey.rows:,} rows can be built, so there is nothing to count")
     groups = tuple(_make_groups(survey, target))
     limits = tuple(_length_limits(survey.lengths))
-    result = Stats(target.title, survey.rows, survey.rejected, survey.flags, groups, limits, survey)
+    result = Stats(str(target.heading), survey.rows, survey.rejected, survey.flags, groups, limits, survey)
     if svg is not None:
         for name, picture in result.pictures().items():
             with replace_file(Path(svg).resolve() / f"{name}.svg") as file:

@@ -309,6 +309,21 @@ def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
 _FLAG_KINDS = {code: flag.outlier for code, flag in FLAGS.items() if flag.outlier} | {"truncated": "truncated"}
 """The kind of outlier for each flag."""
 
+KINDS = {
+    "longest": "one of the rows with the longest examples",
+    "shortest": "one of the rows with the shortest examples",
+    "least trained": "one of the rows with the smallest share of trained tokens",
+    "duplicate": "the tokens and labels are equal to those of an earlier row",
+    "truncated": "tokens beyond max_length are cut off",
+    "rejected": "the row is not used for training",
+    "no stop token": "the model does not learn to stop after an answer of this row",
+    "rewritten by the template": "the template renders an earlier turn differently than the model wrote it",
+    "not fully printed by the template": "the template leaves out text of the row",
+    "answer truncated": "an answer is cut off, so the model learns to stop in mid-sentence",
+    "control tokens in the text": "the text of the row spells control tokens, which are tokenized as plain text",
+}
+"""A description of each kind of outlier."""
+
 ScoredRow = tuple[float, int, BuiltRow | Reject]
 """The score of an outlier, a counter that decreases with each row, and the row."""
 
@@ -320,12 +335,14 @@ class Outliers:
     Attributes:
         limit: The maximum number of rows of each kind.
         heaps: The rows of each kind, as heaps with the lowest score first.
+        counts: The number of rows with each flag, and of each kind except the longest, shortest and least trained rows.
         content_hashes: The content hashes of all rows so far.
         counter: The number of rows that were added.
     """
 
     limit: int = 1
     heaps: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     content_hashes: set[int] = field(default_factory=set)
     counter: int = 0
 
@@ -337,16 +354,20 @@ class Outliers:
             for number in np.argsort(-scores, kind="stable")[: self.limit].tolist():
                 self._add_built_row(kind, float(scores[number]), batch, number)
         bounds = list(accumulate(batch.counts, initial=0))
-        flagged = [index for index, flags in enumerate(batch.flags) if not flags.isdisjoint(_FLAG_KINDS)]
+        flagged = [index for index, flags in enumerate(batch.flags) if flags]
         for number in dict.fromkeys((np.searchsorted(bounds, flagged, side="right") - 1).tolist()):
             flags = frozenset[str]().union(*batch.flags[bounds[number] : bounds[number + 1]])
-            for kind in dict.fromkeys(_FLAG_KINDS[flag] for flag in sorted(flags) if flag in _FLAG_KINDS):
+            kinds = dict.fromkeys(_FLAG_KINDS[flag] for flag in sorted(flags) if flag in _FLAG_KINDS)
+            self.counts.update([*flags, *kinds])
+            for kind in kinds:
                 self._add_built_row(kind, 0.0, batch, number)
         for number, content_hash in enumerate(numbers.content_hash.tolist()):
             if content_hash in self.content_hashes:
+                self.counts["duplicate"] += 1
                 self._add_built_row("duplicate", 0.0, batch, number)
             self.content_hashes.add(content_hash)
         for reject in batch.rejects:
+            self.counts.update(["rejected", f"rejected: {reject.code}"])
             self._add(f"rejected: {reject.code}", 0.0, reject)
 
     def _add_built_row(self, kind: str, score: float, batch: Batch, number: int) -> None:

@@ -11,6 +11,7 @@ from ftdata._version import __version__
 from ftdata.build.store import read_manifest
 from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
+from ftdata.inspection.row_views import Heading
 from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
 from ftdata.options import option_names
 from ftdata.pipeline.recipe import Recipe, make_recipe
@@ -26,7 +27,7 @@ class Target:
     """The input of an inspection command: data with a recipe, or a build with its stored recipe.
 
     Attributes:
-        title: A description for headings.
+        paths: The paths of the sources, or of the build.
         recipe: The options, tokenizer and template.
         names: The name and the split of each source.
         steps: A function that starts a pass over all rows.
@@ -35,13 +36,18 @@ class Target:
         folder: The folder of the build, or `None`.
     """
 
-    title: str
+    paths: Sequence[str]
     recipe: Recipe
     names: Sequence[tuple[str, str]]
     steps: Callable[[], Iterator[SurveyStep]]
     options: Mapping[str, Any]
     sources: Sequence[FileSource | MemorySource] = ()
     folder: Path | None = None
+
+    @property
+    def heading(self) -> Heading:
+        """The heading of reports about this target."""
+        return Heading.from_paths(self.paths, self.recipe.template.name, self.recipe.tokenizer.name)
 
     def complete_survey(self, survey: Survey) -> Survey:
         """Add the rejected rows in the report of a build to a survey. For data, return the survey unchanged."""
@@ -110,7 +116,7 @@ def make_target(
         return survey_steps(recipe, pairs)
 
     return Target(
-        target_title([source.path for source in sources], recipe),
+        [source.path for source in sources],
         recipe,
         [(source.path, label) for source, label in labeled_sources],
         steps,
@@ -135,18 +141,10 @@ def _make_build_target(folder: Path, tokenizer: Any) -> Target:
             yield SurveyStep([numbers[row.source.path, row.schema] for row in batch.conversations], batch)
 
     return Target(
-        target_title([str(folder)], recipe),
+        [str(folder)],
         recipe,
         names,
         steps,
         {"ftdata": manifest["ftdata"], **manifest["options"]},
         folder=folder,
     )
-
-
-def target_title(paths: Sequence[str], recipe: Recipe) -> str:
-    """Return a heading that names the sources, the template and the tokenizer."""
-    unique_paths = list(dict.fromkeys(paths))
-    omitted = f" and {len(unique_paths) - 3:,} more" if len(unique_paths) > 3 else ""
-    sources = f"{', '.join(unique_paths[:3])}{omitted}"
-    return f"{sources} · template {recipe.template.name} · tokenizer {recipe.tokenizer.name}"

@@ -16,6 +16,7 @@ from ftdata.inspection.row_views import (
     RowView,
     Segment,
     describe_dropped,
+    describe_example,
     describe_trained_share,
     make_visible,
     row_heading,
@@ -36,7 +37,9 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
             console.print(Text(f"outlier: {', '.join(row.why)}", "bold yellow"), soft_wrap=True)
         if row.rejected:
             console.print(Text(spell_options(to_single_line(row.rejected)), "red"), soft_wrap=True)
-        for view in row.examples:
+        for number, view in enumerate(row.examples):
+            if title := describe_example(row, number):
+                console.print(Text(f"── {title} ──", "blue"), soft_wrap=True)
             text = style_segments(view.segments(), plain=has_no_colors(console))
             console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
             if view.remainder or view.cut:
@@ -75,7 +78,9 @@ def style_segments(segments: Iterable[Segment], *, plain: bool) -> Text:
         if not segment.trained and not segment.data and segment.owner.part:
             style = _SCAFFOLD
         if segment.control:
-            styled.append(f"⟨{make_visible(segment.text)}⟩{'■' if segment.stop else ''}", f"{style} {_CONTROL}")
+            # Dim text is hard to read in many themes. A control token determines the structure, so it is never dim.
+            control_style = f"{style} {_CONTROL}" if segment.trained else _CONTROL
+            styled.append(f"⟨{make_visible(segment.text)}⟩{'■' if segment.stop else ''}", control_style)
         else:
             styled.append(make_visible(segment.text), style)
     if is_inside:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ftdata.errors import count_noun
 
+SEVERITIES = ("note", "warning", "error")
+"""The severities of flags and audit checks, in ascending order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -17,16 +20,21 @@ class Flag:
         sentence: a description of the property.
         fix: the fix, in the imperative; empty if there is nothing to fix.
         outlier: the kind of outlier that rows with this flag belong to; empty if they are not outliers.
+        contradicts: statements about the data that are false if an example has the flag. A summary contains the
+            statements that no flag contradicts.
     """
 
     severity: str
     sentence: str
     fix: str = ""
     outlier: str = ""
+    contradicts: tuple[str, ...] = ()
 
 
 _NO_STOP, _REWRITTEN = "no stop token", "rewritten by the template"
 _NOT_PRINTED = "not fully printed by the template"
+_ALL_PRINTED = "the template prints all messages completely"
+_ALL_STOP = "every trained turn ends with a trained stop token"
 
 FLAGS = {
     "no_trained_stop": Flag(
@@ -34,30 +42,35 @@ FLAGS = {
         "a trained turn does not end with a trained control token, so the model does not learn to stop",
         "use a template that ends turns with a control token, or set on_missing_stop='append_eos'",
         _NO_STOP,
+        (_ALL_STOP,),
     ),
     "answer_truncated": Flag(
         "error",
         "max_length cuts an answer in the middle, so the model learns to stop in mid-sentence",
         "raise max_length, or set overlong='drop_turns'",
         "answer truncated",
+        ("no answer is truncated", _ALL_STOP),
     ),
     "missing_final_stop": Flag(
         "warning",
         "the last turn has no stop token, because the template prints it only before the next message",
         "set on_missing_stop='append_eos' to append and train the EOS token",
         _NO_STOP,
+        (_ALL_STOP,),
     ),
     "message_truncated": Flag(
         "warning",
         "the template prints only part of a message",
         "run `ftdata preview --odd` to see the missing text, and use a template that prints it",
         _NOT_PRINTED,
+        (_ALL_PRINTED,),
     ),
     "message_dropped": Flag(
         "warning",
         "the template does not print a system, user or tool message",
         "use a template that prints it",
         _NOT_PRINTED,
+        (_ALL_PRINTED,),
     ),
     "reasoning_dropped": Flag(
         "warning",
@@ -86,12 +99,14 @@ FLAGS = {
         "an empty thinking block is trained, because the template prints it for messages without reasoning",
         "pass --template-kwarg enable_thinking=false if the template supports it, which moves the block to the prompt; "
         "or add reasoning to the data; keep it only if the model should learn to skip thinking",
+        contradicts=("no empty thinking block is trained",),
     ),
     "token_crosses_boundary": Flag(
         "warning",
         "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
         "end the prompt with a control token or a line break, or move the space before the answer into the generation "
         "tags",
+        contradicts=("no trained token crosses the boundary of an answer",),
     ),
     "whitespace_removed": Flag(
         "warning",
@@ -118,6 +133,7 @@ FLAGS = {
         "the data contains the text of control tokens, which is tokenized as plain text",
         "remove it from the data if it is left over from another template",
         "control tokens in the text",
+        ("the data contains no text of control tokens",),
     ),
     "trailing_messages": Flag(
         "warning",

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ftdata.errors import FtdataError, InternalError, StorageError
 from ftdata.storage import build_records, disk
@@ -137,13 +137,15 @@ _WRITTEN_BY_BUILDS = re.compile(
 
 def _list_paths(folder: Path) -> Iterator[str]:
     """Yield the relative path of each file and subfolder. Folder paths end with a slash. Links are not followed."""
-    for parent, folders, files in os.walk(folder, onerror=_raise):
+    for parent, folders, files in os.walk(folder, onerror=_raise_unless_missing):
         for name in (*(f"{name}/" for name in folders), *files):
             yield name if Path(parent) == folder else f"{os.path.relpath(parent, folder)}/{name}"
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _raise_unless_missing(error: OSError) -> None:
+    """Raise an error of `os.walk`. Another process that holds the lock can remove a subfolder during the walk."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _check_folder(folder: Path) -> None:
@@ -155,9 +157,11 @@ def _check_folder(folder: Path) -> None:
     hint = f"inspect and remove {folder}, or choose another output folder"
     if folder.is_symlink():
         raise StorageError("workspace_link", f"{folder} is a symbolic link", hint=hint)
-    if not folder.exists():
+    try:
+        owner = folder.lstat().st_uid
+    except FileNotFoundError:
         return
-    if hasattr(os, "geteuid") and (owner := folder.lstat().st_uid) != os.geteuid():
+    if hasattr(os, "geteuid") and owner != os.geteuid():
         raise StorageError("workspace_owner", f"{folder} belongs to another user (uid {owner})", hint=hint)
     check_no_links(folder)
 

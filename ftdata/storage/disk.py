@@ -7,6 +7,7 @@ NUMBER counts these operations from 1 in this process. FAULT is one of:
     enospc      the disk is full from this operation on
     eio         this operation fails
     readonly    all operations fail from this operation on
+    interrupt   send SIGINT to the process, as Ctrl-C does
     trace       list all operations on stderr
 """
 
@@ -51,6 +52,8 @@ def _check_failpoint(operation: str, path: str | Path, write_half: Callable[[], 
     if not fails_now and not (is_later and operation in _LASTING_FAULTS.get(fault, ())):
         return
     write_half()
+    if fault == "interrupt":
+        signal.raise_signal(signal.SIGINT)
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     _raise_os_error(_ERRORS[fault], path)

@@ -215,7 +215,8 @@ def test_hostile_file_names_are_escaped(tmp_path, opened):
     preview(path, tiny_bpe(tmp_path / "t"), html=tmp_path / "page.html")
     page = opened(tmp_path / "page.html")
     assert "taken" not in page.evaluate("document.title").split("'")[0]
-    assert page.title().startswith(str(path))
+    assert page.title() == path.name
+    assert str(path) in page.inner_text(".facts")
     assert page.get_attribute(".row a", "href") == f"{path.as_uri()}#L1"
     assert page.locator("#rejected td a").first.text_content() == f"{path}:2"
 
@@ -295,18 +296,27 @@ def test_page_is_usable_with_the_keyboard(simple):
     page.keyboard.press("k")
     assert page.evaluate("document.activeElement.closest('.row').id") == "row-0"
     page.keyboard.press("ArrowRight")
-    assert "token 0 of" in page.inner_text("#said")
+    assert "token 0 of" in page.inner_text("#announcement")
     page.keyboard.press("End")
     assert page.evaluate("state.cursor.token") == page.evaluate("data.rows[0].examples[0].ends.length - 1")
     page.keyboard.press("ArrowLeft")
-    assert "label 2" in page.inner_text("#said")
+    assert "label 2" in page.inner_text("#announcement")
     page.keyboard.press("]")
     assert page.inner_text("#page") == "page 2 of 3"
     page.keyboard.press("[")
     page.keyboard.press("b")
     assert page.is_checked("#borders")
-    page.keyboard.press("?")
-    assert page.evaluate("document.getElementById('help').open")
+    for close in ("?", "Escape"):
+        place = page.evaluate("scrollY")
+        page.keyboard.press("?")
+        assert page.is_visible("#help h2")
+        page.keyboard.press("j")  # the rows behind the list do not move
+        assert page.evaluate("scrollY") == place
+        page.keyboard.press(close)
+        assert page.is_hidden("#help")
+    page.click("#help-open")
+    page.click("#help-close")
+    assert page.is_hidden("#help")
     page.keyboard.press("/")
     page.keyboard.type("jk?")
     assert page.input_value("#q") == "jk?"
@@ -419,8 +429,8 @@ def test_effect_of_max_length_is_shown(simple):
     rows = [talk("q", "short"), talk("q", "word " * 100), talk("q", "word " * 200)]
     page = simple(rows, max_length=60, overlong="truncate")
     said = page.inner_text("#lengths p")
-    assert "2 exceed max_length 60 (overlong=truncate): 2 are truncated, 0 are left out (0 rows" in said
-    assert "2 answers are truncated, 0 are removed completely." in said
+    assert "2 examples longer than max_length 60 (overlong=truncate): 2 truncated, 0 left out (0 rows" in said
+    assert "2 answers truncated, 0 removed completely." in said
     assert "max_length 60: 2 longer" in page.text_content("#lengths svg")
     assert page.locator(".cut").count() == 3  # one is in the legend
     assert "tokens cut" in page.locator(".row").nth(1).text_content()
@@ -468,3 +478,54 @@ def test_docs_images_can_be_regenerated(tmp_path):
     assert named == set(made)
     assert min(made.values()) > 2000
     assert all("@font-face" not in path.read_text() for path in (tmp_path / "images").glob("*.svg"))
+
+
+def test_summary_says_what_is_wrong_and_how_to_fix_it(simple):
+    page = simple([talk("q", "an answer"), talk("q", ""), talk("q", "word " * 100)], max_length=60, overlong="truncate")
+    assert page.inner_text("#summary .verdict") == "3 rows: 2 errors to fix before you train"
+    problems = page.locator("#summary .problems li").all_inner_texts()
+    assert "1 row rejected: empty_answer (1). Fix: correct the rows" in problems[0]
+    assert "max_length cuts an answer in the middle" in problems[1]
+    assert "Fix: raise max_length" in problems[1]
+    assert "every trained turn ends with a trained stop token" not in page.inner_text("#summary")
+    page = simple([talk("q", "an answer")])
+    assert page.inner_text("#summary .verdict") == "1 row: no problems found"
+    assert "every trained turn ends with a trained stop token" in page.inner_text("#summary")
+
+
+def test_badges_explain_and_filter(simple):
+    """The filter counts all rows of the data, also those that are not on the page."""
+    page = simple([talk(f"q {n}", "an answer") for n in range(3)] + [talk("q", "same")] * 36, n=2)
+    options = page.locator("#kind option").all_inner_texts()
+    assert "duplicate (1 of 35)" in options
+    badge = page.locator(".badge", has_text="duplicate").first
+    assert badge.get_attribute("title") == "the tokens and labels are equal to those of an earlier row"
+    badge.click()
+    assert page.input_value("#kind") == "duplicate"
+    assert page.inner_text("#explanation") == "duplicate: the tokens and labels are equal to those of an earlier row"
+    assert page.locator(".row").count() == 1
+    assert page.faults == []
+
+
+def test_examples_of_a_split_conversation_are_separated(simple):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = talk("q", "<think>so</think>a")["messages"] + talk("r", "<think>ah</think>b")["messages"]
+    page = simple([{"messages": turns}, talk("q", "a")], template=template)
+    assert page.locator("h4.part").all_inner_texts() == ["example 1 of 2", "example 2 of 2"]
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_page_fits_a_phone(tmp_path, opened, width):
+    folder = tmp_path / ("a-very-long-folder-name-without-a-space" * 3)
+    folder.mkdir()
+    path = folder / "data.jsonl"
+    path.write_text(json.dumps(talk("q", "a")) + "\n{broken\n")
+    preview(path, tiny_bpe(tmp_path / "t"), html=tmp_path / "page.html", packing="bfd", max_length=64)
+    page = opened(tmp_path / "page.html")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -30,7 +30,7 @@ def test_reports_are_shown(tokenizer_dir):
     page = findings._repr_html_()
     assert "trivial_answer" in page
     assert "&lt;memory&gt;" in page
-    assert "2 rows, 1 finding" in visible_text(page)
+    assert "2 rows: 1 warning to check" in visible_text(page)
     assert "<table>" not in audit(rows[:1], tokenizer_dir("tiny_bpe"))._repr_html_()
 
 

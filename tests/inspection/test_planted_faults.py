@@ -144,7 +144,8 @@ OPTIONS = {"max_length": 1024, "overlong": "truncate", "near_duplicate_threshold
 def test_clean_data_set_has_no_findings(large):
     folder, tokenizer, _, rows = large
     report = audit(folder / "clean.jsonl", tokenizer, against=folder / "held_out.jsonl", **OPTIONS)
-    assert str(report).splitlines() == [f"{rows:,} rows, 0 findings"]
+    assert str(report).splitlines()[0] == f"{rows:,} rows: no problems found"
+    assert len(str(report).splitlines()) == 2
     assert not report.fails("note")
 
 

@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-from ftdata.inspection.checks import SEVERITIES, checks
-from ftdata.pipeline.flags import FLAGS, describe_flags
+from ftdata.inspection.checks import checks
+from ftdata.pipeline.flags import FLAGS, SEVERITIES, describe_flags
 
 PACKAGE = Path(__file__).parents[2] / "ftdata"
 

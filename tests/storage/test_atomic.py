@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 from ftdata import build_sft_dataset, verify
 from ftdata.build.dataset import write_build
 from ftdata.errors import StorageError, UsageError
+from ftdata.storage.atomic import check_no_links
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": f"{2 * n}"} for n in range(20)]
 
@@ -219,3 +221,25 @@ def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
     assert data[0] == data[1]
     shutil.rmtree(folder)
     assert len(build_sft_dataset(str(alone), tokenizer_dir("tiny_bpe"), "chatml")["train"]) == 1200
+
+
+def test_folders_may_disappear_while_links_are_searched(tmp_path):
+    """A waiting build looks for links while the build that holds the lock removes folders."""
+    folders = [tmp_path / "work" / str(number) for number in range(50)]
+    is_done = threading.Event()
+
+    def make_and_remove():
+        while not is_done.is_set():
+            for folder in folders:
+                folder.mkdir(parents=True)
+            for folder in folders:
+                folder.rmdir()
+
+    thread = threading.Thread(target=make_and_remove)
+    thread.start()
+    try:
+        for _ in range(300):
+            check_no_links(tmp_path)
+    finally:
+        is_done.set()
+        thread.join()

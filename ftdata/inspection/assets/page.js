@@ -171,6 +171,19 @@ function makeNote(name, text) {
   return note;
 }
 
+// A badge names a flag or a kind of outlier. A click shows all rows with it, and its explanation.
+function makeBadge(name, kind) {
+  const badge = make("button", `badge ${name}`, kind);
+  badge.type = "button";
+  badge.title = (data.kinds[kind] || [])[1] || kind;
+  badge.addEventListener("click", () => {
+    $("kind").value = kind;
+    search();
+    $("kind").focus();
+  });
+  return badge;
+}
+
 function makeCard(row) {
   const card = make("article", "row");
   card.id = `row-${row.number}`;
@@ -189,17 +202,20 @@ function makeCard(row) {
   }
   if (row.schema) head.append(make("span", "", row.schema));
   if (row.pack !== null) head.append(make("span", "", `pack ${row.pack}`));
-  for (const kind of row.why) head.append(make("span", "why", kind));
-  for (const flag of row.flags) head.append(make("span", "flag", flag));
+  for (const kind of row.why) head.append(makeBadge("why", kind));
+  for (const flag of row.flags) head.append(makeBadge("flag", flag));
   card.append(head);
   if (row.rejected) card.append(makeNote("bad", row.rejected));
-  const pair = row.titles ? make("div", "pair") : null;
+  const pair = row.captions ? make("div", "pair") : null;
   row.examples.forEach((example, number) => {
     if (pair) {
       const side = make("div");
-      side.append(make("h4", "", row.titles[number]), ...makeExample(example, number, row, row.titles[number]));
+      side.append(make("h4", "", row.captions[number]), ...makeExample(example, number, row, row.captions[number]));
       pair.append(side);
-    } else card.append(...makeExample(example, number, row));
+    } else {
+      if (row.examples.length > 1) card.append(make("h4", "part", `example ${number + 1} of ${row.examples.length}`));
+      card.append(...makeExample(example, number, row));
+    }
   });
   if (pair) card.append(pair);
   for (const lost of row.lost) card.append(makeNote("flag", `not printed by the template: ${lost.field}: ${lost.text}`));
@@ -282,6 +298,7 @@ function search() {
     return;
   }
   let hits = 0;
+  $("explanation").textContent = kind && data.kinds[kind][1] ? `${kind}: ${data.kinds[kind][1]}` : "";
   state.rows = data.rows.filter((row) => {
     if (kind && !row.kinds.includes(kind)) return false;
     if (!state.hit) return true;
@@ -296,7 +313,7 @@ function search() {
   $("status").dataset.ms = (performance.now() - startTime).toFixed(1);
   const hitCount = state.hit ? `${hits.toLocaleString("en")} found in ` : "";
   const rowCount = `${state.rows.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} rows on this page`;
-  $("status").textContent = `${hitCount}${rowCount}${data.said ? ` · ${data.said}` : ""}`;
+  $("status").textContent = `${hitCount}${rowCount}${data.status ? ` · ${data.status}` : ""}`;
 }
 
 // --- one token -----------------------------------------------------------------------------------------------------
@@ -351,7 +368,7 @@ function moveTo(box, token) {
   if (!spans || !spans.length) return;
   const span = spans[Math.max(0, Math.min(token, spans.length - 1))];
   span.scrollIntoView({ block: "nearest" });
-  $("said").textContent = `${span.textContent}: ${showTip(span).map((pair) => pair.join(" ")).join(", ")}`;
+  $("announcement").textContent = `${span.textContent}: ${showTip(span).map((pair) => pair.join(" ")).join(", ")}`;
 }
 
 $("list").addEventListener("pointerover", (event) => {
@@ -415,11 +432,15 @@ const KEYS = {
   "[": () => show(state.page - 1),
   "]": () => show(state.page + 1),
   b: () => $("borders").click(),
-  "?": () => { $("help").open = !$("help").open; $("help").scrollIntoView(); },
+  "?": () => $("help").showModal(),
 };
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if ($("help").open) {
+    if (event.key === "?") $("help").close();
+    return;
+  }
   if (event.key === "Escape") { document.activeElement?.blur(); hideTip(); return; }
   if (event.target.closest?.("input, select, textarea")) return;
   const box = event.target.closest?.(".ex");
@@ -440,6 +461,8 @@ $("q").addEventListener("input", () => {
 $("q").addEventListener("change", search);
 $("find").addEventListener("submit", (event) => event.preventDefault());
 $("borders").addEventListener("change", () => $("list").classList.toggle("borders", $("borders").checked));
+$("help-open").addEventListener("click", () => $("help").showModal());
+$("help-close").addEventListener("click", () => $("help").close());
 $("prev").addEventListener("click", () => show(state.page - 1));
 $("next").addEventListener("click", () => show(state.page + 1));
 
@@ -453,7 +476,8 @@ openSection();
 const kinds = new Map();
 for (const row of data.rows) for (const kind of row.kinds) kinds.set(kind, (kinds.get(kind) || 0) + 1);
 for (const [kind, count] of [...kinds].sort()) {
-  const option = make("option", "", `${kind} (${count})`);
+  const total = data.kinds[kind][0] || count;
+  const option = make("option", "", total > count ? `${kind} (${count} of ${total.toLocaleString("en")})` : `${kind} (${count})`);
   option.value = kind;
   $("kind").append(option);
 }

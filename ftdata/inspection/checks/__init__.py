@@ -11,10 +11,9 @@ from ftdata.inspection.checks import row_checks
 from ftdata.inspection.checks import dataset_checks
 
 # isort: on
-from ftdata.inspection.checks.registry import SEVERITIES, Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
+from ftdata.inspection.checks.registry import Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 
 __all__ = [
-    "SEVERITIES",
     "Check",
     "CheckedDataset",
     "CheckedRow",

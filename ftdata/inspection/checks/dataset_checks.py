@@ -28,7 +28,11 @@ from ftdata.types import Conversation
 
 
 @register_data_check(
-    "duplicate", "warning", "the row is an exact duplicate of an earlier row", "remove duplicates: build with dedup"
+    "duplicate",
+    "warning",
+    "the row is an exact duplicate of an earlier row",
+    "remove duplicates: build with dedup",
+    contradicts=("no row is duplicated",),
 )
 def _check_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     train_rows, content = np.flatnonzero(~data.is_held_out), data.survey.numbers.content_hash

@@ -14,8 +14,6 @@ from ftdata.inspection.survey import Ints, Survey
 from ftdata.pipeline.recipe import Recipe
 from ftdata.types import Conversation, Example
 
-SEVERITIES = ("note", "warning", "error")
-
 
 @dataclass(frozen=True)
 class Check:
@@ -33,6 +31,7 @@ class Check:
         enabled_by: The option that enables the check; empty if the check always runs.
         needs_messages: Whether the check needs messages, or options that are fixed when a build is made. Such checks do
             not run on builds.
+        contradicts: Statements about the data that are false if the check finds a problem.
     """
 
     code: str
@@ -43,6 +42,7 @@ class Check:
     run: Callable[[Any], Iterator[Any]] = field(repr=False)
     enabled_by: str = ""
     needs_messages: bool = False
+    contradicts: tuple[str, ...] = ()
 
 
 class CheckedRow(NamedTuple):
@@ -114,10 +114,10 @@ def register_check(
     Args:
         scope: `"flag"`, `"row"`, `"data"` or `"template"`.
         code: The stable name of the check.
-        severity: One of `SEVERITIES`.
+        severity: `"error"`, `"warning"` or `"note"`.
         message: A description of the problem.
         fix: The fix, in the imperative.
-        options: Further fields of `Check`: `enabled_by`, `needs_messages`.
+        options: Further fields of `Check`: `enabled_by`, `needs_messages`, `contradicts`.
     """
 
     def register(function: CheckFunction) -> CheckFunction:

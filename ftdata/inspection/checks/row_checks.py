@@ -19,7 +19,9 @@ from ftdata.types import Message
 
 for _code, _flag in FLAGS.items():
     if _flag.severity:
-        register_check("flag", _code, _flag.severity, _flag.sentence, _flag.fix)(lambda _: iter(()))
+        register_check("flag", _code, _flag.severity, _flag.sentence, _flag.fix, contradicts=_flag.contradicts)(
+            lambda _: iter(())
+        )
 
 
 # --- tokens of a row
@@ -30,6 +32,7 @@ for _code, _flag in FLAGS.items():
     "error",
     "the text begins with two BOS tokens",
     "remove the BOS token from the data or from the template",
+    contradicts=("no BOS token is doubled",),
 )
 def _check_double_bos(row: CheckedRow) -> Iterator[str]:
     tokenizer = row.recipe.tokenizer
@@ -126,6 +129,7 @@ def _check_tool_results(messages: Sequence[Message]) -> Iterator[str]:
     "an answer has no content: it is a placeholder, or only dots and dashes",
     "remove the row, or set train: false in the message",
     needs_messages=True,
+    contradicts=("no answer is a placeholder",),
 )
 def _check_trivial_answer(row: CheckedRow) -> Iterator[str]:
     for number, message in enumerate(row.conversation.messages):
