@@ -46,15 +46,19 @@ def terminal(path, command, show):
     path.write_text(console.export_svg(title="ftdata", code_format=FONTS.sub("", CONSOLE_SVG_FORMAT)) + "\n")
 
 
-def browser(launched, source, path, *, scheme="light", height=900, work=None):
+def browser(launched, source, path, *, scheme="light", height=900, width=1100, work=None):
     """Take a picture of a page."""
-    page = launched.new_page(color_scheme=scheme, viewport={"width": 1100, "height": height})
+    page = launched.new_page(color_scheme=scheme, viewport={"width": width, "height": height})
     page.goto(f"file://{source}")
     page.wait_for_selector("#list[data-ready]", state="attached")
     if work:
         work(page)
     page.screenshot(path=path)
     page.close()
+
+
+def to_rows(page):
+    page.evaluate("document.getElementById('rows').scrollIntoView()")
 
 
 def search(page):
@@ -91,7 +95,8 @@ def main(out):
         )
         preview(*given, **options, packing="bfd", html="page.html")
         launched = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        browser(launched, Path("page.html").resolve(), out / "page.png", work=lambda page: page.click("#packs summary"))
+        browser(launched, Path("page.html").resolve(), out / "page.png", height=1000)
+        browser(launched, Path("page.html").resolve(), out / "phone.png", height=900, width=390, work=to_rows)
         browser(launched, Path("page.html").resolve(), out / "page-dark.png", scheme="dark", height=620, work=search)
         browser(launched, Path("diff.html").resolve(), out / "diff.png", height=760)
         launched.close()

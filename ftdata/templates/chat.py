@@ -106,11 +106,12 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     chat, tracked = _render_tracked(chat)
     text = str.__str__(tracked)
     pieces = recover_attribution(text, pieces_of(tracked), chat.messages, chat.render_with_message)
+    assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    context = [index for index in assistants if index not in turns]
     flags = chat.flags | check_coverage(
-        chat.messages, chat.tools, text, pieces, chat.render_with_message, on_dropped_message
+        chat.messages, chat.tools, text, pieces, chat.render_with_message, on_dropped_message, context
     )
     regions, region_flags = _locate_regions(chat, text, pieces, turns)
-    assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = make_spans(split_thinking(text, pieces, regions, assistants), regions)
     region_flags |= _flag_empty_thinking(text, pieces, regions)
     return Rendered(text, spans, flags | region_flags, messages=len(chat.messages))

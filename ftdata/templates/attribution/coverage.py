@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -65,6 +65,9 @@ def recover_attribution(
     return tuple(pieces)
 
 
+_SHORTENED = {"message_truncated", "reasoning_dropped"}
+
+
 def check_coverage(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
@@ -72,6 +75,7 @@ def check_coverage(
     parts: Sequence[TextPiece],
     rerender: Rerender,
     on_dropped_message: str = "reject",
+    context: Container[int] = (),
 ) -> frozenset[str]:
     """Check that the rendered text contains every message. Return flags for partly printed messages.
 
@@ -83,6 +87,8 @@ def check_coverage(
         rerender: renders the conversation with a message changed.
         on_dropped_message: what to do if the template omits a message that is not an assistant message: `"reject"`
             or `"flag"`.
+        context: indices of assistant messages that this text does not train. The template may shorten them, for
+            example omit the reasoning of earlier turns, because it does the same at inference.
 
     Raises:
         BadRow: `message_dropped`, if the content or a tool call of a message is missing from the text;
@@ -95,7 +101,8 @@ def check_coverage(
             continue
         by_part = {part: printed[index, part] for part in Part}
         rendered = _RenderedMessage(message, f"messages[{index}]", text, segments.get(index, ""), by_part)
-        flags |= _check_message(rendered, partial(rerender, index), on_dropped_message)
+        message_flags = _check_message(rendered, partial(rerender, index), on_dropped_message)
+        flags |= message_flags - _SHORTENED if index in context else message_flags
     if not _tools_printed(tools, printed[-1, Part.TOOLS]):
         flags.add("tools_dropped")
     return frozenset(flags)

@@ -352,3 +352,14 @@ def test_template_variable_moves_the_thinking_block_to_the_prompt(tokenizer_dir)
         )
         == "a1<|im_end|>"
     )
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out():
+    """An earlier turn with its reasoning is an example of its own, so the context of later turns is complete."""
+    drops = template(HEAD + "{% if loop.last %}" + THINKS + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n")
+    thoughts = [USER, {**ANSWER, "reasoning_content": "hm"}, USER, {**ANSWER, "reasoning_content": "so"}]
+    texts, flags = trained(drops, thoughts, turns="auto")
+    assert texts == ["<think>hm</think>a1<|im_end|>", "<think>so</think>a1<|im_end|>"]
+    assert flags == {"conversation_split"}
+    never = template(HEAD + TURN)
+    assert trained(never, thoughts)[1] == {"reasoning_dropped"}
