@@ -14,6 +14,7 @@ from pathlib import Path
 
 import errors
 import msgspec
+import troubleshooting
 from typer.models import ArgumentInfo
 
 from ftdata.cli import app
@@ -255,6 +256,7 @@ PAGES = {
     "flags.md": flag_page,
     "schemas.md": schema_page,
     "plugins.md": plugin_page,
+    "../troubleshooting.md": troubleshooting.page,
 }
 
 

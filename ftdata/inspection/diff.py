@@ -143,8 +143,8 @@ class Diff:
                 if ranges:
                     text = _style_ranges(view, ranges, plain=has_no_colors(console))
                     console.print(Text.assemble(_SIDE_STYLES[side], text), soft_wrap=True)
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items() if count or kind == SAME)
-        console.print(f"{count_noun(sum(self.rows.values()), 'row')}: {counts}", highlight=False, soft_wrap=True)
+        counts = ", ".join(f"{kind}: {count:,}" for kind, count in self.rows.items() if count or kind == SAME)
+        console.print(f"{count_noun(sum(self.rows.values()), 'row')} ({counts})", highlight=False, soft_wrap=True)
 
     def page(self) -> HtmlPage:
         """Create an HTML page that shows the changed rows side by side."""

@@ -90,7 +90,7 @@ def style_segments(segments: Iterable[Segment], *, plain: bool) -> Text:
 
 def _describe_remainder(view: ExampleView) -> str:
     label = f"✂ {count_noun(view.cut, 'token')} cut" if view.cut else "✂ text without tokens"
-    return f"{label}: {make_visible(_shorten(view.remainder))}" if view.remainder else label
+    return f"{label}: {make_visible(_shorten(view.remainder)).rstrip()}" if view.remainder else label
 
 
 def _shorten(text: str) -> str:

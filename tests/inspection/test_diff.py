@@ -253,7 +253,7 @@ def test_diff_command_compares_configurations_data_and_builds(data, tokenizer_di
     assert run(tmp_path / "a", tmp_path / "a").returncode == 0
     done = run(tmp_path / "a", config, "--html", tmp_path / "page.html")
     assert done.returncode == 1
-    assert "1 only in A" in done.stdout
+    assert "only in A: 1" in done.stdout
     assert (tmp_path / "page.html").is_file()
     done = run(data, "-t", tokenizer, "--set", "turns=split", "--json")
     assert json.loads(done.stdout)["rows"]["tokens differ"] == 1

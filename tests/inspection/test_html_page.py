@@ -26,35 +26,6 @@ def talk(question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-@pytest.fixture(scope="module")
-def context(chromium):
-    """A window without a network."""
-    context = chromium.new_context(offline=True, viewport={"width": 1200, "height": 900})
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def opened(context):
-    """Return a function that opens a page from a file."""
-    pages = []
-
-    def open_page(path):
-        page = context.new_page()
-        pages.append(page)
-        page.asked, page.faults = [], []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.on("pageerror", lambda error: page.faults.append(str(error)))
-        page.on("console", lambda said: page.faults.append(said.text) if said.type == "error" else None)
-        page.goto(f"file://{path}")
-        page.wait_for_selector("#list[data-ready]", state="attached")
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-
-
 SHOWN = """() => [...document.querySelectorAll('.ex')].map((box) => ({
   place: box.closest('.row').querySelector('h3').children[0].textContent,
   tokens: [...box.querySelectorAll('.t')].map((span) => {
@@ -172,18 +143,6 @@ def test_page_shows_the_text_of_each_token(data, tokenizer, opened, tmp_path):
     )
     expected = [view.pieces for row in shown.rows for view in row.examples]
     assert texts == expected
-
-
-@pytest.fixture
-def simple(opened, tmp_path):
-    """Return a function that opens the page of some rows."""
-    folder = tiny_bpe(tmp_path / "t", bos="<s>")
-
-    def get(rows, **options):
-        preview(rows, folder, html=tmp_path / "page.html", **{"n": 1000, **options})
-        return opened(tmp_path / "page.html")
-
-    return get
 
 
 def test_hostile_rows_are_escaped(simple):
@@ -478,54 +437,3 @@ def test_docs_images_can_be_regenerated(tmp_path):
     assert named == set(made)
     assert min(made.values()) > 2000
     assert all("@font-face" not in path.read_text() for path in (tmp_path / "images").glob("*.svg"))
-
-
-def test_summary_says_what_is_wrong_and_how_to_fix_it(simple):
-    page = simple([talk("q", "an answer"), talk("q", ""), talk("q", "word " * 100)], max_length=60, overlong="truncate")
-    assert page.inner_text("#summary .verdict") == "3 rows: 2 errors to fix before you train"
-    problems = page.locator("#summary .problems li").all_inner_texts()
-    assert "1 row rejected: empty_answer (1). Fix: correct the rows" in problems[0]
-    assert "max_length cuts an answer in the middle" in problems[1]
-    assert "Fix: raise max_length" in problems[1]
-    assert "every trained turn ends with a trained stop token" not in page.inner_text("#summary")
-    page = simple([talk("q", "an answer")])
-    assert page.inner_text("#summary .verdict") == "1 row: no problems found"
-    assert "every trained turn ends with a trained stop token" in page.inner_text("#summary")
-
-
-def test_badges_explain_and_filter(simple):
-    """The filter counts all rows of the data, also those that are not on the page."""
-    page = simple([talk(f"q {n}", "an answer") for n in range(3)] + [talk("q", "same")] * 36, n=2)
-    options = page.locator("#kind option").all_inner_texts()
-    assert "duplicate (1 of 35)" in options
-    badge = page.locator(".badge", has_text="duplicate").first
-    assert badge.get_attribute("title") == "the tokens and labels are equal to those of an earlier row"
-    badge.click()
-    assert page.input_value("#kind") == "duplicate"
-    assert page.inner_text("#explanation") == "duplicate: the tokens and labels are equal to those of an earlier row"
-    assert page.locator(".row").count() == 1
-    assert page.faults == []
-
-
-def test_examples_of_a_split_conversation_are_separated(simple):
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    turns = talk("q", "<think>so</think>a")["messages"] + talk("r", "<think>ah</think>b")["messages"]
-    page = simple([{"messages": turns}, talk("q", "a")], template=template)
-    assert page.locator("h4.part").all_inner_texts() == ["example 1 of 2", "example 2 of 2"]
-
-
-@pytest.mark.parametrize("width", [320, 390])
-def test_page_fits_a_phone(tmp_path, opened, width):
-    folder = tmp_path / ("a-very-long-folder-name-without-a-space" * 3)
-    folder.mkdir()
-    path = folder / "data.jsonl"
-    path.write_text(json.dumps(talk("q", "a")) + "\n{broken\n")
-    preview(path, tiny_bpe(tmp_path / "t"), html=tmp_path / "page.html", packing="bfd", max_length=64)
-    page = opened(tmp_path / "page.html")
-    page.set_viewport_size({"width": width, "height": 800})
-    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width

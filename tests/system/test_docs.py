@@ -74,7 +74,10 @@ def reference():
 def test_reference_pages_are_up_to_date(name, reference):
     """`python docs/scripts/reference.py` updates the pages."""
     if name == "api.md":
-        assert {path.name for path in (DOCS / "reference").iterdir()} == {name, *reference.PAGES}
+        assert {path.name for path in (DOCS / "reference").iterdir()} == {
+            name,
+            *(page for page in reference.PAGES if "/" not in page),
+        }
     else:
         assert (DOCS / "reference" / name).read_text() == reference.PAGES[name]()
 

@@ -16,7 +16,7 @@ from docs_pages import PAGES, ROOT, blocks, commands
 from ftdata import convert
 
 FTDATA = Path(sys.executable).parent / "ftdata"
-LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/howto/trainer.md"}
+LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/trainers/trl.md"}
 """Pages that train several models; shorter pages or `examples/` cover the same commands."""
 
 

@@ -85,6 +85,27 @@ def test_e_company_faq(example, tmp_path):
     assert len((tmp_path / "out" / "company_faq.jsonl").read_text().splitlines()) == 18
 
 
+def test_tutorial_notebook_runs(tokenizer_dir, tmp_path):
+    """`which_tokens.ipynb` shows the tokens of the model that the first cell names."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(EXAMPLES / "which_tokens.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source = f"TOKENIZER = {tokenizer_dir('qwen')!r}"
+    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert "error" not in [output.output_type for output in outputs]
+    assert sum("text/html" in output.data for output in outputs if "data" in output) >= 5
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    # The reasoning and the answer of both turns are trained once, and each stop token with its turn.
+    assert "{} -> 33 trained tokens" in text
+    assert "{'train_parts': ['answer']} -> 6 trained tokens" in text
+    assert "labels differ: 1" in text
+
+
 def test_notebook_runs(hub_environment, tmp_path, monkeypatch):
     import nbclient
     import nbformat
