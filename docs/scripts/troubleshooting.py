@@ -48,7 +48,7 @@ SECTIONS = (
     (
         "A build is refused, or it is not complete",
         "The report of a build counts every row and every token. If more than 1 % of the rows or tokens are left out, "
-        "the report names the option that changes this. An interrupted build continues if you run the same command again.",
+        "the report names the option that changes this. To continue an interrupted build, run the same command again.",
         ("build_exists", "target_exists", "max_rejects", "damaged_build", "no_rows_built", "file_changed",
          "workspace_unknown", "write"),
     ),
