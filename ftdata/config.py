@@ -44,6 +44,30 @@ NULL: Any = object()
 """An override that sets a field to null; an override of `None` leaves the field unchanged."""
 
 
+_FAMILIAR_NAMES = {
+    name: f"use {own}"
+    for own, names in {
+        "data": "dataset datasets dataset_name train_file train_data data_path",
+        "model": "base_model model_name model_name_or_path model_id",
+        "template": "chat_template prompt_template",
+        "max_length": "seq_length max_seq_length max_seq_len sequence_len cutoff_len block_size",
+        "packing": "sample_packing",
+        "test_size": "val_set_size val_size validation_split",
+        "output_dir": "output out_dir save_dir",
+        "train.per_device_train_batch_size": "batch_size train_batch_size micro_batch_size",
+        "train.num_train_epochs": "epochs num_epochs",
+        "train.learning_rate": "lr",
+        "train.gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps",
+        "train.warmup_ratio": "warmup",
+        "lora.r": "lora_r lora_rank rank",
+        "lora.alpha": "lora_alpha",
+        "lora.dropout": "lora_dropout",
+        "quantization: nf4": "load_in_4bit qlora quantization_bit",
+    }.items()
+    for name in names.split()
+}
+"""Key of another tool -> a hint with the key of ftdata."""
+
 LORA_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 """Field of `peft.LoraConfig` -> its short name in ftdata."""
 
@@ -268,7 +292,8 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
         if isinstance(overrides.get(name), dict) and isinstance(values.get(name), dict):
             merged[name] = {**values[name], **overrides[name]}
     if unknown := [key for key in merged if key not in Config.__struct_fields__]:
-        hint = suggest_names(str(unknown[0]), (*Config.__struct_fields__, *SECTIONS))
+        names = suggest_names(str(unknown[0]), (*Config.__struct_fields__, *SECTIONS))
+        hint = _FAMILIAR_NAMES.get(str(unknown[0]), f"{names}; settings of the trainer belong in the section train")
         raise UsageError("config", f"the configuration contains the unknown key {unknown[0]!r}", where=file, hint=hint)
     if isinstance(lora := merged.get("lora"), dict):
         extra_fields = {name: value for name, value in lora.items() if name not in Lora.__struct_fields__[:-1]}

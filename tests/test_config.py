@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from ftdata.config import load_config, make_config
+from ftdata import config as config_module
+from ftdata.config import Config, Lora, load_config, make_config
 from ftdata.errors import UsageError
 
 REQUIRED = {"data": "d.json", "model": "m", "output_dir": "o"}
@@ -58,3 +59,28 @@ def test_malformed_config_file_is_refused(tmp_path, text, suffix):
 def test_every_field_can_be_overridden():
     """Also a field with a name that could be a parameter of the function."""
     assert make_config(REQUIRED, "run.yaml", where="not input").where == "not input"
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("batch_size", "use train.per_device_train_batch_size"),
+        ("base_model", "use model"),
+        ("sequence_len", "use max_length"),
+        ("lora_r", "use lora.r"),
+        ("learning_rate", "settings of the trainer belong in the section train"),
+    ],
+)
+def test_keys_of_other_tools_are_explained(key, hint):
+    with pytest.raises(UsageError, match=f"unknown key '{key}'") as caught:
+        make_config({"data": "d.json", "model": "m", "output_dir": "o", key: 4})
+    assert hint in caught.value.hint
+
+
+def test_familiar_names_are_keys_of_the_configuration():
+    """No hint names a key that does not exist, and none hides a key that exists."""
+    for name, hint in config_module._FAMILIAR_NAMES.items():
+        section, _, field = hint.removeprefix("use ").partition(":")[0].partition(".")
+        assert section in Config.__struct_fields__, hint
+        assert section != "lora" or field in Lora.__struct_fields__, hint
+        assert name not in Config.__struct_fields__

@@ -122,6 +122,8 @@ class Stats:
         console.print(lengths)
         if self.limits:
             limits = _make_table("max_length", "longer examples", "share", "tokens beyond")
+            limits.title = f"all {count_noun(len(self.survey.lengths), 'example')} before max_length is applied"
+            limits.title_justify, limits.title_style = "left", ""
             limits.columns[0].justify = "right"
             for limit in self.limits:
                 share = f"{limit.longer / max(len(self.survey.lengths), 1):.2%}"

@@ -172,6 +172,11 @@ FLAGS = {
         "",
         "tool call arguments are passed as JSON text, because the template fails on objects",
     ),
+    "tool_call_ids_added": Flag(
+        "note",
+        "ids are added to the tool calls, because the template requires an id for each tool call",
+        "add ids to the tool calls if the model must print ids of a certain form",
+    ),
     "arguments_parsed": Flag(
         "",
         "tool call arguments are passed as objects, because the template encodes JSON text a second time",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -70,6 +72,11 @@ class ChatRendering:
     def prefix(self, count: int) -> ChatRendering:
         """Return a copy that contains only the first `count` messages of the conversation."""
         return replace(self, messages=self.messages[:count])
+
+    def with_call_ids(self) -> ChatRendering:
+        """Return a copy in which each tool call, and the result of each tool call, has an id."""
+        messages = tuple(track_messages([*_add_call_ids(self.messages)]))
+        return replace(self, messages=messages, flags=self.flags | {"tool_call_ids_added"})
 
     def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
         """Render the first `count` messages, or all messages by default.
@@ -195,15 +202,56 @@ def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
 
 
 def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
+    """Render a conversation. If the template fails, try the other forms of its tool calls.
+
+    Raises:
+        BadRow: `template_raises`, if the template fails for every form.
+    """
     try:
         return chat, chat.render()
     except BadRow:
-        if not any(message.get("tool_calls") for message in chat.messages):
-            raise
+        for other_form in _other_call_forms(chat):
+            with suppress(BadRow):
+                return other_form, other_form.render()
+        raise
+
+
+def _other_call_forms(chat: ChatRendering) -> Iterator[ChatRendering]:
+    if not any(message.get("tool_calls") for message in chat.messages):
+        return
+    forms = [chat]
+    if any(not call.get("id") for message in chat.messages for call in message.get("tool_calls") or ()):
+        # The templates of Mistral require an id for each tool call, and many data sets have none.
+        forms.append(chat.with_call_ids())
+        yield forms[-1]
+    for form in forms:
         # Some templates print tool call arguments without conversion, so the arguments must be text.
-        messages = tuple(track_messages([_convert_arguments(message, _dump_arguments) for message in chat.messages]))
-        chat = replace(chat, messages=messages, flags=chat.flags | {"arguments_as_text"})
-        return chat, chat.render()
+        messages = tuple(track_messages([_convert_arguments(message, _dump_arguments) for message in form.messages]))
+        yield replace(form, messages=messages, flags=form.flags | {"arguments_as_text"})
+
+
+def _add_call_ids(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Add ids to tool calls without an id, and to the results that follow them.
+
+    The ids depend only on the positions of the calls, so cached renderings of other conversations remain valid.
+    """
+    pending = list[str]()
+    for index, message in enumerate(messages):
+        if message.get("tool_calls"):
+            pending = [call.get("id") or _make_call_id(index, n) for n, call in enumerate(message["tool_calls"])]
+            calls = [{**call, "id": call_id} for call, call_id in zip(message["tool_calls"], pending, strict=True)]
+            yield {**message, "tool_calls": calls}
+        elif message["role"] == "tool" and pending:
+            call_id = message.get("tool_call_id") or pending[0]
+            pending = [other for other in pending if other != call_id]
+            yield {**message, "tool_call_id": call_id}
+        else:
+            yield message
+
+
+def _make_call_id(message: int, call: int) -> str:
+    """Return an id of 9 letters and digits, as the templates of Mistral require."""
+    return hashlib.sha256(f"{message}.{call}".encode()).hexdigest()[:9]
 
 
 def _locate_turns(

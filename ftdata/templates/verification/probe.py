@@ -225,6 +225,8 @@ def describe_contradiction(
     if "content_parts_joined" in rendered.flags:
         conversation = join_text_parts(conversation)
     chat = ChatRendering.from_messages(conversation.messages, conversation.tools, template).prefix(rendered.messages)
+    if "tool_call_ids_added" in rendered.flags:
+        chat = chat.with_call_ids()
     contradiction = cross_check(chat, rendered, max_messages)
     return None if contradiction is None else str(contradiction)
 

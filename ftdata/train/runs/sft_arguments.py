@@ -142,7 +142,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
     """
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = compute_dtype(config.train)
-    strategy = config.train.get("eval_strategy", "epoch" if evaluates else "no")
+    usual_strategy = "steps" if "eval_steps" in config.train else "epoch"
+    strategy = config.train.get("eval_strategy", usual_strategy if evaluates else "no")
     if not evaluates and str(strategy) != "no":
         message = f"eval_strategy is {strategy!r}, but there is no test split"
         raise UsageError("no_test_split", message, hint="set test_size")
@@ -159,7 +160,7 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         "logging_first_step": True,
         # A NaN or infinite loss must be logged, not replaced by the mean of the other losses.
         "logging_nan_inf_filter": False,
-        "save_strategy": "epoch",
+        "save_strategy": "steps" if "save_steps" in config.train else "epoch",
         "save_total_limit": 2,
         "eval_strategy": strategy,
         "prediction_loss_only": True,

@@ -1,6 +1,7 @@
 """Coverage, rules R11 to R13: tool calls, fields and errors of the template."""
 
 import json
+import re
 
 import pytest
 from chat_templates import (
@@ -21,6 +22,7 @@ from chat_templates import (
 )
 
 from ftdata.templates import Template, render_in_worker
+from ftdata.templates.verification.probe import describe_contradiction
 from ftdata.types import Conversation
 
 THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
@@ -363,3 +365,37 @@ def test_reasoning_of_earlier_turns_may_be_left_out():
     assert flags == {"conversation_split"}
     never = template(HEAD + TURN)
     assert trained(never, thoughts)[1] == {"reasoning_dropped"}
+
+
+NEEDS_IDS = template(
+    "{% if m.role == 'tool' %}{{ '[RESULT]' ~ m.content ~ m.tool_call_id }}{% else %}" + HEAD + "{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('no id') }}"
+    "{% endif %}{{ '[CALL]' ~ (c.function | tojson) ~ c.id }}{% endfor %}<|im_end|>\n{% endif %}"
+)
+
+
+def test_ids_are_added_to_tool_calls_if_the_template_requires_them():
+    """The result has the id of its call, the id is trained, and the second renderer confirms the text."""
+    (rendered,) = outcome(NEEDS_IDS, TOOLED, "joint")
+    assert rendered.flags == {"tool_call_ids_added"}
+    (call_id,) = set(re.findall(r"\[CALL\].*?}}(\w{9})<", rendered.text))
+    assert f"[RESULT]found{call_id}" in rendered.text
+    texts, _ = trained(NEEDS_IDS, TOOLED)
+    assert texts[0].endswith(f"{call_id}<|im_end|>")
+    checked = Template("t", NEEDS_IDS, special_tokens={"bos_token": "<s>", "eos_token": "<|im_end|>"})
+    assert describe_contradiction(Conversation(tuple(TOOLED)), checked, rendered) is None
+
+
+def test_ids_of_the_row_are_kept():
+    (call,) = CALL["tool_calls"]
+    messages = [USER, {**CALL, "tool_calls": [{**call, "id": "abcdefghi"}, call]}]
+    messages += [
+        {"role": "tool", "content": "first", "tool_call_id": "abcdefghi"},
+        {"role": "tool", "content": "second"},
+    ]
+    (rendered,) = outcome(NEEDS_IDS, [*messages, ANSWER], "joint")
+    first, second = re.findall(r"\[CALL\].*?}(\w{9})(?=\[|<)", rendered.text)
+    assert first == "abcdefghi"
+    assert f"firstabcdefghi[RESULT]second{second}" in rendered.text
+    with_ids = [USER, {**CALL, "tool_calls": [{**call, "id": "abcdefghi"}]}, {**TOOLED[2], "tool_call_id": "abcdefghi"}]
+    assert trained(NEEDS_IDS, [*with_ids, ANSWER])[1] == set()

@@ -437,5 +437,12 @@ def test_trainer_settings_depend_on_device_and_data(llama, tmp_path):
     assert (joined.padding_free, str(joined.train_sampling_strategy)) == (True, "random")
     assert (padded.padding_free, padded.eval_strategy.value) == (False, "epoch")
     assert "group" in str(padded.train_sampling_strategy)
+    assert padded.save_strategy.value == "epoch"
+    settings = {"save_steps": 7, "eval_steps": 5}
+    steps = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": settings})
+    by_steps = make_sft_config(steps, isolated=False, packed=False, evaluates=True)
+    assert (by_steps.save_strategy.value, by_steps.save_steps) == ("steps", 7)
+    assert (by_steps.eval_strategy.value, by_steps.eval_steps) == ("steps", 5)
+    assert make_sft_config(steps, isolated=False, packed=False, evaluates=False).eval_strategy.value == "no"
     assert joined.max_length is None
     assert (joined.bf16, joined.fp16) == ((True, False) if torch.cuda.is_available() else (False, False))
