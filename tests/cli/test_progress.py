@@ -65,7 +65,9 @@ def test_interrupted_build_resumes(data, tokenizer_dir, tmp_path):
 @pytest.mark.parametrize("columns", [80, 120])
 def test_terminal_shows_phases_within_its_width(data, tokenizer_dir, tmp_path, columns):
     text = show_on_terminal(
-        ["-m", "ftdata", "build", str(data), "-t", tokenizer_dir("tiny_bpe"), "-o", str(tmp_path / "out")], columns
+        ["-m", "ftdata", "build", str(data), "-t", tokenizer_dir("tiny_bpe"), "-o", str(tmp_path / "out")],
+        columns,
+        NO_COLOR="1",
     )
     assert "plan" in text
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
@@ -73,10 +75,11 @@ def test_terminal_shows_phases_within_its_width(data, tokenizer_dir, tmp_path, c
     assert max(map(len, lines)) <= columns
 
 
-def show_on_terminal(arguments, columns):
-    """Return what a command writes to a terminal, without colors."""
+def show_on_terminal(arguments, columns, code=0, **variables):
+    """Return what a command writes to a terminal."""
     parent, child = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environment = {**inherited, "COLUMNS": str(columns), "TERM": "xterm", **variables}
     process = subprocess.Popen([sys.executable, *arguments], stdout=child, stderr=child, env=environment)
     os.close(child)
     written = b""
@@ -86,8 +89,19 @@ def show_on_terminal(arguments, columns):
         except OSError:
             break
     os.close(parent)
-    assert process.wait() == 0, written
+    assert process.wait() == code, written
     return written.decode()
+
+
+def test_errors_on_a_terminal_have_colors(tmp_path):
+    """The code and the word "Fix" are styled; the text is the same as without a terminal."""
+    arguments = ["-m", "ftdata", "preview", str(tmp_path / "data.json")]
+    styled = show_on_terminal(arguments, 80, code=2)
+    assert re.search(r"\x1b\[1;31mftdata: \[file_not_found\]", styled)
+    assert re.search(r"\x1b\[1;32mFix:", styled)
+    plain = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False).stderr
+    assert "\x1b" not in plain
+    assert re.sub(r"\x1b\[[\d;]*m", "", styled).replace("\r\n", "\n") == plain
 
 
 def test_log_files_get_a_line_per_interval(monkeypatch, capsys):
