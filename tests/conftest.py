@@ -13,6 +13,7 @@ import laws  # noqa: F401  (profiles of Hypothesis)
 import pytest
 import warm
 from tokenizer_makers import MAKERS, REAL, tiny_bpe
+from xdist.scheduler import LoadScopeScheduling
 
 # Collection imports modules with millions of objects, which full garbage collections would traverse.
 gc.disable()
@@ -48,6 +49,22 @@ HEAVY = (
     "test_planted_faults",
 )
 """The slowest files run first, so that no worker runs one of them at the end."""
+
+
+TRAINING = ("test_docs_pages", "test_examples", "test_systems")
+"""Files that run in one worker, so that only this worker starts a hub and a process with the training libraries."""
+
+
+class FileScheduling(LoadScopeScheduling):
+    """Runs the tests of a file in one worker."""
+
+    def _split_scope(self, nodeid):
+        path = nodeid.partition("::")[0]
+        return "training" if Path(path).stem in TRAINING else path
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return FileScheduling(config, log)
 
 
 def pytest_xdist_auto_num_workers():

@@ -140,9 +140,9 @@ def test_disk_operations_all_have_failpoints(builder):
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [18, pytest.param(1, marks=pytest.mark.long)])
 def test_every_disk_operation_may_fail(builder, fault, old, every):
-    """G8, G9: at each write, sync and rename; without `-m long` at every ninth."""
+    """G8, G9: at each write, sync and rename; without `-m long` at every eighteenth."""
     before = "old" if old else None
     asked = operations(builder, old)
     (published,) = [number for number, step in enumerate(asked, 1) if is_publication(step, builder)]
@@ -165,7 +165,7 @@ def test_every_disk_operation_may_fail(builder, fault, old, every):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("builds", [10, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("builds", [6, pytest.param(100, marks=pytest.mark.long)])
 def test_build_may_be_killed_at_any_time(builder, old, builds):
     """G8: SIGKILL at random times, often several times before a build is complete."""
     dice, before = random.Random(old), "old" if old else None
@@ -312,7 +312,7 @@ class Changes(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_changes_never_give_an_outdated_build(builder, examples):
     """G11."""
     Changes.builder, Changes.cache = builder, builder.folder / "cache"

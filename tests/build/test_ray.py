@@ -133,6 +133,7 @@ def wait_for_shards(target, count):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_build_completes_after_a_node_is_killed(cluster, data, here, tmp_path, tokenizer_dir):
     target = tmp_path / "out"
     node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
@@ -146,6 +147,7 @@ def test_build_completes_after_a_node_is_killed(cluster, data, here, tmp_path, t
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.long
 def test_build_resumes_after_the_coordinator_is_killed(cluster, data, here, tmp_path, tokenizer_dir):
     target = tmp_path / "out"
     build = begin(cluster, data, str(tokenizer_dir("tiny_bpe")), target)

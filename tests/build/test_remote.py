@@ -57,7 +57,7 @@ def ftdata(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.long)])
 def test_network_failures_give_all_rows_or_an_error(count):
     """No partial data is accepted, the number of requests is bounded, and the error names the source."""
     driver = Path(__file__).parents[1] / "schedules.py"

@@ -8,6 +8,8 @@ from tokenizer_makers import tiny_bpe
 
 from ftdata import preview
 
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
 
 def test_summary_says_what_is_wrong_and_how_to_fix_it(simple):
     page = simple([talk("q", "an answer"), talk("q", ""), talk("q", "word " * 100)], max_length=60, overlong="truncate")

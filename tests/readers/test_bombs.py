@@ -301,11 +301,9 @@ print(json.dumps([done.returncode, done.stdout + done.stderr, used.ru_maxrss >> 
 """
 QUICK = (
     "references in a map",
-    "references in a union",
     "objects in a row of JSON Lines",
     "carriage returns",
     "line of 100 MB",
-    "columns",
     "row number",
     "a million empty objects",
 )

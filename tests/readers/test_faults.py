@@ -129,7 +129,7 @@ def csv_file(dice, fault, rows, at, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", [400, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("files", [200, pytest.param(10_000, marks=pytest.mark.long)])
 def test_one_invalid_row_rejects_one_row_at_its_line(tmp_path, tokenizer_dir, files):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"))
     faults = [(fault, json_file) for fault in (*VALUES, *TEXTS, *LINE_TEXTS, *BYTES)] + [(f, csv_file) for f in CELLS]

@@ -181,7 +181,7 @@ def test_site_is_built_without_warnings(site):
     assert "build_sft_dataset" in site.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_concept_diagrams_are_up_to_date(tmp_path):
     """`python docs/scripts/concepts.py` updates the diagrams."""
     subprocess.run([sys.executable, DOCS / "scripts" / "concepts.py", tmp_path], check=True)

@@ -49,7 +49,7 @@ def test_a_translation(example, tmp_path):
     assert run["perplexity"] > 1
 
 
-@pytest.mark.parametrize("shape", ["guanaco", "ultrachat"])
+@pytest.mark.parametrize("shape", ["guanaco", pytest.param("ultrachat", marks=pytest.mark.long)])
 def test_b_text_field(example, tmp_path, shape):
     said = example("text_field", "--shape", shape)
     assert "What is 0?" in said
@@ -106,6 +106,7 @@ def test_tutorial_notebook_runs(tokenizer_dir, tmp_path):
     assert "labels differ: 1" in text
 
 
+@pytest.mark.long  # the same steps as `translate.py`
 def test_notebook_runs(hub_environment, tmp_path, monkeypatch):
     import nbclient
     import nbformat

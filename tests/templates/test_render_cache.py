@@ -248,7 +248,10 @@ GROWTH = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize(
+    "growth",
+    [pytest.param(name, marks=() if name in ("doubled", "asked often") else pytest.mark.long) for name in GROWTH],
+)
 def test_work_of_cached_renderings_is_bounded(growth, tokenizer_dir):
     """The template stays within its limits on short rows; on a long row this process must not exceed them instead."""
     import resource

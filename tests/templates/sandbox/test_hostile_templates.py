@@ -76,7 +76,7 @@ FORMS = {
     "at once": "{% set n = 2 %}BOMB" + CHAT,
     "of columns": "{% set n = 2 %}{% set messages = [{'content': 'x'}] %}BOMB{{ instruction }}{% generation %}{{ output }}<|im_end|>{% endgeneration %}",
 }
-FEW = {"on a row": ("loops", "comparison", "text"), "of columns": ("loops",), "at once": ("doubled",)}
+FEW = {"on a row": ("loops", "text"), "of columns": ("loops",), "at once": ("doubled",)}
 CASES = [
     pytest.param(form, bomb, marks=[] if bomb in FEW.get(form, ()) else pytest.mark.long)
     for form in FORMS

@@ -165,9 +165,13 @@ def test_lora_settings_that_peft_would_ignore_are_refused(llama, tmp_path, lora,
 
 @pytest.mark.parametrize(
     "lora",
-    [{"use_dora": True}, {"use_rslora": True, "bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
-    ids=["dora", "rslora and bias", "a module whole", "pissa"],
-)  # fmt: skip
+    [
+        pytest.param({"use_dora": True}, id="dora"),
+        pytest.param({"use_rslora": True, "bias": "all"}, id="rslora and bias", marks=pytest.mark.long),
+        pytest.param({"modules_to_save": ["lm_head"]}, id="a module whole"),
+        pytest.param({"init_lora_weights": "pissa"}, id="pissa", marks=pytest.mark.long),
+    ],
+)
 def test_other_adapters_train_and_can_be_reloaded(llama, data, tmp_path, lora):
     found, _ = dry_run(data, model=llama, output_dir=tmp_path / "run", lora={"r": 2, **lora})
     folder = run(data, model=llama, output_dir=tmp_path / "run", lora={"r": 2, **lora}, settings=QUICK)
@@ -218,7 +222,15 @@ def test_base_model_is_quantized_as_configured(llama, chosen, kind):
     assert count_parameters(model)[1] == count_parameters(load_model(llama))[1]
 
 
-@pytest.mark.parametrize("chosen", ["fp4", "int8", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param("fp4", marks=pytest.mark.long),
+        "int8",
+        pytest.param({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_quantized_run_is_estimated_trained_and_evaluated(llama, data, tmp_path, chosen):
     given = {"model": llama, "output_dir": tmp_path / "run", "quantization": chosen}
     found, _ = dry_run(data, **given)
