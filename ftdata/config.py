@@ -45,8 +45,8 @@ NULL: Any = object()
 
 
 _FAMILIAR_NAMES = {
-    name: f"use {own}"
-    for own, names in {
+    name: f"use {key}"
+    for key, names in {
         "data": "dataset datasets dataset_name train_file train_data data_path",
         "model": "base_model model_name model_name_or_path model_id",
         "template": "chat_template prompt_template",

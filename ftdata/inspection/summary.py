@@ -51,12 +51,12 @@ def describe_verdict(rows: int, severities: Iterable[str]) -> str:
     '1 row: no problems found'
     """
     counts = Counter(severities)
-    found = [
+    parts = [
         f"{count_noun(counts[severity], severity)} {_ACTIONS[severity]}"
         for severity in reversed(SEVERITIES)
         if counts[severity]
     ]
-    return f"{count_noun(rows, 'row')}: {', '.join(found) or 'no problems found'}"
+    return f"{count_noun(rows, 'row')}: {', '.join(parts) or 'no problems found'}"
 
 
 def summarize_flags(rows: int, examples: int, flags: Mapping[str, int], rejected: Mapping[str, int]) -> Summary:
@@ -85,19 +85,19 @@ def summarize_flags(rows: int, examples: int, flags: Mapping[str, int], rejected
     return Summary(describe_verdict(rows, (problem.severity for problem in problems)), (*problems,), passed)
 
 
-def true_statements(contradictions: Mapping[str, Iterable[str]], found: Container[str]) -> tuple[str, ...]:
+def true_statements(contradictions: Mapping[str, Iterable[str]], problem_codes: Container[str]) -> tuple[str, ...]:
     """Return the statements that no problem contradicts.
 
     Args:
         contradictions: For the code of each possible problem, the statements that it contradicts.
-        found: The codes of the problems that were found.
+        problem_codes: The codes of the problems that were found.
 
     >>> contradictions = {"double_bos": ["no BOS token is doubled"], "duplicate": ["no row is duplicated"]}
-    >>> true_statements(contradictions, found=["duplicate"])
+    >>> true_statements(contradictions, problem_codes=["duplicate"])
     ('no BOS token is doubled',)
     """
     is_true: dict[str, bool] = {}
     for code, statements in contradictions.items():
         for statement in statements:
-            is_true[statement] = is_true.get(statement, True) and code not in found
+            is_true[statement] = is_true.get(statement, True) and code not in problem_codes
     return tuple(statement for statement in is_true if is_true[statement])
