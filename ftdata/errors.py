@@ -58,7 +58,7 @@ class FtdataError(Exception):
 
     def __str__(self) -> str:
         location = f"{self.where}: " if self.where else ""
-        separator = "" if self.message.endswith("\n") else ". "
+        separator = "" if self.message.endswith("\n") else " " if self.message.endswith(".") else ". "
         fix = f"{separator}Fix: {self.hint}" if self.hint else ""
         return f"[{self.code}] {location}{self.message}{fix}"
 
@@ -203,6 +203,16 @@ def suggest_names(name: str, candidates: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, names, n=1)
     listing = f"known: {', '.join(names)}"
     return f"did you mean {matches[0]!r}? {listing}" if matches else listing
+
+
+def suggest_similar(name: str, candidates: Iterable[str]) -> str:
+    """Return a hint with the candidate closest to `name`, or an empty string if no candidate is similar.
+
+    >>> suggest_similar("qwen33", ["qwen3", "llama"]), suggest_similar("x", ["qwen3"])
+    ("did you mean 'qwen3'?", '')
+    """
+    matches = difflib.get_close_matches(name, list(candidates), n=1)
+    return f"did you mean {matches[0]!r}?" if matches else ""
 
 
 def count_noun(count: int, noun: str) -> str:

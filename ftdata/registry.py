@@ -137,7 +137,8 @@ class Registry(Generic[T]):
         loader = spec.loader
         self._load(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
-            public = [name for name in vars(module) if not name.startswith("_")]
+            # Imported names belong to another module.
+            public = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]
             problem = f"{path} does not define {attribute!r}"
             raise UsageError("no_such_name", problem, hint=suggest_names(attribute, public))
         value: T = getattr(module, attribute)

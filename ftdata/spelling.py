@@ -18,6 +18,9 @@ Style = Literal["arguments", "flags", "keys"]
 _FLAGS = {"columns": "column", "template_kwargs": "template-kwarg"}
 """Options whose flag has another name, because it sets one item of a mapping."""
 
+_ONLY_FLAGS = ("engine", "overwrite", "to", "workers")
+"""Options that a configuration file cannot contain."""
+
 _OTHER_NAMES = (
     "encoding",
     "engine",
@@ -81,6 +84,8 @@ def _spell_flag(match: re.Match[str]) -> str:
 
 def _spell_key(match: re.Match[str]) -> str:
     name, value = match["name"] or match["bare"], _parse_value(match["value"])
+    if name in _ONLY_FLAGS:
+        return _spell_flag(match)
     separator = "," if match[0].endswith(",") else ""
     if isinstance(value, dict):
         pairs = ", ".join(f"{key}: {'...' if item is ... else item}" for key, item in value.items())

@@ -59,6 +59,13 @@ def shown(example):
     return "".join(example.text[a:b] for a, b in example.offsets[example.trained])
 
 
+NEEDS_IDS = template(
+    "{% if m.role == 'tool' %}{{ '[RESULT]' ~ m.content ~ m.tool_call_id }}{% else %}" + HEAD + "{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('no id') }}"
+    "{% endif %}{{ '[CALL]' ~ (c.function | tojson) ~ c.id }}{% endfor %}<|im_end|>\n{% endif %}"
+)
+
+
 CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
 
 

@@ -43,7 +43,7 @@ Options accept `-` and `_`. Every command that prints accepts `--json`; every co
 | 5 | local I/O error |
 | 6 | network or Hub error |
 | 7 | internal error |
-| 130 | interrupted |
+| 130, 143 | interrupted (Ctrl-C), terminated (SIGTERM) |
 """
 CHECKS = """# Checks
 

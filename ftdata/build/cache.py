@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ftdata.errors import StorageError
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.batches import EncodedText, Encodings
 
@@ -222,6 +223,13 @@ class TextCache:
         # The limit prevents one source from evicting all other sources.
         if self._written > self._max_written:
             return
+        try:
+            self._write(digests, new)
+        except OSError:
+            # The disk is full, or another process cleared the cache. The build continues without new texts.
+            self._written, self._added, self._counts = self._max_written + 1, bytearray(), array("q")
+
+    def _write(self, digests: Sequence[bytes], new: Encodings) -> None:
         offsets = np.stack((new.starts, new.ends), axis=1)
         offsets -= np.repeat(new.text_bounds[:-1], np.diff(new.token_bounds)).astype(offsets.dtype)[:, None]
         for name, values in (("ids.i32", new.ids), ("offsets.i32", offsets.astype(np.int32, copy=False))):
@@ -270,11 +278,18 @@ def open_text_cache(key: str) -> Iterator[TextCache | None]:
 
 
 def clear_cache(kinds: Iterable[str] = ("shards", "texts")) -> None:
-    """Remove all entries of the given kinds from the cache."""
+    """Remove all entries of the given kinds from the cache.
+
+    Raises:
+        StorageError: `write`: an entry cannot be removed.
+    """
     folder = disk.cache_root()
     if folder is not None:
         for kind in kinds:
             shutil.rmtree(folder / kind, ignore_errors=True)
+            if (folder / kind).exists():
+                hint = "check who may write to the folder"
+                raise StorageError("write", f"cannot remove all files in {folder / kind}", hint=hint)
 
 
 def measure_cache() -> CacheSize:

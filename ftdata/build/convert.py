@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from ftdata.build import store
 from ftdata.build.ledger import Ledger, reading_notes
-from ftdata.build.reject_limit import RejectLimit
+from ftdata.build.reject_limit import RejectLimit, group_rejects
 from ftdata.errors import BadRow, UsageError, check_choice
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
 from ftdata.pipeline.render_rows import RejectedRows, check_answers, has_rejected_side, make_reject
+from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 from ftdata.schemas import last_answer_index, normalize
@@ -93,7 +94,9 @@ class ConvertReport:
         filtered_rows = f" + {filtered:,} filtered out (where)" if filtered else ""
         counts = f"{read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected{filtered_rows}"
         lines = [f"rows     {counts}", *(f"note     {spell_options(note)}" for note in self.notes)]
-        return "\n".join([*lines, *(f"reject   {spell_options(str(reject))}" for reject in self.rejects[:20])])
+        if self.rejects:
+            lines.append(f"rejects  {_rejects_path(self.output)}")
+        return "\n".join([*lines, *(f"reject   {spell_options(line)}" for line in group_rejects(self.rejects))])
 
 
 def convert(
@@ -109,6 +112,8 @@ def convert(
     limit: int | None = None,
     on_bad_rows: str = "error",
     max_rejects: float | str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> ConvertReport:
     """Convert rows of any known schema to a single schema.
 
@@ -128,12 +133,15 @@ def convert(
         limit: the maximum number of rows to read from each item of `data`.
         on_bad_rows: `"error"`, or `"quarantine"` to write rejected rows to `NAME.rejects.jsonl` in the same folder.
         max_rejects: the maximum number of rejected rows, or a share such as `"1%"`; needs `"quarantine"`.
+        overwrite: whether to replace an existing output file.
+        progress: called with a `ProgressUpdate` after each batch of rows.
 
     Returns:
         The counts and the rejected rows.
 
     Raises:
-        UsageError: an option is invalid, or `NAME.rejects.jsonl` exists and does not contain rejected rows.
+        UsageError: an option is invalid, the output file exists, or `NAME.rejects.jsonl` exists and does not contain
+            rejected rows.
         BadRows: rows are rejected (`on_bad_rows="error"`).
         TooManyRejects: more than `max_rejects` rows are rejected.
         InputRefused: a source cannot be read, or no row is left to write.
@@ -158,10 +166,13 @@ def convert(
     ledgers: list[Ledger] = []
     rejects: list[Reject] = []
     sources = _check_sources(resolve_sources(data), output)
+    if Path(output).is_file() and not overwrite:
+        raise UsageError("target_exists", f"{output} already exists", hint="set overwrite=True to replace it")
     store.check_rejects_file(_rejects_path(output))
-    row_filters = defaultdict[int, RowFilter](lambda: RowFilter(where, limit))
+    row_filters, rows = defaultdict[int, RowFilter](lambda: RowFilter(where, limit)), 0
+    sources = sorted(sources, key=lambda source: source.item_index)
     with _open_writer(Path(output), to) as write:
-        for source in sorted(sources, key=lambda source: source.item_index):
+        for source in sources:
             row_filter = row_filters[source.item_index]
             ledgers.append(ledger := Ledger(source.path))
             filtered_before, rejected_rows = row_filter.filtered, RejectedRows()
@@ -171,6 +182,9 @@ def convert(
                     rejected_rows.check(outcome)
                     _count(outcome, ledger, rejects)
                 write([record for item in batch if not isinstance(item, Reject) for record in item[1]])
+                rows += len(batch)
+                if progress:
+                    progress(ProgressUpdate("convert", rows, share=_share_done(sources, source, batch[-1])))
             ledger.add_filtered(row_filter.filtered - filtered_before)
         reject_limit.check(ledgers, lambda: rejects)
     rejects_path = _rejects_path(output)
@@ -179,6 +193,16 @@ def convert(
     else:
         rejects_path.unlink(missing_ok=True)
     return ConvertReport(Path(output), tuple(ledgers), tuple(rejects))
+
+
+def _share_done(
+    sources: Sequence[FileSource | MemorySource], current: FileSource | MemorySource, last: Outcome
+) -> float | None:
+    """Return the share of the data before the last row of a batch, if it is known."""
+    source = last.source if isinstance(last, Reject) else last[0].source
+    share, sizes = current.share_before(source), [source.size for source in sources]
+    before = sum(sizes[: [*map(id, sources)].index(id(current))])
+    return None if share is None or not sum(sizes) else (before + share * current.size) / sum(sizes)
 
 
 def _take_batch(outcomes: Iterator[Outcome]) -> list[Outcome]:

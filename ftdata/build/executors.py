@@ -287,6 +287,7 @@ class _RayRunner:
 
 def _connect(ray: Any, address: str) -> None:
     host, _, port = address.rpartition("//")[2].rpartition(":")
+    _log.info("connecting to %s", f"the Ray cluster at {address}" if address else "Ray")
     try:
         if port.isdecimal():
             # Ray itself tries to connect for minutes, so an unreachable address fails here first.

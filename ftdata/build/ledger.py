@@ -212,6 +212,9 @@ class Report:
             f"tokens   {totals['tokens_in']:,} in = {totals['tokens_kept']:,} kept + {totals['tokens_cut']:,} cut"
             f" + {totals['tokens_rejected']:,} in rejected rows",
         ]
+        built, selected = totals["examples"], sum(split["examples"] for split in self.splits.values())
+        if selected != built:
+            lines.append(f"selected {selected:,} of {built:,} examples (weight, rows, tokens, dedup, sample)")
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
             examples, packs, tokens = (

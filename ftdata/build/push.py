@@ -35,9 +35,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         HubError: the Hub rejects the upload, or fails repeatedly.
     """
     folder = remote.local_build(folder)
-    if damaged := store.verify_files(folder):
-        problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
-        raise InputRefused("damaged_build", problem, hint="build the data set again")
+    store.check_intact(folder)
     _check_secrets(folder)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError

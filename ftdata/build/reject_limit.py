@@ -80,9 +80,9 @@ class RejectLimit:
         rows = sum(ledger.read - ledger.filtered for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
             hint = "fix the rows, or leave them out: on_bad_rows='quarantine', max_rejects=..."
-            raise BadRows(bad, _group_rejects(rejects()), hint=hint)
+            raise BadRows(bad, group_rejects(rejects()), hint=hint)
         if bad > self.max_bad_rows(rows):
-            listed = "\n  ".join(_group_rejects(rejects()))
+            listed = "\n  ".join(group_rejects(rejects()))
             allowed = int(self.max_bad_rows(rows))
             message = f"{bad} of {rows} rows are rejected, but max_rejects allows only {allowed}:\n  {listed}\n"
             raise TooManyRejects("max_rejects", message, hint="fix the rows, or raise max_rejects")
@@ -95,7 +95,7 @@ class RejectLimit:
             raise InputRefused("no_rows_built", f"no row is left to build: {reasons}")
 
 
-def _group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:
+def group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:
     """Yield a line for each reason, with the first rows that have it. The fix follows where it first applies."""
     groups, counts = dict[tuple[str, str, str], list[str]](), Counter[tuple[str, str, str]]()
     unlisted = 0

@@ -385,6 +385,17 @@ def verify_files(folder: Path) -> list[str]:
     return [name for name, expected in files.items() if not _is_unchanged(folder / name, expected)]
 
 
+def check_intact(folder: Path) -> None:
+    """Check that all files of a build match its manifest.
+
+    Raises:
+        InputRefused: `damaged_build`, with the names of up to three damaged files; or the folder is not a build.
+    """
+    if damaged := verify_files(folder):
+        problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
+        raise InputRefused("damaged_build", problem, hint="build the data set again")
+
+
 def _is_unchanged(path: Path, expected: Mapping[str, Any]) -> bool:
     try:
         # Symbolic links and devices are never part of a build.

@@ -1,7 +1,7 @@
 """Command-line interface. Each command calls the public function of the same name.
 
 Exit codes: 0 success, 1 findings, 2 usage or configuration error, 3 input refused, 4 too many rejected rows,
-5 local I/O error, 6 network or Hub error, 7 internal error, 130 interrupted.
+5 local I/O error, 6 network or Hub error, 7 internal error, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import ftdata
 from ftdata.cli.build import build, cache_app, config_app, convert, env, plugins, push, templates_app, verify
 from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.inspect import audit, diff, preview, stats
-from ftdata.cli.output import LogHandler, print_error
+from ftdata.cli.output import LogHandler, describe_signal, print_error
 from ftdata.cli.train import chat, evaluate, generate, init, merge, train
 from ftdata.errors import FtdataError
 from ftdata.redaction import redact_text
@@ -63,8 +63,10 @@ def main() -> None:
         app()
     except FtdataError as error:
         _fail(spell_options(str(error)), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except SystemExit as end:
+        if message := describe_signal(end.code):
+            print_error(message)
+        raise
     except BrokenPipeError:
         # The reader of the output, such as `head`, closed the pipe early.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

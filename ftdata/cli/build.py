@@ -12,7 +12,7 @@ import typer
 
 from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, drop_shares, read_request
-from ftdata.cli.output import interruptible, print_json_or_text, print_value, progress_bar, write_stdout
+from ftdata.cli.output import print_json_or_text, print_value, progress_bar, resumable, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
 
 cache_app = typer.Typer(cls=CompactGroup, invoke_without_command=True)
@@ -55,7 +55,7 @@ def build(
         ]
         raise UsageError("missing_option", f"a build needs {' and '.join(missing)}")
     workers = os.cpu_count() if workers is None and engine == "local" else workers
-    with interruptible(), progress_bar() as progress:
+    with resumable(), progress_bar() as progress:
         report = write_build(
             request.sources,
             request.tokenizer,
@@ -79,6 +79,7 @@ def convert(
     to: Annotated[str, typer.Option(help="Schema of the output: messages, prompt_completion, or text")] = "messages",
     tokenizer: Tokenizer = None,
     *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file")] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -89,11 +90,15 @@ def convert(
     # Only rendered text needs the tokenizer, which a configuration contains in any case.
     tokenizer = request.tokenizer if to == "text" else tokenizer
     sources, shares = drop_shares(request.sources)
-    if shares:
+    unused = [*shares, *(name for name in ("dedup", "sample", "shuffle", "test_size") if request.settings.get(name))]
+    if unused:
         print(
-            f"{', '.join(shares)} of the configuration are not applied: convert writes each row once", file=sys.stderr
+            f"{', '.join(unused)} of the configuration are not applied: convert writes each row once", file=sys.stderr
         )
-    report = convert_rows(sources, output, to, tokenizer=tokenizer, **options)
+    with progress_bar() as progress:
+        report = convert_rows(
+            sources, output, to, tokenizer=tokenizer, overwrite=overwrite, progress=progress, **options
+        )
     print_value(report, as_json=as_json)
 
 

@@ -48,7 +48,11 @@ def preview(
     """Show rows with their rendered text and trained tokens."""
     from ftdata.inspection.preview import preview as preview_rows
 
+    from_command_line = options.get("packing") is not None
     request = read_request([data], tokenizer, options)
+    if not from_command_line and (html is None or odd or any(value is not None for value in (row, id_, grep))):
+        # The packing of a configuration applies to an overview page, not to selected rows.
+        options["packing"] = None
     selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "odd": odd}
     with progress_bar() if odd or html else nullcontext() as progress:
         result = preview_rows(request.sources, request.tokenizer, **selection, **options, html=html, progress=progress)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -196,11 +197,13 @@ class Request(NamedTuple):
         sources: the data, in a form that `resolve_sources` accepts.
         tokenizer: the tokenizer; `None` if it is missing.
         output_dir: the field `output_dir` of the configuration; empty if it is missing.
+        settings: all build options of the configuration.
     """
 
     sources: Any
     tokenizer: str | None
     output_dir: str = ""
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]) -> Request:
@@ -228,7 +231,8 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
         if options[name] is None:
             options[name] = getattr(config, name) if config else OPTIONS[name].default
     if config:
-        return Request(config.data, tokenizer or config.tokenizer or config.model or None, config.output_dir)
+        tokenizer = tokenizer or config.tokenizer or config.model or None
+        return Request(config.data, tokenizer, config.output_dir, config.build_options())
     return Request([{"path": path, **source_options} for path in data] if source_options else data, tokenizer)
 
 

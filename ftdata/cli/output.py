@@ -94,13 +94,22 @@ def print_error(message: str) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """If Ctrl-C interrupts the `with` block, say that the same command continues the work, and exit with code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("ftdata: interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+def resumable() -> Iterator[None]:
+    """Mark the `with` block as work that the same command continues after an interruption."""
+    _is_resumable[0] = True
+    yield
+    _is_resumable[0] = False
+
+
+_is_resumable = [False]
+_SIGNALS = {130: "interrupted", 143: "terminated"}
+
+
+def describe_signal(code: Any) -> str | None:
+    """Return the message for an exit code of a command that a signal ended, or `None` for another exit code."""
+    if code not in _SIGNALS:
+        return None
+    return f"{_SIGNALS[code]}; run the same command again to continue" if _is_resumable[0] else _SIGNALS[code]
 
 
 class LogHandler(logging.Handler):
@@ -143,7 +152,7 @@ def _show_bar(console: Console) -> Iterator[Progress]:
         task, clock = bars.add_task("plan", total=None, share="", counts=""), _PhaseClock()
 
         def show(update: ProgressUpdate) -> None:
-            fields: Any = {"counts": _describe_progress(update, clock.seconds(update.phase)), "share": ""}
+            fields: Any = {"counts": _describe_progress(update, *clock.measure(update)), "share": ""}
             total, completed = None, 0.0
             if update.share is not None:
                 total, completed, fields["share"] = 1.0, update.share, f"{update.share:>4.0%}"
@@ -153,16 +162,19 @@ def _show_bar(console: Console) -> Iterator[Progress]:
 
 
 class _PhaseClock:
-    """Measures the time since the current phase began."""
+    """Measures the time since the current phase began, and the work since then.
+
+    A resumed build starts with finished work, which must not count as speed.
+    """
 
     def __init__(self) -> None:
-        self._phase, self._start = "", time.monotonic()
+        self._first, self._start = ProgressUpdate(""), time.monotonic()
 
-    def seconds(self, phase: str) -> float:
-        """Return the seconds since the first call with this phase."""
-        if phase != self._phase:
-            self._phase, self._start = phase, time.monotonic()
-        return time.monotonic() - self._start
+    def measure(self, update: ProgressUpdate) -> tuple[ProgressUpdate, float]:
+        """Return the first update of the phase, and the seconds since then."""
+        if update.phase != self._first.phase:
+            self._first, self._start = update, time.monotonic()
+        return self._first, time.monotonic() - self._start
 
 
 class _LineProgress:
@@ -173,31 +185,38 @@ class _LineProgress:
 
     def __call__(self, update: ProgressUpdate) -> None:
         """Print a line if the last line is ten seconds old."""
-        now, seconds = time.monotonic(), self._clock.seconds(update.phase)
+        now, (first, seconds) = time.monotonic(), self._clock.measure(update)
         if now - self._last >= _LINE_SECONDS:
             self._last = now
             share = "" if update.share is None else f" {update.share:.0%}"
-            print(f"ftdata: {update.phase}{share} {_describe_progress(update, seconds)}".rstrip(), file=sys.stderr)
+            line = f"ftdata: {update.phase}{share} {_describe_progress(update, first, seconds)}"
+            print(line.rstrip(), file=sys.stderr)
 
 
-def _describe_progress(update: ProgressUpdate, seconds: float) -> str:
+def _describe_progress(update: ProgressUpdate, first: ProgressUpdate, seconds: float) -> str:
     """Describe progress in at most 60 characters, so that a line with a bar fits 80 columns.
 
-    >>> _describe_progress(ProgressUpdate("tokenize", 1_234_567, 987_654_321, 0.25), 60)
+    Args:
+        update: the progress.
+        first: the first progress of the phase.
+        seconds: the time since the first progress.
+
+    >>> first = ProgressUpdate("tokenize", share=0.0)
+    >>> _describe_progress(ProgressUpdate("tokenize", 1_234_567, 987_654_321, 0.25), first, 60)
     '1.2M rows (21k/s) 988M tokens (16M/s) 3:00 left'
     """
     if not update.rows:
         return ""
-    if update.share is None and seconds < 1:
-        return f"{_shorten_number(update.rows)} rows {_shorten_number(update.tokens)} tokens"
-    each = max(seconds, 0.1)
-    rows, tokens, row_rate, token_rate = map(
-        _shorten_number, (update.rows, update.tokens, update.rows / each, update.tokens / each)
-    )
+    rows, tokens = _shorten_number(update.rows), _shorten_number(update.tokens)
+    new_rows, new_tokens = update.rows - first.rows, update.tokens - first.tokens
+    if seconds < 1 or not new_rows:
+        return f"{rows} rows {tokens} tokens"
+    row_rate, token_rate = _shorten_number(new_rows / seconds), _shorten_number(new_tokens / seconds)
     text = f"{rows} rows ({row_rate}/s) {tokens} tokens ({token_rate}/s)"
-    if not update.share:
+    new_share = 0.0 if update.share is None else update.share - (first.share or 0.0)
+    if update.share is None or new_share <= 0:
         return text
-    left = int(seconds * (1 - update.share) / update.share)
+    left = int(seconds * (1 - update.share) / new_share)
     hours, minutes = f"{left // 3600}:" if left >= 3600 else "", left // 60 % 60
     return f"{text} {hours}{minutes:{'02' if hours else ''}}:{left % 60:02} left"
 

@@ -94,7 +94,7 @@ KEYS = KeyRules(
     },
     ignored={
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "dataset_keep_in_memory", "strict",
-        "pad_to_sequence_len", "pad_to_multiple_of", "group_by_length", "eval_sample_packing", "lora_mlp_kernel",
+        "pad_to_sequence_len", "pad_to_multiple_of", "eval_sample_packing", "lora_mlp_kernel",
         "lora_qkv_kernel", "lora_o_kernel", "flash_attn_cross_entropy", "flash_attn_rms_norm", "tokenizer_use_fast",
         "model_type", "tokenizer_type", "is_llama_derived_model", "wandb_entity", "wandb_watch", "wandb_log_model",
         "wandb_run_id", "hub_model_id", "push_dataset_to_hub", "mlflow_tracking_uri", "comet_project_name", "debug",
@@ -102,6 +102,7 @@ KEYS = KeyRules(
         "ddp_timeout", "ddp_bucket_cap_mb", "resume_from_checkpoint", "auto_resume_from_checkpoints", "local_rank",
     },
     notes={
+        "group_by_length": "left out: rows of similar length are batched together, the longest first",
         "deepspeed": "left out: pass it to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
         "fsdp": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
         "fsdp_config": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
@@ -187,9 +188,12 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
                 raise ValueError(
                     f"{name}s_per_epoch is {times} and num_epochs is {values['num_epochs']}, expected positive numbers"
                 )
-            # Trainer accepts the interval as a share of all steps.
-            draft.set_field(f"train.{name}_strategy", "steps")
-            draft.set_field(f"train.{name}_steps", 1 / (times * values["num_epochs"]))
+            if times == 1:
+                draft.set_field(f"train.{name}_strategy", "epoch")
+            else:
+                # Trainer accepts the interval as a share of all steps, but reads 1.0 as an interval of one step.
+                draft.set_field(f"train.{name}_strategy", "steps")
+                draft.set_field(f"train.{name}_steps", min(1 / (times * values["num_epochs"]), 0.999_999))
     if values.get("adapter") and values.get("lora_target_linear"):
         draft.set_field("lora.target_modules", "all-linear")
     remove_evaluation(draft)
@@ -201,6 +205,9 @@ def _convert_adapter(values: Mapping[str, Any], draft: Draft) -> None:
     check_setting("", "adapter", kind, (None, "lora", "qlora"))
     if kind is None:
         draft.fields.pop("lora", None)
+    elif "lora" not in draft.fields:
+        draft.fields["lora"] = {}
+        draft.add_note(f"adapter {kind}: the file has no lora_r, so the default values of ftdata are used")
     if kind == "qlora":
         draft.set_field("quantization", "nf4")
     elif kind == "lora" and values.get("load_in_8bit"):
@@ -292,7 +299,7 @@ def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draf
             draft.add_note("train_on_inputs: the whole text is trained; Axolotl excludes the headers of chat templates")
         return {**_chat_options(info, values, draft), **train_on}
     hint = (
-        "use type: chat_template"
+        "use type: chat_template, and set chat_template to the value of conversation"
         if str(kind).startswith("sharegpt")
         else "write the format as a Jinja template, and set template to that file"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from ftdata.errors import UsageError, escape_line_breaks, escape_unprintable, shorten
@@ -87,12 +88,25 @@ def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, skip
             continue
         for name, field_value in ({rule: value} if isinstance(rule, str) else rule(value)).items():
             draft.set_field(name, field_value)
-    for key in used.keys() & keys.notes.keys():
-        draft.add_note(f"{key}: {keys.notes[key]}")
+    for key in used:
+        if key in keys.notes:
+            draft.add_note(f"{key}: {keys.notes[key]}")
     if ignored := [key for key in used if key in keys.ignored]:
         draft.add_note(f"left out, without effect on the trained model: {', '.join(ignored)}")
-    known_keys = {*keys.rules, *keys.same_name, *keys.ignored, *keys.notes}
-    if unknown := [key for key in used if key not in known_keys]:
+    _note_unknown(used, {*keys.rules, *keys.same_name, *keys.ignored, *keys.notes, *keys.unsupported, *skip}, draft)
+
+
+def _note_unknown(used: Collection[str], known_keys: Collection[str], draft: Draft) -> None:
+    """Add a note about unknown keys. An unknown key that is similar to a known key is an error.
+
+    Raises:
+        UsageError: `cannot_import`.
+    """
+    unknown = [key for key in used if key not in known_keys]
+    for key in unknown:
+        if matches := get_close_matches(str(key), map(str, known_keys), n=1, cutoff=0.85):
+            raise conversion_error(f"the file contains the unknown key {key}", hint=f"did you mean {matches[0]}?")
+    if unknown:
         draft.add_note(f"unknown keys, left out: {', '.join(unknown)}")
 
 
@@ -194,9 +208,20 @@ def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], d
         UsageError: `cannot_import`: the options differ, but a configuration has only one value for each.
     """
     all_options = [dict(options) for options in options_by_dataset.values()]
-    if any(options != all_options[0] for options in all_options):
-        problem = f"the data sets need different options: {', '.join(options_by_dataset)}"
-        hint = "import each data set separately with --dataset, and train on the builds one after another"
+    names = dict.fromkeys(name for options in all_options for name in options)
+    differing = [
+        name for name in names if any(options.get(name) != all_options[0].get(name) for options in all_options)
+    ]
+    if differing:
+        values = "; ".join(
+            f"{dataset}: " + ", ".join(f"{name} {shorten(str(options.get(name)), 60)}" for name in differing)
+            for dataset, options in options_by_dataset.items()
+        )
+        problem = f"the data sets need different values of {', '.join(differing)} ({values})"
+        hint = (
+            "import each data set with --dataset, build each configuration with ftdata build, and set data to the list "
+            "of the builds"
+        )
         raise conversion_error(problem, hint=hint)
     for name, value in all_options[0].items():
         draft.set_field(name, value)

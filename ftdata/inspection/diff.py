@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from itertools import chain, islice, pairwise, zip_longest
+from html import escape
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,9 @@ class Diff:
     def __str__(self) -> str:
         return render_plain_text(self.print)
 
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
     def print(self, console: Console) -> None:
         """Print the number of changed rows, and the tokens that differ in the first changed rows."""
         for letter, title, (tokens, trained) in zip("AB", self.titles, self.tokens, strict=True):
@@ -139,10 +143,14 @@ class Diff:
             for row, (sign, style) in zip((changed.a, changed.b), _SIDE_STYLES, strict=True):
                 if row.rejected:
                     console.print(Text(f"{sign}{to_single_line(row.rejected)}", style), soft_wrap=True)
-            for side, view, ranges in chain.from_iterable(changed.pairs()):
-                if ranges:
-                    text = _style_ranges(view, ranges, plain=has_no_colors(console))
-                    console.print(Text.assemble(_SIDE_STYLES[side], text), soft_wrap=True)
+            pairs = [*changed.pairs()]
+            for number, pair in enumerate(pairs):
+                if len(pairs) > 1 and any(ranges for _, _, ranges in pair):
+                    console.print(Text(f"── example {number + 1} of {len(pairs)} ──", "blue"), soft_wrap=True)
+                for side, view, ranges in pair:
+                    if ranges:
+                        text = _style_ranges(view, ranges, plain=has_no_colors(console))
+                        console.print(Text.assemble(_SIDE_STYLES[side], text), soft_wrap=True)
         counts = ", ".join(f"{kind}: {count:,}" for kind, count in self.rows.items() if count or kind == SAME)
         console.print(f"{count_noun(sum(self.rows.values()), 'row')} ({counts})", highlight=False, soft_wrap=True)
 
@@ -152,10 +160,12 @@ class Diff:
         for changed in self.changed:
             reasons = "; ".join(filter(None, (changed.a.rejected, changed.b.rejected)))
             row = replace(changed.a, rejected=reasons, why=(changed.kind,), lost=())
-            for pair in changed.pairs():
+            pairs = [*changed.pairs()]
+            for number, pair in enumerate(pairs):
+                place = f" · example {number + 1} of {len(pairs)}" if len(pairs) > 1 else ""
                 rows.append(replace(row, examples=tuple(view for _, view, _ in pair)))
                 marks.append([_mark_ranges(view, ranges) for _, view, ranges in pair])
-                captions.append([self.captions[side] for side, _, _ in pair])
+                captions.append([f"{self.captions[side]}{place}" for side, _, _ in pair])
         totals = {kind: f"{count:,}" for kind, count in self.rows.items() if count or kind == SAME}
         options = {name: f"{_shorten(a)} → {_shorten(b)}" for name, (a, b) in self.options.items()}
         return HtmlPage(
@@ -166,7 +176,7 @@ class Diff:
             changed=marks,
             options=options,
             tokenizer=self.tokenizer,
-            status=f"this page contains the first {len(self.changed):,} rows that differ, with outlined differences",
+            status=f"{count_noun(len(self.changed), 'row')} of those that differ, with outlined differences",
         )
 
     @property

@@ -386,8 +386,8 @@ def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = 
         for number, view in enumerate(row.examples):
             cut = f" · ✂ {count_noun(view.cut, 'token')} cut" if view.cut else ""
             text, title = "".join(_render_segments(view)), describe_example(row, number)
-            share = f"{title} · {describe_trained_share(view)}" if title else describe_trained_share(view)
-            parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{share}{cut}</p>')
+            parts.append(f"<p>{title}</p>" if title else "")
+            parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{describe_trained_share(view)}{cut}</p>')
         if row.dropped:
             parts.append(f"<p>{describe_dropped(row)}</p>")
         lost = (f"not printed by the template: {text.field}: {make_visible(text.text)}" for text in row.lost)

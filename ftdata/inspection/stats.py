@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Stats:
         return {**values, "groups": [*map(asdict, self.groups)], "limits": [*map(asdict, self.limits)]}
 
     def __str__(self) -> str:
-        console = Console(color_system=None, width=160)
+        console = Console(color_system=None, width=160, force_jupyter=False)
         with console.capture() as capture:
             self.print(console)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -146,7 +147,7 @@ class Stats:
         }
 
     def _repr_html_(self) -> str:
-        return "".join(self.pictures().values())
+        return "".join([f"<pre>{escape(str(self))}</pre>", *self.pictures().values()])
 
 
 def stats(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdata._version import __version__
-from ftdata.build.store import read_manifest
+from ftdata.build.store import check_intact, read_manifest
 from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.row_views import Heading
@@ -87,7 +87,7 @@ def make_target(
 
     Raises:
         UsageError: An option is unknown, invalid, or does not apply to a build; or `tokenizer` is missing.
-        InputRefused: A source cannot be read.
+        InputRefused: A source cannot be read. A damaged build is detected when its rows are read.
     """
     for name in options:
         check_choice("option", name, option_names("rendering", "rows"))
@@ -135,10 +135,15 @@ def _make_build_target(folder: Path, tokenizer: Any) -> Target:
     recipe, splits = stored_builds.load_build_recipe(folder, tokenizer), stored_builds.split_names(folder)
     names = stored_builds.build_sources(folder, splits)
     numbers = {name: number for number, name in enumerate(names)}
+    total = sum(split["examples"] for split in stored_builds.read_report(folder).splits.values())
 
     def steps() -> Iterator[SurveyStep]:
+        check_intact(folder)
+        done = 0
         for batch in stored_builds.batch_documents(recipe, stored_builds.read_build_documents(folder, splits)):
-            yield SurveyStep([numbers[row.source.path, row.schema] for row in batch.conversations], batch)
+            done += len(batch.conversations)
+            sources = [numbers[row.source.path, row.schema] for row in batch.conversations]
+            yield SurveyStep(sources, batch, done / max(total, 1))
 
     return Target(
         [str(folder)],

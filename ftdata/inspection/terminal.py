@@ -56,7 +56,7 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
 
 def render_plain_text(render: Callable[[Console], None]) -> str:
     """Return the text that a function prints to a console, without colors and with unlimited lines."""
-    console = Console(color_system=None, width=200, soft_wrap=True)
+    console = Console(color_system=None, width=200, soft_wrap=True, force_jupyter=False)
     with console.capture() as capture:
         render(console)
     return capture.get()

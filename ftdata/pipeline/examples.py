@@ -20,7 +20,7 @@ from ftdata.errors import BadRow
 from ftdata.options import select_options
 from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
 from ftdata.pipeline.flags import FLAGS
-from ftdata.pipeline.mask import Policy, trained_tokens
+from ftdata.pipeline.mask import Policy, correct_flags, trained_tokens
 from ftdata.pipeline.recipe import Recipe, make_recipe, policy_name
 from ftdata.pipeline.render_rows import RowAndOutcome, apply_policy, make_reject, render_conversation, render_rows
 from ftdata.pipeline.truncate import truncate, turn_ends
@@ -99,6 +99,9 @@ def _truncate_row(
     try:
         # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
         if length_error is not None and (recipe.overlong != "drop_turns" or not fitting):
+            if fitting:
+                part = f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"
+                raise BadRow(length_error.code, f"{length_error.message}{part}", hint=length_error.hint)
             raise length_error
         _check_flags(recipe, fitting.values())
     except BadRow as error:
@@ -151,8 +154,9 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
     batch = RenderedBatch([text for row in built for text in row.texts])
     tokens, errors = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
     tokens = _add_bos(recipe, batch, tokens)
-    trained, crosses_boundary = trained_tokens(tokens, batch, _trained_spans(recipe, built, errors))
-    flags = [text.flags for text in batch]
+    trained_spans = [*_trained_spans(recipe, built, errors)]
+    trained, crosses_boundary = trained_tokens(tokens, batch, trained_spans)
+    flags = [correct_flags(text, mask) for text, mask in zip(batch, trained_spans, strict=True)]
     for flag, numbers in (
         ("control_tokens", tokens.escaped),
         ("token_crosses_boundary", np.flatnonzero(crosses_boundary).tolist()),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, groupby
+from operator import and_
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import FtdataError, UsageError, check_choice
 from ftdata.registry import Registry, is_built_in
-from ftdata.schemas.answer_text import THINKING_NAMES
+from ftdata.schemas.answer_text import EMPTY_THINKING, THINKING_NAMES
 from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.types import Conversation, Part, Rendered, Spans
 
@@ -76,6 +77,22 @@ def _untrained(conversation: Conversation) -> frozenset[int]:
     messages = enumerate(conversation.messages)
     # Most messages have only a role and a content.
     return frozenset([index for index, message in messages if len(message) > 2 and message.get("train") is False])
+
+
+def correct_flags(rendered: Rendered, trained_spans: Sequence[bool]) -> frozenset[str]:
+    """Return the flags of a rendered text. Leave out `empty_thinking` if the mask trains no empty thinking block."""
+    if "empty_thinking" not in rendered.flags:
+        return rendered.flags
+    regions: dict[int, tuple[int, int]] = {}
+    for span in rendered.spans:
+        if span.generated:
+            regions[span.message] = (regions.get(span.message, (span.start, 0))[0], span.end)
+    for start, end in regions.values():
+        block = EMPTY_THINKING.match(rendered.text, start, end)
+        overlapping = [span.start < block.end() and span.end > start for span in rendered.spans] if block else ()
+        if any(map(and_, overlapping, trained_spans)):
+            return rendered.flags
+    return rendered.flags - {"empty_thinking"}
 
 
 PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.TOOL_CALL}

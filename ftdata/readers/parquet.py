@@ -117,7 +117,7 @@ def _read_group(
     row_bytes += fixed_bytes
 
     def open_with(names: Sequence[str]) -> Any:
-        return pq.ParquetFile(stream, table.metadata, read_dictionary=list(names), **_OPTIONS)
+        return pq.ParquetFile(stream, metadata=table.metadata, read_dictionary=list(names), **_OPTIONS)
 
     if flat:
         probe = open_with(flat).iter_batches(BATCH_ROWS, row_groups=[number], columns=flat)

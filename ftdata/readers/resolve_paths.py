@@ -94,7 +94,9 @@ def _resolve_pattern(pattern: str, reader: str | None) -> Iterator[ResolvedFile]
             _glob_recursively(pattern) if "**" in pattern else glob.glob(pattern)  # noqa: PTH207  (absolute too)
         )
     if not paths:
-        siblings = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers]
+        # A pattern is not a misspelled name.
+        is_name = not glob.has_magic(pattern)
+        siblings = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers and is_name]
         hint = suggest_names(Path(pattern).name, siblings) if siblings else _suggest_folder(Path(pattern).parent)
         raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint)
     for path in paths:

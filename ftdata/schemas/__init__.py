@@ -219,7 +219,7 @@ def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[s
     if not isinstance(conversation, Conversation):
         kind = type(conversation).__name__
         problem = f"the function of schema {name} returned a {kind}, expected a ftdata.types.Conversation"
-        raise BadRow("schema_failed", problem)
+        raise BadRow("schema_failed", problem, hint="return Conversation(messages=...), from ftdata.types")
     return conversation if isinstance(schema, Schema) else _normalize_user_conversation(conversation, name)
 
 

@@ -22,6 +22,9 @@ def has_visible_text(text: str) -> bool:
 
 
 THINKING_NAMES = "think|thinking|thought|reasoning"
+EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKING_NAMES})>)")
+"""An empty thinking block, or only its closing tag if the generation prompt ends with the opening tag."""
+
 _THINKING_TAG = re.compile(rf"[<\[](/?)({THINKING_NAMES}|thoughts)[>\]]", re.IGNORECASE)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas import ROLES, STANDS_FOR
-from ftdata.schemas.answer_text import THINKING_NAMES
+from ftdata.schemas.answer_text import EMPTY_THINKING
 from ftdata.templates.attribution.coverage import check_coverage, recover_attribution
 from ftdata.templates.attribution.spans import (
     TextPiece,
@@ -124,14 +124,10 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     return Rendered(text, spans, flags | region_flags, messages=len(chat.messages))
 
 
-_EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKING_NAMES})>)")
-"""An empty thinking block, or only its closing tag if the generation prompt ends with the opening tag."""
-
-
 def _flag_empty_thinking(text: str, pieces: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
     """Return the `empty_thinking` flag if a turn begins with an empty thinking block that the template printed."""
     for region in regions:
-        match = _EMPTY_THINKING.match(text, region.start, region.end)
+        match = EMPTY_THINKING.match(text, region.start, region.end)
         is_row_text = match and any(
             piece.part is not Part.SCAFFOLD
             and text[max(piece.start, match.start()) : min(piece.end, match.end())].strip()

@@ -180,7 +180,14 @@ def _split_group(render: _RenderMessages, messages: tuple[Message, ...], group: 
             yield joint
             return
     for turn in group:
-        yield render(messages[: turn + 1], [turn])
+        try:
+            yield render(messages[: turn + 1], [turn])
+        except BadRow as error:
+            if error.code != "history_drift":
+                raise
+            # The hint of the original error suggests to split the conversation, which did not help.
+            hint = "merge consecutive assistant messages into one message, or use another template"
+            raise BadRow(error.code, error.message, field=error.field, hint=hint) from None
 
 
 def _render_formatted_text(text: str, template: Template) -> Rendered:

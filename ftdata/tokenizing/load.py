@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import tokenizers
 
-from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_names
+from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_similar
 from ftdata.tokenizing.encoders import describe_encoder_error
 from ftdata.tokenizing.tokenizer import Tokenizer, _strip_backend
 
@@ -193,7 +193,7 @@ def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         parent = Path(name).parent
         siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-        hint = suggest_names(Path(name).name, siblings) if siblings else ""
+        hint = suggest_similar(Path(name).name, siblings)
         raise UsageError("no_tokenizer", f"the folder {name} does not exist", hint=hint)
     import huggingface_hub
 

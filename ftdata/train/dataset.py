@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ftdata.build.dataset import load_build
-from ftdata.build.store import read_manifest, verify_files
+from ftdata.build.store import check_intact, read_manifest
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.file_names import split_from_name
 from ftdata.tokenizing.load import load_tokenizer
@@ -73,8 +73,7 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
         UsageError: the build has no split for training, or several.
     """
     manifest = read_manifest(build)
-    if damaged := verify_files(build):
-        raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build the data again")
+    check_intact(build)
     expected = manifest["options"]["tokenizer"]
     if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
         message = f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}"

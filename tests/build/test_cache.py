@@ -10,6 +10,7 @@ import xxhash
 
 from ftdata.build import cache, shards
 from ftdata.build.dataset import write_build
+from ftdata.errors import StorageError
 from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder
 
 
@@ -297,3 +298,22 @@ def test_cache_entries_that_are_not_regular_files_are_ignored(kept, files, build
         else:
             path.symlink_to("/dev/zero")
     build.compare(files)
+
+
+def test_build_continues_if_the_cache_is_cleared(kept, tokenizer_dir):
+    """New texts are not stored, and the tokens are the same."""
+    import tokenizers
+
+    engine = ReferenceEncoder(tokenizers.Tokenizer.from_file(f"{tokenizer_dir('tiny_bpe')}/tokenizer.json"))
+    with cache.open_text_cache("key") as texts:
+        texts.encode(["a"], engine.encode)
+        cache.clear_cache()
+        assert texts.encode(["b c"], engine.encode).ids.tolist() == engine.encode(["b c"]).ids.tolist()
+    assert not list(kept.glob("texts/*/*/ids.i32"))
+
+
+def test_cache_that_cannot_be_cleared_is_an_error(kept, files, build, monkeypatch):
+    build(files)
+    monkeypatch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(StorageError, match="cannot remove all files in .*shards"):
+        cache.clear_cache()

@@ -1,6 +1,7 @@
 """`convert`: written rows are the same conversations, or they are rejected."""
 
 import json
+from functools import partial
 
 import datasets
 import pytest
@@ -62,23 +63,19 @@ def test_unconvertible_rows_are_counted_and_the_output_is_atomic(tmp_path):
     )
     data = write(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in (good, odd, {"text": "t"})) + "{\n")
     (tmp_path / "o.parquet").write_text("older")
+    replace = partial(convert, overwrite=True, on_bad_rows="quarantine")
     with pytest.raises(BadRows, match="3 rows are invalid"):
-        convert(data, tmp_path / "o.parquet")
+        convert(data, tmp_path / "o.parquet", overwrite=True)
     with pytest.raises(TooManyRejects):
-        convert(data, tmp_path / "o.parquet", on_bad_rows="quarantine", max_rejects=2)
+        replace(data, tmp_path / "o.parquet", max_rejects=2)
     assert (tmp_path / "o.parquet").read_text() == "older"
-    done = convert(data, tmp_path / "o.parquet", on_bad_rows="quarantine", max_rejects=3)
+    done = replace(data, tmp_path / "o.parquet", max_rejects=3)
     assert [one.code for one in done.rejects] == ["no_column", "no_messages", "json"]
     assert [one.source.line for one in done.rejects] == [2, 3, 4]
     assert "4 read = 1 written" in str(done)
     assert len(convert(data, tmp_path / "o.jsonl", on_bad_rows="quarantine", max_rejects=2).rejects) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl", "o.parquet", "o.rejects.jsonl"]
-    assert (
-        convert(data, tmp_path / "o.jsonl", where="question == 'q'", on_bad_rows="quarantine", max_rejects=1)
-        .sources[0]
-        .filtered
-        == 2
-    )
+    assert replace(data, tmp_path / "o.jsonl", where="question == 'q'", max_rejects=1).sources[0].filtered == 2
 
 
 def test_unwritable_output_is_refused(tmp_path):
@@ -140,7 +137,7 @@ def test_rejected_and_filtered_rows_are_counted_and_listed(tmp_path):
         (3, "empty_answer"),
         (6, "empty_answer"),
     ]
-    convert(rows[1:3], tmp_path / "o.jsonl")
+    convert(rows[1:3], tmp_path / "o.jsonl", overwrite=True)
     assert not (tmp_path / "o.rejects.jsonl").exists()
 
 
@@ -152,7 +149,7 @@ def test_lost_completion_start_is_noted(tmp_path):
     ]
     row = {"prompt": [{"role": "user", "content": "q"}], "completion": talk}
     assert "completions with several answers" in str(convert([row], tmp_path / "o.jsonl"))
-    assert "completions" not in str(convert([row], tmp_path / "o.jsonl", "prompt_completion"))
+    assert "completions" not in str(convert([row], tmp_path / "pairs.jsonl", "prompt_completion"))
 
 
 def test_tool_calls_are_written_to_parquet(tmp_path):
@@ -168,7 +165,7 @@ def test_tool_calls_are_written_to_parquet(tmp_path):
     assert back.data["messages"][2]["is_error"] is True
     odd = [talk[0], {"role": "assistant", "content": "", "tool_calls": [{"type": 1, "function": {"name": "f"}}]}]
     with pytest.raises(BadRows, match="no_column"):
-        convert([{"messages": odd}], tmp_path / "o.parquet")
+        convert([{"messages": odd}], tmp_path / "odd.parquet")
 
 
 def test_sources_are_counted_separately_and_never_deleted(tmp_path):
@@ -185,3 +182,18 @@ def test_untrained_messages_are_rejected_for_text_output(tmp_path, tokenizer_dir
     secret = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "SECRET", "train": False}]
     with pytest.raises(BadRows, match="untrained_message"):
         convert([{"messages": secret}], tmp_path / "o.jsonl", "text", tokenizer=tokenizer_dir("tiny_bpe"))
+
+
+def test_existing_output_needs_overwrite(tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious")
+    with pytest.raises(UsageError, match=r"target_exists.*set overwrite=True"):
+        convert([{"question": "q", "answer": "a"}], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+    seen = []
+    assert (
+        convert([{"question": "q", "answer": "a"}], tmp_path / "out.jsonl", overwrite=True, progress=seen.append)
+        .sources[0]
+        .built
+        == 1
+    )
+    assert (seen[-1].phase, seen[-1].rows) == ("convert", 1)

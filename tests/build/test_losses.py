@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from ftdata import build_sft_dataset
-from ftdata.errors import UsageError
+from ftdata.errors import InputRefused, UsageError
 
 
 def test_build_of_other_data_or_options_is_not_replaced(tokenizer_dir, tmp_path):
@@ -17,9 +17,13 @@ def test_build_of_other_data_or_options_is_not_replaced(tokenizer_dir, tmp_path)
     build(str(tmp_path / "a.json"))
     for data, options, changed in (
         ("b.json", {}, "data"),
-        ("a.json", {"train_on": "all", "seed": 1}, "train_on, seed"),
+        (
+            "a.json",
+            {"train_on": "all", "seed": 1},
+            r'train_on \("assistant", requested "all"\), seed \(0, requested 1\)',
+        ),
     ):
-        with pytest.raises(UsageError, match=f"another value of {changed}. Fix: set overwrite=True"):
+        with pytest.raises(UsageError, match=f"another value of {changed}.* Fix: set overwrite=True"):
             build(str(tmp_path / data), **options)
     # A build of the same sources follows their contents.
     (tmp_path / "a.json").write_text(json.dumps(rows * 2))
@@ -54,3 +58,19 @@ def test_build_with_a_damaged_report_is_replaced(options, tokenizer_dir, tmp_pat
     report = json.loads((tmp_path / "out" / "report.json").read_bytes())
     (tmp_path / "out" / "report.json").write_text(json.dumps({**report, "options": json.loads(options)}))
     assert len(build()["train"]) == 1
+
+
+def test_selected_rows_are_counted(tokenizer_dir, tmp_path):
+    """Weights and deduplication change which built rows are trained; the report says how many."""
+    rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(10)]
+    build = partial(build_sft_dataset, tokenizer=tokenizer_dir("tiny_bpe"))
+    assert "selected" not in str(build(rows).report)
+    assert "selected 10 of 20 examples" in str(build(rows * 2, dedup=True).report)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert "selected 20 of 10 examples" in str(build([{"path": tmp_path / "a.json", "weight": 2}]).report)
+
+
+def test_rejects_of_split_conversations_count_the_fitting_examples(tokenizer_dir):
+    messages = [{"role": role, "content": "word " * 30} for role in ("user", "assistant") * 3]
+    with pytest.raises(InputRefused, match=r"2 of the 3 examples of this conversation fit.*overlong='drop_turns'"):
+        build_sft_dataset([{"messages": messages}], tokenizer_dir("tiny_bpe"), turns="split", max_length=650)

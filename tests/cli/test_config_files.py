@@ -56,7 +56,8 @@ def test_commands_read_a_configuration(folder):
         "b.json"
     ] == 3
     assert (
-        "weight, rows of the configuration are not applied" in run("convert", config, "-o", folder / "out.jsonl").stderr
+        "weight, rows, test_size of the configuration are not applied"
+        in run("convert", config, "-o", folder / "out.jsonl").stderr
     )
     assert len((folder / "out.jsonl").read_text().splitlines()) == 40
     run("diff", config, "--set", "train_on=assistant", code=1)
@@ -188,3 +189,17 @@ def test_misspelled_columns_files_and_folders_are_suggested(folder):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 2
     assert "contains no folder 'dta'; did you mean 'data'?" in done.stderr
+
+
+def test_packing_of_a_configuration_does_not_prevent_a_preview(folder):
+    config = json.loads((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(json.dumps({**config, "packing": "bfd", "max_length": 64}))
+    assert "row 0" in run("preview", folder / "run.yaml", "-n", 1).stdout
+    assert "row 3" in run("preview", folder / "run.yaml", "--row", 3).stdout
+    assert (
+        "packing applies only"
+        in run("preview", folder / "a.json", "--packing", "bfd", "-t", config["tokenizer"], code=2).stderr
+    )
+    run("build", folder / "run.yaml", "-o", folder / "built")
+    refused = run("build", folder / "run.yaml", "-o", folder / "built", "--max-length", 65, code=2).stderr
+    assert "max_length (64, requested 65). Fix: set --overwrite to replace it" in refused

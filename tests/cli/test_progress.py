@@ -118,4 +118,11 @@ def test_log_files_get_a_line_per_interval(monkeypatch, capsys):
 
 def test_counts_fit_on_a_line():
     longest = ProgressUpdate("tokenize", 999_499_999, 999_400_000_000_000, 0.001)
-    assert len(output._describe_progress(longest, 300.0)) <= 60
+    assert len(output._describe_progress(longest, ProgressUpdate("tokenize"), 300.0)) <= 60
+
+
+def test_finished_work_of_a_resumed_build_is_not_speed():
+    resumed = ProgressUpdate("tokenize", 600_000, 6_000_000, 0.6)
+    assert output._describe_progress(resumed, resumed, 0.0) == "600k rows 6.0M tokens"
+    later = ProgressUpdate("tokenize", 700_000, 7_000_000, 0.7)
+    assert output._describe_progress(later, resumed, 10.0) == "700k rows (10k/s) 7.0M tokens (100k/s) 0:30 left"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ftdata import build_sft_dataset, preview
-from ftdata.config import Config, load_config
+from ftdata.config import Config, Lora, load_config
 from ftdata.errors import UsageError
 from ftdata.importers import import_config
 from ftdata.importers.axolotl import KEYS as AXOLOTL
@@ -154,7 +154,7 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
         ({"excess_length_strategy": "split"}, "excess_length_strategy is 'split'"),
         ({"datasets": []}, "expected a list of mappings"),
         ({"datasets": "x"}, "expected a list of mappings"),
-        ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "need different options: .*--dataset"),
+        ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "need different values of .*schema.*--dataset"),
         ({"datasets": [{"path": "a", "type": "gpteacher"}]}, "no equivalent for the data set type gpteacher"),
         ({"datasets": [{"path": "a", "type": "sharegpt"}]}, "use type: chat_template"),
         ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["customer"]}}]}, "'customer' means user in the file, but ftdata does not support this role"),
@@ -190,7 +190,7 @@ def test_unsupported_axolotl_settings_are_refused_with_their_key(changes, says, 
     ("changes", "says"),
     [
         ({"test_datasets": [{"path": "x"}]}, "test_datasets: left out: hold out rows"),
-        ({"train_on_input": True}, "unknown keys, left out: train_on_input"),
+        ({"colour": True}, "unknown keys, left out: colour"),
         ({"datasets": [{"path": "a", "type": "alpaca", "feild": "x"}]}, "a: unknown keys, left out: feild"),
         ({"trust_remote_code": True}, "trust_remote_code: left out"),
         ({"val_set_size": 0, "eval_steps": 5}, "eval_steps: left out, because no rows are held out"),
@@ -279,7 +279,10 @@ def test_dataset_info_alone_is_imported(tmp_path):
     ("changes", "says"),
     [
         ({"stage": "dpo"}, "stage is 'dpo'"),
-        ({"dataset": "faq,chats"}, "need different options"),
+        (
+            {"dataset": "faq,chats"},
+            "need different values of schema, columns .faq: schema alpaca.*data to the list of the builds",
+        ),
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
         ({"dataset": ""}, "dataset is empty"),
         ({"dataset": "odd"}, "'customer' means user"),
@@ -373,3 +376,26 @@ def test_pretraining_of_llama_factory_trains_all_of_each_text(tmp_path, tokenize
     # Nothing precedes the first token of a text, so no model can predict it.
     assert counts["trained"] == counts["tokens"] - 2
     assert dataset.report.totals["built"] == 2
+
+
+def test_settings_that_change_the_labels_or_the_adapter_are_kept(tmp_path):
+    thinking = import_config(factory(tmp_path, enable_thinking=False)).config
+    assert thinking.template_kwargs == {"enable_thinking": False}
+    with pytest.raises(UsageError, match="default_system: it changes the text"):
+        import_config(factory(tmp_path, default_system="Be brief."))
+    with pytest.raises(UsageError, match=r"unknown key sample_paking.*did you mean sample_packing"):
+        import_config(axolotl(tmp_path, sample_paking=True))
+    bare = dict.fromkeys(("lora_r", "lora_alpha", "lora_target_linear"))
+    adapter = import_config(axolotl(tmp_path, adapter="lora", load_in_4bit=None, **bare))
+    assert adapter.config.lora == Lora()
+    assert any("no lora_r" in note for note in adapter.notes)
+
+
+@pytest.mark.parametrize(
+    ("times", "epochs", "strategy"), [(1, 1, "epoch"), (1, 4, "epoch"), (2, 1, "steps"), (4, 2, "steps")]
+)
+def test_saves_per_epoch_are_imported(times, epochs, strategy, tmp_path):
+    """Trainer reads a share of 1.0 as an interval of one step."""
+    settings = import_config(axolotl(tmp_path, saves_per_epoch=times, num_epochs=epochs)).config.train
+    assert settings["save_strategy"] == strategy
+    assert settings.get("save_steps") == (None if strategy == "epoch" else 1 / (times * epochs))

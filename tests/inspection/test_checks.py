@@ -2,7 +2,7 @@
 
 import pytest
 from audit_helpers import PLAIN, audit_rows, rows, talk
-from chat_templates import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
+from chat_templates import ANSWER, CALLS, HEAD, LATE_STOP, NEEDS_IDS, PROMPT, TALK, TOOLED, TURN, USER, template
 from tokenizer_makers import CHATML
 
 from ftdata.inspection.checks import checks
@@ -73,6 +73,10 @@ CASES = {
     "tools_dropped": (
         rows({**PLAIN, "tools": [TOOL]}, template=CHATML),
         rows({**PLAIN, "tools": [TOOL]}, template=TOOLS),
+    ),
+    "tool_call_ids_added": (
+        rows({"messages": TOOLED}, template=NEEDS_IDS),
+        rows({"messages": TOOLED}, template=template(HEAD + "{{ m.content or '' }}" + CALLS + "<|im_end|>\n")),
     ),
     "fields_dropped": (
         rows({"messages": [USER, {**ANSWER, "mood": "sunny"}]}, template=CHATML + "{# mood #}"),

@@ -323,3 +323,24 @@ def test_deeply_nested_rows_are_rejected(tokenizer_dir):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"))
     (row,) = build_rows(recipe, [Row({"messages": [{**USER, "extra": deep}, ANSWER]}, Source("x", 0))])
     assert row.code == "too_deep"
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, {"empty_thinking"}),
+        ({"train_parts": ["reasoning"]}, {"empty_thinking"}),
+        ({"train_parts": ["answer"]}, set()),
+        ({"train_on": lambda rendered, _: [span.message == 0 for span in rendered.spans]}, set()),
+    ],
+)
+def test_empty_thinking_is_flagged_only_if_it_is_trained(options, flags, tokenizer_dir):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), THINKS, **options)
+    assert example.flags & {"empty_thinking"} == flags

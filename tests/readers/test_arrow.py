@@ -117,3 +117,13 @@ def test_table_truncated_at_any_byte_is_refused(tmp_path, name):
         path.write_bytes(whole[:size])
         with pytest.raises(InputRefused, match="damaged_file|partial_file"):
             data_of(path)
+
+
+def test_parquet_with_long_values_is_read(tmp_path):
+    """Columns with a dictionary and long values are read in small batches."""
+    values = [f"{number} " + "long " * 400 for number in range(2000)]
+    nested = [[{"role": "user", "content": value}] for value in values]
+    pq.write_table(pa.table({"question": values, "answer": values[::-1]}), tmp_path / "flat.parquet")
+    pq.write_table(pa.table({"messages": nested}), tmp_path / "nested.parquet")
+    assert [row["answer"] for row in data_of(str(tmp_path / "flat.parquet"))] == values[::-1]
+    assert [row["messages"] for row in data_of(str(tmp_path / "nested.parquet"))] == nested

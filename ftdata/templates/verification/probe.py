@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from html import escape
 from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
@@ -110,10 +111,16 @@ class TemplateReport:
         """Return the report as a dict of JSON values."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __str__(self) -> str:
+        is_chat = self.kind == "chat"
+        checked = f"chat template, {self.proved} renderings cross-checked" if is_chat else "prompt template"
+        stop = repr(self.stop) if is_chat else "the end of the generation block"
         lines = [
-            f"{self.template}: {self.verdict} ({self.kind} template, {self.proved} renderings cross-checked)",
-            f"  stop           {self.stop!r}",
+            f"{self.template}: {self.verdict} ({checked})",
+            f"  stop           {stop}",
             f"  prefix-stable  {'yes' if self.prefix_stable else 'no'}",
             f"  lacks          {', '.join(self.lacks) or 'nothing'}",
             f"  rewrites       {', '.join(self.rewrites) or 'nothing'}",

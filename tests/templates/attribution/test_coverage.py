@@ -9,6 +9,7 @@ from chat_templates import (
     CALL,
     CALLS,
     HEAD,
+    NEEDS_IDS,
     PROMPT,
     TALK,
     TOOLED,
@@ -365,13 +366,6 @@ def test_reasoning_of_earlier_turns_may_be_left_out():
     assert flags == {"conversation_split"}
     never = template(HEAD + TURN)
     assert trained(never, thoughts)[1] == {"reasoning_dropped"}
-
-
-NEEDS_IDS = template(
-    "{% if m.role == 'tool' %}{{ '[RESULT]' ~ m.content ~ m.tool_call_id }}{% else %}" + HEAD + "{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('no id') }}"
-    "{% endif %}{{ '[CALL]' ~ (c.function | tojson) ~ c.id }}{% endfor %}<|im_end|>\n{% endif %}"
-)
 
 
 def test_ids_are_added_to_tool_calls_if_the_template_requires_them():
