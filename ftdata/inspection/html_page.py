@@ -303,6 +303,7 @@ def _render_summary(page: HtmlPage) -> str:
         parts.append(f'<ul class="problems">{problems}</ul>' if problems else "")
         correct = "; ".join(page.summary.passed)
         parts.append(f'<p><b class="correct">correct</b> {_escape(correct)}</p>' if correct else "")
+        parts.append("<p>For more checks, such as duplicates and leakage, run <code>ftdata audit</code>.</p>")
     cards = "".join(
         f"<li><b>{_escape(value)}</b><span>{_escape(name)}</span></li>" for name, value in page.totals.items()
     )

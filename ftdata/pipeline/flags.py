@@ -77,12 +77,14 @@ FLAGS = {
         "the template does not print the reasoning",
         "use a template that prints reasoning, or remove the reasoning from the data",
         _NOT_PRINTED,
+        (_ALL_PRINTED,),
     ),
     "tools_dropped": Flag(
         "warning",
         "the template does not print the tool definitions, or omits some of their names or parameters",
         "use a template that prints tools, or remove the tools from the data",
         _NOT_PRINTED,
+        (_ALL_PRINTED,),
     ),
     "fields_dropped": Flag(
         "note",
