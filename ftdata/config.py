@@ -58,7 +58,7 @@ _FAMILIAR_NAMES = {
         "train.num_train_epochs": "epochs num_epochs",
         "train.learning_rate": "lr",
         "train.gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps",
-        "train.warmup_ratio": "warmup",
+        "train.warmup_steps": "warmup warmup_ratio",
         "lora.r": "lora_r lora_rank rank",
         "lora.alpha": "lora_alpha",
         "lora.dropout": "lora_dropout",

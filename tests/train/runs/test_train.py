@@ -323,7 +323,7 @@ def test_invalid_runs_are_refused_before_training(llama, data, qlora_run, tmp_pa
         run(data, model=llama, output_dir=tmp_path / "other", quantization="int3")
     shutil.copytree(qlora_run / "data", tmp_path / "damaged")
     (tmp_path / "damaged" / "train" / "state.json").write_text("{}")
-    with pytest.raises(InputRefused, match="is damaged"):
+    with pytest.raises(InputRefused, match="missing or damaged files"):
         run(tmp_path / "damaged", model=llama, output_dir=tmp_path / "other")
     build_sft_dataset(ROWS[:3], llama, output_dir=tmp_path / "new")
     shutil.copytree(qlora_run, tmp_path / "moved")
