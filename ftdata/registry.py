@@ -137,7 +137,7 @@ class Registry(Generic[T]):
         loader = spec.loader
         self._load(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
-            # Imported names belong to another module.
+            # Imported names are skipped: another module defines them.
             public = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]
             problem = f"{path} does not define {attribute!r}"
             raise UsageError("no_such_name", problem, hint=suggest_names(attribute, public))

@@ -31,7 +31,8 @@ def run(*words):
 
 
 @pytest.mark.slow
-def test_every_command_accepts_file_names_that_are_not_utf8(data, tokenizer_dir, tmp_path):
+@pytest.mark.parametrize("forms", [("text", "sarif"), pytest.param(("json", "github"), marks=pytest.mark.long)])
+def test_every_command_accepts_file_names_that_are_not_utf8(data, tokenizer_dir, tmp_path, forms):
     tokenizer, built = tokenizer_dir("tiny_bpe"), data.parent / os.fsdecode(b"out\xfd")
     assert run("preview", data, "-t", tokenizer) == 0
     assert run("preview", data, "-t", tokenizer, "--html", data.with_suffix(".html")) == 0
@@ -45,7 +46,7 @@ def test_every_command_accepts_file_names_that_are_not_utf8(data, tokenizer_dir,
         ["stats", "--svg", data.parent / "pictures"],
     ):
         assert run(*command[:1], built, *command[1:]) == 0
-    for form in ("text", "sarif"):
+    for form in forms:
         assert run("audit", data, "-t", tokenizer, "--output-format", form) == 1
         assert run("audit", built, "--output-format", form) in (0, 1)
     assert run("diff", built, built) == 0

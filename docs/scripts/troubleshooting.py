@@ -1,9 +1,10 @@
-"""The page of common problems: the codes of errors and flags by topic, with the fixes in the source code."""
+"""Generate `docs/troubleshooting.md`: common problems by topic, with fixes from the source code."""
 
 import errors
 
 from ftdata.inspection.checks import checks
 from ftdata.pipeline.flags import FLAGS
+from ftdata.spelling import spell_options
 
 HEAD = """# Troubleshooting
 
@@ -12,7 +13,7 @@ its fix:
 
     ftdata: [no_template] MODEL: the tokenizer has no chat template. Fix: pass template= with one of ...
 
-Find the code on this page, or in the list of all [errors](reference/errors.md) and [flags](reference/flags.md). `…`
+Search for the code on this page, or see all [errors](reference/errors.md) and [flags](reference/flags.md). `…`
 stands for a value. To see the traceback of an internal error (exit code 7), set `FTDATA_DEBUG=1`.
 """
 SECTIONS = (
@@ -24,8 +25,8 @@ SECTIONS = (
     ),
     (
         "Rows are rejected",
-        "`ftdata preview FILE --odd -t MODEL` shows one rejected row of each kind. To continue without the rejected "
-        "rows, set `--on-bad-rows quarantine`; `--max-rejects` limits their number. See [invalid "
+        "`ftdata preview FILE --odd -t MODEL` shows outliers, and a rejected row for each reason. To continue without "
+        "the rejected rows, set `--on-bad-rows quarantine`; `--max-rejects` limits their number. See [invalid "
         "rows](howto/bad-rows.md).",
         ("unknown_schema", "ambiguous_schema", "no_answer", "empty_answer", "no_labels", "overlong", "nothing_trained",
          "message_dropped", "template_raises", "content_type", "row_not_trained", "part_mask"),
@@ -46,9 +47,9 @@ SECTIONS = (
          "double_bos", "double_eos", "control_tokens"),
     ),
     (
-        "A build is refused, or it is not complete",
+        "A build is refused or incomplete",
         "The report of a build counts every row and every token. If more than 1 % of the rows or tokens are left out, "
-        "the report names the option that changes this. To continue an interrupted build, run the same command again.",
+        "the report names the option that keeps them. To continue an interrupted build, run the same command again.",
         ("build_exists", "target_exists", "max_rejects", "damaged_build", "no_rows_built", "file_changed",
          "workspace_unknown", "write"),
     ),
@@ -58,7 +59,7 @@ SECTIONS = (
         ("hub", "hub_gated", "hub_offline", "hub_config", "hub_no_data", "network"),
     ),
     (
-        "Training is refused, or it fails",
+        "Training is refused or fails",
         "`ftdata train run.yaml --dry-run` checks a configuration and estimates the memory without training.",
         ("missing_train", "model_leaks", "out_of_memory", "diverged", "run_exists", "run_differs", "data_differs",
          "several_gpus", "remote_code", "no_safetensors", "pad_token"),
@@ -66,15 +67,83 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def problems(code, table):
-    """Yield each problem that a code stands for, with its fix."""
+WRITTEN = {
+    "ambiguous_schema": [
+        ("the row matches several schemas", "choose a schema with the option schema"),
+        ("the row has several columns with messages", "choose a column, for example columns={'messages': 'chat'}"),
+    ],
+    "unknown_schema": [
+        ("the row matches no schema", "map its columns, e.g. columns={'answer': 'reply'}, or write a schema function"),
+    ],
+    "empty_answer": [("an answer has no visible text", "remove the row, or set train: false in the message")],
+    "no_labels": [("the row contains tokens, but no labels", "add a column with labels or a mask")],
+    "not_json": [
+        ("the file is not JSON, for example a web page", "download the raw file, or correct its suffix"),
+        ("the file is a Git LFS pointer", "run git lfs pull"),
+        ("the row contains a value that JSON does not support, such as NaN", "replace the value, or remove the row"),
+    ],
+    "partial_file": [("the file ends in the middle of a row or of compressed data", "copy or write the file again")],
+    "bad_tokenizer": [("the tokenizer cannot be loaded, or it fails", "fix tokenizer.json, or use another tokenizer")],
+    "no_tokenizer": [
+        ("no tokenizer was passed", "pass the tokenizer of the model with tokenizer="),
+        ("the folder does not exist, or it has no tokenizer.json", "pass a folder with tokenizer.json, or a Hub id"),
+    ],
+    "nothing_marked": [
+        ("a prompt template marks no text to train",
+         "put {% generation %} before the response, and {% endgeneration %} after its stop token"),
+    ],
+    "target_exists": [("the output exists, and ftdata did not create it", "choose another output, or remove it")],
+    "max_rejects": [
+        ("more rows are rejected than max_rejects allows", "fix the rows, or raise max_rejects"),
+        ("on_bad_rows='quarantine' needs max_rejects", "set for example max_rejects='1%'"),
+    ],
+    "hub": [("the request to the Hub failed", "check the network; for a local file, check the path")],
+    "hub_config": [
+        ("the data set has several configurations, but no default", "set name to one of them"),
+        ("the data set has no configuration with this name", "remove name, or set it to one of the listed names"),
+    ],
+    "file_not_found": [
+        ("no local file matches the path", "check the path; the message lists similar names"),
+        ("the data set on the Hub has no such file", "check the file name, or upload files first"),
+    ],
+    "damaged_file": [("the file cannot be read to its end", "copy or download it again, or save it again")],
+    "encoding": [("the file contains bytes that are not valid in its encoding", "set encoding, for example cp1252")],
+    "expansion": [
+        ("the file expands to many times its size, as a decompression bomb does",
+         "decompress it yourself, or write it again without empty rows and columns"),
+    ],
+    "no_rows": [("the file contains no rows, or where or limit selects no row", "check the data and these options")],
+    "no_answer": [("the row has no assistant message", "add an answer, or remove the row")],
+    "overlong": [
+        ("the example has more tokens than max_length",
+         "raise max_length, or set overlong='drop_turns' or overlong='truncate'"),
+    ],
+    "nothing_trained": [("the row has no trained token", "check train_on, train_parts and the train fields")],
+    "template_raises": [
+        ("the template fails on this row; the message contains its reason",
+         "correct the row, for example the order of its messages, or use another template"),
+    ],
+    "content_type": [("a field of a message is not text or a list of text parts", "convert the field to text")],
+    "row_not_trained": [
+        ("the row is marked as undesirable or as excluded", "select rows with where, or remove the field"),
+    ],
+    "no_rows_built": [("all rows are rejected or filtered", "see the reasons in the message")],
+    "write": [
+        ("a file cannot be written", "check the permissions and the free disk space"),
+        ("too many files are open", "increase the limit of open files: ulimit -n 1024"),
+    ],
+}  # fmt: skip
+"""Problems whose messages are too general or too many to list."""
+
+
+def list_problems(code, table):
+    """Return each problem that a code stands for, with its fix."""
     if code in FLAGS:
-        yield FLAGS[code].sentence, FLAGS[code].fix
-    elif code in checks:
-        yield checks[code].message, checks[code].fix
-    else:
-        pairs = [(text, fix) for kind in table[code].values() for text, fix in kind.items() if text.strip("…:;, ")]
-        yield from [pair for pair in pairs if pair[1]] or pairs
+        return [(FLAGS[code].sentence, FLAGS[code].fix)]
+    if code in checks:
+        return [(checks[code].message, checks[code].fix)]
+    messages = [pair for kind in table[code].values() for pair in kind.items()]
+    return WRITTEN.get(code, messages)
 
 
 def page():
@@ -88,11 +157,12 @@ def page():
     for title, text, codes in SECTIONS:
         lines += [f"## {title}\n", *([f"{text}\n"] if text else []), "| code | problem | fix |", "|---|---|---|"]
         for code in codes:
-            cells = [[f"`{code}`", *map(cell, problem)] for problem in problems(code, table)]
-            lines += [f"| {' | '.join(row)} |" for row in cells]
+            for problem, fix in list_problems(code, table):
+                lines.append(f"| `{code}` | {escape_cell(problem)} | {escape_cell(fix)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def cell(text):
-    return text.replace("|", "\\|").replace("\n", " ").strip()
+def escape_cell(text):
+    """Escape the separator of table cells, and use flags of the command line for options."""
+    return spell_options(text, "flags").replace("|", "\\|").replace("\n", " ").replace("……", "…").strip()

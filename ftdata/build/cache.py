@@ -226,7 +226,7 @@ class TextCache:
         try:
             self._write(digests, new)
         except OSError:
-            # The disk is full, or another process cleared the cache. The build continues without new texts.
+            # The disk is full, or another process cleared the cache. The build continues, but caches no more texts.
             self._written, self._added, self._counts = self._max_written + 1, bytearray(), array("q")
 
     def _write(self, digests: Sequence[bytes], new: Encodings) -> None:
@@ -288,7 +288,7 @@ def clear_cache(kinds: Iterable[str] = ("shards", "texts")) -> None:
         for kind in kinds:
             shutil.rmtree(folder / kind, ignore_errors=True)
             if (folder / kind).exists():
-                hint = "check who may write to the folder"
+                hint = "check the permissions of the folder"
                 raise StorageError("write", f"cannot remove all files in {folder / kind}", hint=hint)
 
 

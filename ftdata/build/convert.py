@@ -171,6 +171,7 @@ def convert(
     store.check_rejects_file(_rejects_path(output))
     row_filters, rows = defaultdict[int, RowFilter](lambda: RowFilter(where, limit)), 0
     sources = sorted(sources, key=lambda source: source.item_index)
+    size, total_size = 0, sum(source.size for source in sources)
     with _open_writer(Path(output), to) as write:
         for source in sources:
             row_filter = row_filters[source.item_index]
@@ -184,8 +185,12 @@ def convert(
                 write([record for item in batch if not isinstance(item, Reject) for record in item[1]])
                 rows += len(batch)
                 if progress:
-                    progress(ProgressUpdate("convert", rows, share=_share_done(sources, source, batch[-1])))
+                    last = batch[-1]
+                    share = source.share_before(last.source if isinstance(last, Reject) else last[0].source)
+                    done = None if share is None or not total_size else (size + share * source.size) / total_size
+                    progress(ProgressUpdate("convert", rows, share=done))
             ledger.add_filtered(row_filter.filtered - filtered_before)
+            size += source.size
         reject_limit.check(ledgers, lambda: rejects)
     rejects_path = _rejects_path(output)
     if rejects:
@@ -193,16 +198,6 @@ def convert(
     else:
         rejects_path.unlink(missing_ok=True)
     return ConvertReport(Path(output), tuple(ledgers), tuple(rejects))
-
-
-def _share_done(
-    sources: Sequence[FileSource | MemorySource], current: FileSource | MemorySource, last: Outcome
-) -> float | None:
-    """Return the share of the data before the last row of a batch, if it is known."""
-    source = last.source if isinstance(last, Reject) else last[0].source
-    share, sizes = current.share_before(source), [source.size for source in sources]
-    before = sum(sizes[: [*map(id, sources)].index(id(current))])
-    return None if share is None or not sum(sizes) else (before + share * current.size) / sum(sizes)
 
 
 def _take_batch(outcomes: Iterator[Outcome]) -> list[Outcome]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ftdata._version import __version__
 from ftdata.errors import InternalError, count_noun
+from ftdata.options import SHARE_KEYS
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
@@ -197,6 +198,12 @@ class Report:
         ledgers = [ledger.as_dict() for ledger in self.sources]
         return {"ftdata": __version__, **self.totals, **values, "sources": ledgers}
 
+    def _selecting_options(self) -> list[str]:
+        """Return the names of the options that change which built examples are trained."""
+        items = self.options.get("data") or ()
+        shares = [key for key in SHARE_KEYS if any(isinstance(item, Mapping) and key in item for item in items)]
+        return [*shares, *(name for name in ("dedup", "sample") if self.options.get(name))]
+
     def _repr_html_(self) -> str:
         """Return the report for a notebook."""
         return f'<pre style="white-space:pre-wrap">{escape(str(self))}</pre>'
@@ -214,7 +221,7 @@ class Report:
         ]
         built, selected = totals["examples"], sum(split["examples"] for split in self.splits.values())
         if selected != built:
-            lines.append(f"selected {selected:,} of {built:,} examples (weight, rows, tokens, dedup, sample)")
+            lines.append(f"selected {selected:,} of {built:,} examples ({', '.join(self._selecting_options())})")
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
             examples, packs, tokens = (

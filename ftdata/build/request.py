@@ -108,14 +108,14 @@ def check_same_options(request: BuildRequest, target: Path) -> None:
     names = [name for name, value in requested.items() if _identify(name, stored.get(name)) != _identify(name, value)]
     if names:
         values = [_compare_values(name, stored.get(name), requested[name]) for name in names]
-        problem = f"{target} contains a build with another value of {', '.join(values)}"
+        problem = f"{target} contains a build with different options: {', '.join(values)}"
         raise UsageError("build_exists", problem, hint="set overwrite=True to replace it, or choose another folder")
 
 
 def _compare_values(name: str, stored: Any, requested: Any) -> str:
     """Return the name of an option, and both values if they are short."""
     texts = [json.dumps(value) for value in (stored, requested)]
-    return f"{name} ({texts[0]}, requested {texts[1]})" if max(map(len, texts)) <= 40 else name
+    return f"{name} (build: {texts[0]}, requested: {texts[1]})" if max(map(len, texts)) <= 40 else name
 
 
 def _identify(name: str, value: Any) -> Any:

@@ -33,7 +33,7 @@ def build(
         typer.Option(
             "--output-dir",
             "-o",
-            help="Output folder or URL (default: OUTPUT_DIR/data of a configuration)",
+            help="Output folder or URL (default with a configuration file: OUTPUT_DIR/data)",
         ),
     ] = None,
     *,
@@ -92,9 +92,7 @@ def convert(
     sources, shares = drop_shares(request.sources)
     unused = [*shares, *(name for name in ("dedup", "sample", "shuffle", "test_size") if request.settings.get(name))]
     if unused:
-        print(
-            f"{', '.join(unused)} of the configuration are not applied: convert writes each row once", file=sys.stderr
-        )
+        print(f"convert ignores these options of the configuration: {', '.join(unused)}", file=sys.stderr)
     with progress_bar() as progress:
         report = convert_rows(
             sources, output, to, tokenizer=tokenizer, overwrite=overwrite, progress=progress, **options

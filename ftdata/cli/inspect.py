@@ -50,7 +50,8 @@ def preview(
 
     from_command_line = options.get("packing") is not None
     request = read_request([data], tokenizer, options)
-    if not from_command_line and (html is None or odd or any(value is not None for value in (row, id_, grep))):
+    is_overview = html is not None and not odd and row is id_ is grep is None
+    if not is_overview and not from_command_line:
         # The packing of a configuration applies to an overview page, not to selected rows.
         options["packing"] = None
     selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "odd": odd}
@@ -73,7 +74,7 @@ def audit(
         list[str] | None, typer.Option(help="Test set: report its rows that also occur in the data")
     ] = None,
     near_duplicate_threshold: Annotated[
-        float | None, typer.Option(help="Similarity of reported near-duplicates, e.g. 0.8")
+        float | None, typer.Option(help="Report near-duplicates (similarity, e.g. 0.8)")
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
     ignore: Annotated[str | None, typer.Option(help="Names of checks to skip, e.g. duplicate,script")] = None,

@@ -79,7 +79,7 @@ def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
 
 
 def print_error(message: str) -> None:
-    """Print an error message to standard error. On a terminal, the error code and the word "Fix" have colors."""
+    """Print an error message to standard error. On a terminal, the error code and the word "Fix" are colored."""
     message = f"ftdata: {escape_unprintable(message)}"
     if not sys.stderr.isatty():
         print(message, file=sys.stderr)
@@ -95,8 +95,9 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Mark the `with` block as work that the same command continues after an interruption."""
+    """Mark the `with` block as resumable: if it is interrupted, the same command continues it."""
     _is_resumable[0] = True
+    # After an exception, the mark stays for `describe_signal`.
     yield
     _is_resumable[0] = False
 
@@ -106,7 +107,7 @@ _SIGNALS = {130: "interrupted", 143: "terminated"}
 
 
 def describe_signal(code: Any) -> str | None:
-    """Return the message for an exit code of a command that a signal ended, or `None` for another exit code."""
+    """Return the message for the exit code of an interrupted or terminated command, or `None` for other codes."""
     if code not in _SIGNALS:
         return None
     return f"{_SIGNALS[code]}; run the same command again to continue" if _is_resumable[0] else _SIGNALS[code]

@@ -102,7 +102,7 @@ KEYS = KeyRules(
         "ddp_timeout", "ddp_bucket_cap_mb", "resume_from_checkpoint", "auto_resume_from_checkpoints", "local_rank",
     },
     notes={
-        "group_by_length": "left out: rows of similar length are batched together, the longest first",
+        "group_by_length": "left out: unpacked rows of similar length are always batched together",
         "deepspeed": "left out: pass it to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
         "fsdp": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
         "fsdp_config": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",

@@ -80,7 +80,7 @@ KEYS = KeyRules(
         "quantization_method", "quantization_type",
     },
     notes={
-        "group_by_length": "left out: rows of similar length are batched together, the longest first",
+        "group_by_length": "left out: unpacked rows of similar length are always batched together",
         "deepspeed": "left out: pass it to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
         "fsdp": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
         "trust_remote_code": "left out: pass --trust-remote-code to run the code of a model",

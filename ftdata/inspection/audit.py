@@ -24,7 +24,7 @@ from ftdata.errors import InputRefused, UsageError, check_choice, escape_unprint
 from ftdata.inspection import text_detectors
 from ftdata.inspection.checks import Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 from ftdata.inspection.row_views import to_single_line
-from ftdata.inspection.summary import describe_verdict, true_statements
+from ftdata.inspection.summary import confirm_statements, describe_verdict
 from ftdata.inspection.survey import RowNumbers, Survey, rows_of_examples, survey_rows
 from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.batch import Batch
@@ -47,7 +47,7 @@ _STYLES = {
     "Correct:": "bold green",
     "Fix:": "bold green",
 }
-"""The style of a line's first word."""
+"""Map the first word of a line to its style."""
 
 FAIL_ON = (*SEVERITIES, "never")
 _MAX_SAMPLES = 100
@@ -132,13 +132,13 @@ class AuditReport:
         rows: The number of audited rows.
         findings: The findings.
         skipped: The codes of the checks that did not run, with the option that enables each, or the reason.
-        passed: Statements that the checks confirmed, such as "no answer is truncated".
+        confirmed: Statements that the checks confirmed, such as "no answer is truncated".
     """
 
     rows: int
     findings: tuple[Finding, ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    passed: tuple[str, ...] = ()
+    confirmed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.findings)
@@ -152,12 +152,11 @@ class AuditReport:
     def as_dict(self) -> dict[str, Any]:
         """Convert the report to a JSON-serializable dictionary."""
         findings = [finding.as_dict() for finding in self.findings]
-        passed = list(self.passed)
         return {
             "ftdata": __version__,
             "rows": self.rows,
             "findings": findings,
-            "passed": passed,
+            "confirmed": list(self.confirmed),
             "skipped": self.skipped,
         }
 
@@ -181,7 +180,7 @@ class AuditReport:
     def _summary(self) -> list[str]:
         """Return the summary of the report: the number of findings, and the confirmed statements."""
         verdict = describe_verdict(self.rows, (finding.severity for finding in self.findings))
-        return [verdict, *([f"Correct: {'; '.join(self.passed)}"] if self.passed else [])]
+        return [verdict, *([f"Correct: {'; '.join(self.confirmed)}"] if self.confirmed else [])]
 
     def __str__(self) -> str:
         codes_by_reason: dict[str, list[str]] = {}
@@ -197,9 +196,11 @@ class AuditReport:
             if not console.is_terminal:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
                 continue
+            is_indented = line.startswith(_INDENT)
             first, separator, rest = line.strip().partition(" ")
-            text = Text.assemble((first, _STYLES.get(first, "")), separator, rest, style="bold" if number == 0 else "")
-            console.print(Padding(text, (0, 0, 0, len(_INDENT))) if line.startswith(_INDENT) else text)
+            style = _STYLES.get(first, "") if (first == "Fix:") == is_indented else ""
+            text = Text.assemble((first, style), separator, rest, style="bold" if number == 0 else "")
+            console.print(Padding(text, (0, 0, 0, len(_INDENT))) if is_indented else text)
 
     def as_sarif(self) -> dict[str, Any]:
         """Convert the report to SARIF 2.1.0 (OASIS), a format that code hosts and editors can display."""
@@ -404,12 +405,12 @@ class Auditor:
         def rank(finding: Finding) -> tuple[int, int]:
             return -SEVERITIES.index(finding.severity), order.get(finding.code, -1)
 
-        has_rendered = len(survey.numbers.tokens) > survey.flags.get("pretokenized", 0)
         # A check that did not run could contradict a statement.
         codes = {*(finding.code for finding in self.findings.values()), *self.skipped_codes}
-        contradictions = {code: check.contradicts for code, check in checks.items()} if has_rendered else {}
-        findings = tuple(sorted(self.findings.values(), key=rank))
-        return AuditReport(survey.rows, findings, passed=true_statements(contradictions, codes))
+        contradictions = {code: check.contradicts for code, check in checks.items()}
+        has_rendered_text = len(survey.numbers.tokens) > survey.flags.get("pretokenized", 0)
+        confirmed = confirm_statements(contradictions, codes, has_rendered_text=has_rendered_text)
+        return AuditReport(survey.rows, tuple(sorted(self.findings.values(), key=rank)), confirmed=confirmed)
 
     def _add_finding(self, check: Check, source: Source | None, detail: str = "") -> None:
         if (check.code, False) not in self.findings:

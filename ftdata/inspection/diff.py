@@ -176,24 +176,22 @@ class Diff:
             changed=marks,
             options=options,
             tokenizer=self.tokenizer,
-            status=f"{count_noun(len(self.changed), 'row')} of those that differ, with outlined differences",
+            status=f"the first {count_noun(len(self.changed), 'differing row')}; differences are outlined",
         )
 
     @property
     def captions(self) -> tuple[str, str]:
-        """The captions of A and B. They name the options that differ, or else the data."""
-        if not self.options:
-            return f"A: {self.titles[0]}", f"B: {self.titles[1]}"
-        options = {name.removesuffix(".name"): pair for name, pair in self.options.items()}
+        """The captions of A and B. The captions list the differing options, or else the data."""
+        return f"A: {self._describe_side(0)}", f"B: {self._describe_side(1)}"
+
+    def _describe_side(self, side: int) -> str:
+        options = {name.removesuffix(".name"): pair[side] for name, pair in self.options.items()}
         if "template" in options:
             options.pop("template.source", None)
-        values = [[f"{name} {_shorten(pair[side])}" for name, pair in options.items()] for side in (0, 1)]
-        omitted = len(options) - _CAPTION_OPTIONS
+        texts = [f"{name} {_shorten(value)}" for name, value in options.items()]
+        omitted = len(texts) - _CAPTION_OPTIONS
         more = f" and {count_noun(omitted, 'more option')}" if omitted > 0 else ""
-        a, b = (
-            f"{letter}: {', '.join(texts[:_CAPTION_OPTIONS])}{more}" for letter, texts in zip("AB", values, strict=True)
-        )
-        return a, b
+        return f"{', '.join(texts[:_CAPTION_OPTIONS])}{more}" if texts else self.titles[side]
 
 
 def diff(a: Any, b: Any, *, n: int = 10, html: str | Path | None = None, progress: Progress | None = None) -> Diff:

@@ -148,12 +148,12 @@ def render_html(page: HtmlPage) -> str:
         sections["rejected"] = _collapsible("rejected", *_describe_rejects(*page.rejects))
     if page.options:
         sections["options"] = _collapsible(
-            "options", "that differ" if page.captions else "of this data", _options_table(page.options)
+            "options", "with different values" if page.captions else "of this report", _options_table(page.options)
         )
     parts = {
         "policy": escape(policy, quote=True).replace("&#x27;", "'"),
         "title": _escape(page.heading.name),
-        "facts": _facts(page.heading.facts),
+        "facts": _render_facts(page.heading.facts),
         "sections": "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key in [*sections, "rows"]),
         "body": _render_summary(page) + "".join(sections.values()),
         "made": f"ftdata {escape(__version__)}",
@@ -286,7 +286,7 @@ def _collapsible(key: str, summary: str, body: str) -> str:
     return f'<details id="{key}">{heading}{box}</details>'
 
 
-def _facts(facts: Mapping[str, str]) -> str:
+def _render_facts(facts: Mapping[str, str]) -> str:
     items = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>'
 
@@ -301,9 +301,9 @@ def _render_summary(page: HtmlPage) -> str:
             for problem in page.summary.problems
         )
         parts.append(f'<ul class="problems">{problems}</ul>' if problems else "")
-        correct = "; ".join(page.summary.passed)
+        correct = "; ".join(page.summary.confirmed)
         parts.append(f'<p><b class="correct">correct</b> {_escape(correct)}</p>' if correct else "")
-        parts.append("<p>For more checks, such as duplicates and leakage, run <code>ftdata audit</code>.</p>")
+        parts.append("<p>To check for duplicates, leakage and more, run <code>ftdata audit</code>.</p>")
     cards = "".join(
         f"<li><b>{_escape(value)}</b><span>{_escape(name)}</span></li>" for name, value in page.totals.items()
     )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, count_noun, escape_unprintable
 from ftdata.pipeline.batch import BuiltRow
-from ftdata.pipeline.mask import correct_flags
+from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.pipeline.render_rows import add_row_flags, check_answers
 from ftdata.schemas import normalize
@@ -342,7 +342,7 @@ def _view_spans(
     ends = np.fromiter((span.end for span in spans), np.int64)
     generated = np.fromiter((span.generated for span in spans), np.bool_)
     columns = (ends, np.array(trained), np.array(control), owner)
-    flags = correct_flags(rendered, trained_spans)
+    flags = drop_untrained_flags(rendered, trained_spans)
     return ExampleView(rendered.text, *columns, owners, flags=flags, generated=generated)
 
 

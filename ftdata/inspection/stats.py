@@ -123,7 +123,7 @@ class Stats:
         console.print(lengths)
         if self.limits:
             limits = _make_table("max_length", "longer examples", "share", "tokens beyond")
-            limits.title = f"all {count_noun(len(self.survey.lengths), 'example')} before max_length is applied"
+            limits.title = f"lengths of all {count_noun(len(self.survey.lengths), 'example')}, before max_length"
             limits.title_justify, limits.title_style = "left", ""
             limits.columns[0].justify = "right"
             for limit in self.limits:
@@ -181,7 +181,7 @@ def stats(
     target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
     survey = target.complete_survey(survey_rows(target.steps(), target.names, progress=progress))
     if not len(survey.numbers):
-        reasons = "; ".join(map(str, survey.rejects[:3])) or "the data or the filter where= selects no rows"
+        reasons = "; ".join(map(str, survey.rejects[:3])) or "the data is empty, or where= excludes all rows"
         raise InputRefused("no_rows_built", f"0 of {survey.rows:,} rows can be built: {reasons}")
     groups = tuple(_make_groups(survey, target))
     limits = tuple(_length_limits(survey.lengths))

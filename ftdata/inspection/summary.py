@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from ftdata.errors import count_noun
 from ftdata.pipeline.flags import FLAGS, SEVERITIES
 
-_ACTIONS = {"error": "to fix before you train", "warning": "to check", "note": "to read"}
+_ACTIONS = {"error": " to fix before you train", "warning": " to check", "note": ""}
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,25 @@ class Summary:
     Attributes:
         verdict: The number of rows, and the number of problems of each severity.
         problems: The problems.
-        passed: Statements such as "no answer is truncated".
+        confirmed: Statements such as "no answer is truncated".
     """
 
     verdict: str
     problems: tuple[Problem, ...]
-    passed: tuple[str, ...]
+    confirmed: tuple[str, ...]
 
 
 def describe_verdict(rows: int, severities: Iterable[str]) -> str:
     """Describe how many problems of each severity were found.
 
     >>> describe_verdict(78, ["note", "error", "error"])
-    '78 rows: 2 errors to fix before you train, 1 note to read'
+    '78 rows: 2 errors to fix before you train, 1 note'
     >>> describe_verdict(1, [])
     '1 row: no problems found'
     """
     counts = Counter(severities)
     parts = [
-        f"{count_noun(counts[severity], severity)} {_ACTIONS[severity]}"
+        f"{count_noun(counts[severity], severity)}{_ACTIONS[severity]}"
         for severity in reversed(SEVERITIES)
         if counts[severity]
     ]
@@ -72,32 +73,37 @@ def summarize_flags(rows: int, examples: int, flags: Mapping[str, int], rejected
     if rejected:
         codes = ", ".join(f"{code} ({count:,})" for code, count in rejected.items())
         text = f"{count_noun(sum(rejected.values()), 'row')} rejected: {codes}"
-        problems.append(Problem("error", text, "correct the rows; the section Rejected lists each row with its fix"))
+        problems.append(
+            Problem("error", text, "correct the rows; the section Rejected lists the first rows with their fixes")
+        )
     problems += [
         Problem(flag.severity, f"{count_noun(flags[code], 'example')}: {flag.sentence}", flag.fix)
         for code, flag in FLAGS.items()
         if flag.severity and flags.get(code)
     ]
     problems.sort(key=lambda problem: -SEVERITIES.index(problem.severity))
-    # The statements are about rendered text. They do not apply to rows that contain tokens.
-    has_rendered = examples > flags.get("pretokenized", 0)
-    passed = true_statements({code: flag.contradicts for code, flag in FLAGS.items()}, flags) if has_rendered else ()
-    return Summary(describe_verdict(rows, (problem.severity for problem in problems)), (*problems,), passed)
+    contradictions = {code: flag.contradicts for code, flag in FLAGS.items()}
+    confirmed = confirm_statements(contradictions, flags, has_rendered_text=examples > flags.get("pretokenized", 0))
+    return Summary(describe_verdict(rows, (problem.severity for problem in problems)), (*problems,), confirmed)
 
 
-def true_statements(contradictions: Mapping[str, Iterable[str]], problem_codes: Container[str]) -> tuple[str, ...]:
+def confirm_statements(
+    contradictions: Mapping[str, Iterable[str]], problem_codes: Collection[str], *, has_rendered_text: bool
+) -> tuple[str, ...]:
     """Return the statements that no problem contradicts.
 
     Args:
         contradictions: For the code of each possible problem, the statements that it contradicts.
-        problem_codes: The codes of the problems that were found.
+        problem_codes: The codes of the problems that were found, and of the checks that did not run.
+        has_rendered_text: Whether any row was rendered. The statements do not apply to rows that contain tokens.
 
     >>> contradictions = {"double_bos": ["no BOS token is doubled"], "duplicate": ["no row is duplicated"]}
-    >>> true_statements(contradictions, problem_codes=["duplicate"])
+    >>> confirm_statements(contradictions, ["duplicate"], has_rendered_text=True)
     ('no BOS token is doubled',)
     """
-    is_true: dict[str, bool] = {}
-    for code, statements in contradictions.items():
-        for statement in statements:
-            is_true[statement] = is_true.get(statement, True) and code not in problem_codes
-    return tuple(statement for statement in is_true if is_true[statement])
+    if not has_rendered_text:
+        return ()
+    contradicted = {statement for code in problem_codes for statement in contradictions.get(code, ())}
+    return tuple(
+        item for item in dict.fromkeys(chain.from_iterable(contradictions.values())) if item not in contradicted
+    )

@@ -313,14 +313,14 @@ KINDS = {
     "longest": "one of the rows with the longest examples",
     "shortest": "one of the rows with the shortest examples",
     "least trained": "one of the rows with the smallest share of trained tokens",
-    "duplicate": "the tokens and labels are equal to those of an earlier row",
+    "duplicate": "the same tokens and labels as an earlier row",
     "truncated": "tokens beyond max_length are cut off",
     "rejected": "the row is not used for training",
     "no stop token": "the model does not learn to stop after an answer of this row",
-    "rewritten by the template": "the template renders an earlier turn differently than the model wrote it",
+    "rewritten by the template": "the template changes an earlier turn, for example removes its reasoning",
     "not fully printed by the template": "the template leaves out text of the row",
     "answer truncated": "an answer is cut off, so the model learns to stop in mid-sentence",
-    "control tokens in the text": "the text of the row spells control tokens, which are tokenized as plain text",
+    "control tokens in the text": "the row contains the text of control tokens, which are tokenized as plain text",
 }
 """A description of each kind of outlier."""
 

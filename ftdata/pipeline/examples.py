@@ -20,7 +20,7 @@ from ftdata.errors import BadRow
 from ftdata.options import select_options
 from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
 from ftdata.pipeline.flags import FLAGS
-from ftdata.pipeline.mask import Policy, correct_flags, trained_tokens
+from ftdata.pipeline.mask import Policy, drop_untrained_flags, trained_tokens
 from ftdata.pipeline.recipe import Recipe, make_recipe, policy_name
 from ftdata.pipeline.render_rows import RowAndOutcome, apply_policy, make_reject, render_conversation, render_rows
 from ftdata.pipeline.truncate import truncate, turn_ends
@@ -156,7 +156,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
     tokens = _add_bos(recipe, batch, tokens)
     trained_spans = [*_trained_spans(recipe, built, errors)]
     trained, crosses_boundary = trained_tokens(tokens, batch, trained_spans)
-    flags = [correct_flags(text, mask) for text, mask in zip(batch, trained_spans, strict=True)]
+    flags = [drop_untrained_flags(text, mask) for text, mask in zip(batch, trained_spans, strict=True)]
     for flag, numbers in (
         ("control_tokens", tokens.escaped),
         ("token_crosses_boundary", np.flatnonzero(crosses_boundary).tolist()),

@@ -135,7 +135,7 @@ FLAGS = {
         "the data contains the text of control tokens, which is tokenized as plain text",
         "remove it from the data if it is left over from another template",
         "control tokens in the text",
-        ("the data contains no text of control tokens",),
+        ("no row contains the text of a control token",),
     ),
     "trailing_messages": Flag(
         "warning",
@@ -176,8 +176,8 @@ FLAGS = {
     ),
     "tool_call_ids_added": Flag(
         "note",
-        "ids are added to the tool calls, because the template requires an id for each tool call",
-        "add ids to the tool calls if the model must print ids of a certain form",
+        "tool call ids are generated, because the template requires an id for each tool call",
+        "add ids to the data if the model must produce ids in a specific format",
     ),
     "arguments_parsed": Flag(
         "",

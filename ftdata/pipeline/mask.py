@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, groupby
-from operator import and_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,18 +78,17 @@ def _untrained(conversation: Conversation) -> frozenset[int]:
     return frozenset([index for index, message in messages if len(message) > 2 and message.get("train") is False])
 
 
-def correct_flags(rendered: Rendered, trained_spans: Sequence[bool]) -> frozenset[str]:
-    """Return the flags of a rendered text. Leave out `empty_thinking` if the mask trains no empty thinking block."""
+def drop_untrained_flags(rendered: Rendered, trained_spans: Sequence[bool]) -> frozenset[str]:
+    """Return the flags of a rendered text, without `empty_thinking` if the mask trains no empty thinking block."""
     if "empty_thinking" not in rendered.flags:
         return rendered.flags
-    regions: dict[int, tuple[int, int]] = {}
-    for span in rendered.spans:
-        if span.generated:
-            regions[span.message] = (regions.get(span.message, (span.start, 0))[0], span.end)
-    for start, end in regions.values():
-        block = EMPTY_THINKING.match(rendered.text, start, end)
-        overlapping = [span.start < block.end() and span.end > start for span in rendered.spans] if block else ()
-        if any(map(and_, overlapping, trained_spans)):
+    indices = [index for index, span in enumerate(rendered.spans) if span.generated]
+    spans = [*rendered.spans]
+    for _, group in groupby(indices, lambda index: spans[index].message):
+        turn = [*group]
+        start = spans[turn[0]].start
+        block = EMPTY_THINKING.match(rendered.text, start, spans[turn[-1]].end)
+        if block and any(trained_spans[index] for index in turn if spans[index].start < block.end()):
             return rendered.flags
     return rendered.flags - {"empty_thinking"}
 

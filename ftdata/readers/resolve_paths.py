@@ -94,7 +94,7 @@ def _resolve_pattern(pattern: str, reader: str | None) -> Iterator[ResolvedFile]
             _glob_recursively(pattern) if "**" in pattern else glob.glob(pattern)  # noqa: PTH207  (absolute too)
         )
     if not paths:
-        # A pattern is not a misspelled name.
+        # Similar names are suggested only for a path without wildcards.
         is_name = not glob.has_magic(pattern)
         siblings = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers and is_name]
         hint = suggest_names(Path(pattern).name, siblings) if siblings else _suggest_folder(Path(pattern).parent)

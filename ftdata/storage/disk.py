@@ -7,7 +7,7 @@ NUMBER counts these operations from 1 in this process. FAULT is one of:
     enospc      the disk is full from this operation on
     eio         this operation fails
     readonly    all operations fail from this operation on
-    interrupt   raise KeyboardInterrupt, as Ctrl-C does
+    interrupt   send SIGINT to the process, as Ctrl-C does
     trace       list all operations on stderr
 """
 
@@ -53,8 +53,8 @@ def _check_failpoint(operation: str, path: str | Path, write_half: Callable[[], 
         return
     write_half()
     if fault == "interrupt":
-        # A signal has no effect in a process that ignores SIGINT, such as a background job of a shell.
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+        return
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     _raise_os_error(_ERRORS[fault], path)

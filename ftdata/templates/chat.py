@@ -74,9 +74,14 @@ class ChatRendering:
         return replace(self, messages=self.messages[:count])
 
     def with_call_ids(self) -> ChatRendering:
-        """Return a copy in which each tool call, and the result of each tool call, has an id."""
+        """Return a copy in which every tool call and every tool result has an id."""
         messages = tuple(track_messages([*_add_call_ids(self.messages)]))
         return replace(self, messages=messages, flags=self.flags | {"tool_call_ids_added"})
+
+    def with_text_arguments(self) -> ChatRendering:
+        """Return a copy in which the arguments of every tool call are JSON text."""
+        messages = tuple(track_messages([_convert_arguments(message, _dump_arguments) for message in self.messages]))
+        return replace(self, messages=messages, flags=self.flags | {"arguments_as_text"})
 
     def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
         """Render the first `count` messages, or all messages by default.
@@ -198,7 +203,7 @@ def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
 
 
 def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
-    """Render a conversation. If the template fails, try the other forms of its tool calls.
+    """Render a conversation. If the template fails, try again with ids for tool calls and with arguments as text.
 
     Raises:
         BadRow: `template_raises`, if the template fails for every form.
@@ -213,23 +218,24 @@ def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
 
 
 def _other_call_forms(chat: ChatRendering) -> Iterator[ChatRendering]:
-    if not any(message.get("tool_calls") for message in chat.messages):
-        return
-    forms = [chat]
-    if any(not call.get("id") for message in chat.messages for call in message.get("tool_calls") or ()):
+    """Yield copies of a conversation with ids for all tool calls, with arguments as JSON text, and with both."""
+    calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
+    lacks_ids = any(not call.get("id") for call in calls)
+    if lacks_ids:
         # The templates of Mistral require an id for each tool call, and many data sets have none.
-        forms.append(chat.with_call_ids())
-        yield forms[-1]
-    for form in forms:
+        yield chat.with_call_ids()
+    if calls:
         # Some templates print tool call arguments without conversion, so the arguments must be text.
-        messages = tuple(track_messages([_convert_arguments(message, _dump_arguments) for message in form.messages]))
-        yield replace(form, messages=messages, flags=form.flags | {"arguments_as_text"})
+        yield chat.with_text_arguments()
+    if lacks_ids:
+        yield chat.with_call_ids().with_text_arguments()
 
 
 def _add_call_ids(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Add ids to tool calls without an id, and to the results that follow them.
+    """Add ids to tool calls without an id, and to the results that follow them. Results are matched in order.
 
-    The ids depend only on the positions of the calls, so cached renderings of other conversations remain valid.
+    The ids depend only on the positions of the calls. A cached rendering is reused for conversations of the same roles,
+    keys and types, so an id that depended on the texts would be wrong in another conversation.
     """
     pending = list[str]()
     for index, message in enumerate(messages):
@@ -239,7 +245,7 @@ def _add_call_ids(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
             yield {**message, "tool_calls": calls}
         elif message["role"] == "tool" and pending:
             call_id = message.get("tool_call_id") or pending[0]
-            pending = [other for other in pending if other != call_id]
+            pending = [pending_id for pending_id in pending if pending_id != call_id]
             yield {**message, "tool_call_id": call_id}
         else:
             yield message

@@ -185,7 +185,7 @@ def _split_group(render: _RenderMessages, messages: tuple[Message, ...], group: 
         except BadRow as error:
             if error.code != "history_drift":
                 raise
-            # The hint of the original error suggests to split the conversation, which did not help.
+            # The hint of the original error suggests splitting the conversation, but it is already split.
             hint = "merge consecutive assistant messages into one message, or use another template"
             raise BadRow(error.code, error.message, field=error.field, hint=hint) from None
 

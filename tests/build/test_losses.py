@@ -20,10 +20,10 @@ def test_build_of_other_data_or_options_is_not_replaced(tokenizer_dir, tmp_path)
         (
             "a.json",
             {"train_on": "all", "seed": 1},
-            r'train_on \("assistant", requested "all"\), seed \(0, requested 1\)',
+            r'train_on \(build: "assistant", requested: "all"\), seed \(build: 0, requested: 1\)',
         ),
     ):
-        with pytest.raises(UsageError, match=f"another value of {changed}.* Fix: set overwrite=True"):
+        with pytest.raises(UsageError, match=f"different options: {changed}.* Fix: set overwrite=True"):
             build(str(tmp_path / data), **options)
     # A build of the same sources follows their contents.
     (tmp_path / "a.json").write_text(json.dumps(rows * 2))
@@ -65,9 +65,9 @@ def test_selected_rows_are_counted(tokenizer_dir, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(10)]
     build = partial(build_sft_dataset, tokenizer=tokenizer_dir("tiny_bpe"))
     assert "selected" not in str(build(rows).report)
-    assert "selected 10 of 20 examples" in str(build(rows * 2, dedup=True).report)
+    assert "selected 10 of 20 examples (dedup)" in str(build(rows * 2, dedup=True).report)
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert "selected 20 of 10 examples" in str(build([{"path": tmp_path / "a.json", "weight": 2}]).report)
+    assert "selected 20 of 10 examples (weight)" in str(build([{"path": tmp_path / "a.json", "weight": 2}]).report)
 
 
 def test_rejects_of_split_conversations_count_the_fitting_examples(tokenizer_dir):

@@ -164,7 +164,7 @@ def test_build_then_audit(tokenizer_dir, tmp_path):
     refused = ftdata(*again)
     assert refused.returncode == 2
     assert "[build_exists]" in refused.stderr
-    assert "another value of --max-length (256, requested null), packing (" in refused.stderr
+    assert "different options: --max-length (build: 256, requested: null), packing (" in refused.stderr
     assert "Fix: set --overwrite" in refused.stderr
     assert json.loads(ftdata(*again, "--overwrite").stdout)["built"] == 72
     clean = ftdata("audit", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"))

@@ -56,7 +56,7 @@ def test_commands_read_a_configuration(folder):
         "b.json"
     ] == 3
     assert (
-        "weight, rows, test_size of the configuration are not applied"
+        "convert ignores these options of the configuration: weight, rows, test_size"
         in run("convert", config, "-o", folder / "out.jsonl").stderr
     )
     assert len((folder / "out.jsonl").read_text().splitlines()) == 40
@@ -202,4 +202,4 @@ def test_packing_of_a_configuration_does_not_prevent_a_preview(folder):
     )
     run("build", folder / "run.yaml", "-o", folder / "built")
     refused = run("build", folder / "run.yaml", "-o", folder / "built", "--max-length", 65, code=2).stderr
-    assert "max_length (64, requested 65). Fix: set --overwrite to replace it" in refused
+    assert "max_length (build: 64, requested: 65). Fix: set --overwrite to replace it" in refused

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 
@@ -55,6 +56,8 @@ def test_interrupted_build_resumes(data, tokenizer_dir, tmp_path):
         text=True,
         check=False,
         env={**os.environ, "FTDATA_FAILPOINT": "rename:3:interrupt"},
+        # A background job of a shell ignores SIGINT, and its child processes inherit this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert stopped.returncode == 130, stopped.stderr
     assert stopped.stderr == "ftdata: interrupted; run the same command again to continue\n"

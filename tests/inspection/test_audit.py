@@ -150,25 +150,25 @@ def test_audit_command(tokenizer, tmp_path):
     done = run(latin, "--encoding", "cp1252", "--against", latin)
     assert (done.returncode, "error leakage" in done.stdout) == (1, True)
     plain = run(path).stdout
-    assert plain.startswith("1 row: 1 note to read\nCorrect: every trained turn ends with a trained stop token; ")
+    assert plain.startswith("1 row: 1 note\nCorrect: every trained turn ends with a trained stop token; ")
     assert "\nnote fields_dropped\n    1 × " in plain
 
 
 def test_summary_contains_only_true_statements(tokenizer):
     """A statement is left out if a finding contradicts it, and for rows that contain tokens."""
     clean = audit_rows(tokenizer, [PLAIN], {})
-    assert "no row is duplicated" in clean.passed
-    assert "the template prints all messages completely" in clean.passed
+    assert "no row is duplicated" in clean.confirmed
+    assert "the template prints all messages completely" in clean.confirmed
     assert str(clean).startswith("1 row: no problems found\nCorrect: ")
     twice = audit_rows(tokenizer, [PLAIN, PLAIN], {})
-    assert set(clean.passed) - set(twice.passed) == {"no row is duplicated"}
+    assert set(clean.confirmed) - set(twice.confirmed) == {"no row is duplicated"}
     silent = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     unprinted = audit_rows(
         tokenizer, [{"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}], {"template": silent}
     )
-    assert "the template prints all messages completely" not in unprinted.passed
-    assert audit_rows(tokenizer, [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], {}).passed == ()
-    assert audit_rows(tokenizer, [talk("q", "")], {}).passed == ()
+    assert "the template prints all messages completely" not in unprinted.confirmed
+    assert audit_rows(tokenizer, [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], {}).confirmed == ()
+    assert audit_rows(tokenizer, [talk("q", "")], {}).confirmed == ()
 
 
 def test_tool_results_with_other_role_names_are_recognized(tokenizer):

@@ -30,10 +30,10 @@ def test_badges_explain_and_filter(simple):
     options = page.locator("#kind option").all_inner_texts()
     assert "duplicate (1 of 35)" in options
     badge = page.locator(".badge", has_text="duplicate").first
-    assert badge.get_attribute("title") == "the tokens and labels are equal to those of an earlier row"
+    assert badge.get_attribute("title") == "the same tokens and labels as an earlier row"
     badge.click()
     assert page.input_value("#kind") == "duplicate"
-    assert page.inner_text("#explanation") == "duplicate: the tokens and labels are equal to those of an earlier row"
+    assert page.inner_text("#explanation") == "duplicate: the same tokens and labels as an earlier row"
     assert page.locator(".row").count() == 1
     assert page.faults == []
 

@@ -65,7 +65,7 @@ def recover_attribution(
     return tuple(pieces)
 
 
-_SHORTENED = {"message_truncated", "reasoning_dropped"}
+_SHORTENING_FLAGS = {"message_truncated", "reasoning_dropped"}
 
 
 def check_coverage(
@@ -87,8 +87,8 @@ def check_coverage(
         rerender: renders the conversation with a message changed.
         on_dropped_message: what to do if the template omits a message that is not an assistant message: `"reject"`
             or `"flag"`.
-        context: indices of assistant messages that this text does not train. The template may shorten them, for
-            example omit the reasoning of earlier turns, because it does the same at inference.
+        context: indices of the assistant messages that are not trained in this example. The template may shorten
+            them, for example omit the reasoning of earlier turns, because it does the same at inference.
 
     Raises:
         BadRow: `message_dropped`, if the content or a tool call of a message is missing from the text;
@@ -102,7 +102,7 @@ def check_coverage(
         by_part = {part: printed[index, part] for part in Part}
         rendered = _RenderedMessage(message, f"messages[{index}]", text, segments.get(index, ""), by_part)
         message_flags = _check_message(rendered, partial(rerender, index), on_dropped_message)
-        flags |= message_flags - _SHORTENED if index in context else message_flags
+        flags |= message_flags - _SHORTENING_FLAGS if index in context else message_flags
     if not _tools_printed(tools, printed[-1, Part.TOOLS]):
         flags.add("tools_dropped")
     return frozenset(flags)

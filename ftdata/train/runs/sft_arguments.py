@@ -142,8 +142,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
     """
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = compute_dtype(config.train)
-    usual_strategy = "steps" if "eval_steps" in config.train else "epoch"
-    strategy = config.train.get("eval_strategy", usual_strategy if evaluates else "no")
+    default_strategy = "steps" if "eval_steps" in config.train else "epoch"
+    strategy = config.train.get("eval_strategy", default_strategy if evaluates else "no")
     if not evaluates and str(strategy) != "no":
         message = f"eval_strategy is {strategy!r}, but there is no test split"
         raise UsageError("no_test_split", message, hint="set test_size")
