@@ -200,9 +200,9 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
 
 
 def load_data_config(path: Path) -> Config:
-    """Read a configuration file for a command that does not train, so that `model` and `output_dir` may be missing.
+    """Read a configuration file in which `model` and `output_dir` may be missing. A missing field has the value `""`.
 
-    A missing field has the value `""`.
+    Commands that do not train need neither field.
 
     Raises:
         UsageError: as in `load_config`, or the field `data` contains a redacted secret.

@@ -75,8 +75,8 @@ class Source(NamedTuple):
         line: the physical line on which the row begins, counted from 1; `None` if the format has no lines.
         offset: the byte offset of the row (in JSON Lines, of its line) in the decompressed text, encoded as UTF-8.
 
-    >>> str(Source("data.jsonl", 6, 7)), str(Source("data.parquet", 6))
-    ('data.jsonl:7', 'data.parquet[6]')
+    >>> str(Source("data.jsonl", 6, 7)), str(Source("data.parquet", 6)), str(Source("data.json", 6, 1, 99))
+    ('data.jsonl:7', 'data.parquet[6]', 'data.json:1[6]')
     """
 
     path: str
@@ -85,7 +85,12 @@ class Source(NamedTuple):
     offset: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}" if self.line is not None else f"{self.path}[{self.row}]"
+        if self.line is None:
+            return f"{self.path}[{self.row}]"
+        # If there are more rows than lines before this row, several rows share a line. The rows of all sheets of an
+        # Excel file are counted together, but their lines are not, and they have no offset.
+        shares_line = self.offset is not None and self.row >= self.line
+        return f"{self.path}:{self.line}[{self.row}]" if shares_line else f"{self.path}:{self.line}"
 
 
 UNKNOWN_SOURCE = Source("<memory>", 0)

@@ -18,6 +18,20 @@ class _Loader(yaml.SafeLoader):
     `1e-4` is a number. `no`, `off`, `yes` and dates are strings.
     """
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping.
+
+        Raises:
+            ComposerError: a key occurs twice, although only the last value would be used.
+        """
+        node = super().compose_mapping_node(anchor)
+        keys = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} occurs twice", key.start_mark)
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return node
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Resolve the merge keys (`<<`) of a mapping.
 

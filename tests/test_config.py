@@ -84,3 +84,13 @@ def test_familiar_names_are_keys_of_the_configuration():
         assert section in Config.__struct_fields__, hint
         assert section != "lora" or field in Lora.__struct_fields__, hint
         assert name not in Config.__struct_fields__
+
+
+def test_repeated_keys_are_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: d\nmodel: m\noutput_dir: o\nmax_length: 64\nmax_length: 2048\n")
+    with pytest.raises(UsageError, match=r"line 5, column 1: the key 'max_length' occurs twice"):
+        load_config(path)
+    path.write_text("x: &x {r: 4}\ndata: d\nmodel: m\noutput_dir: o\nlora: {<<: *x, r: 8}\n")
+    with pytest.raises(UsageError, match="unknown key 'x'"):
+        load_config(path)

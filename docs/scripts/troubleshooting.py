@@ -61,8 +61,8 @@ SECTIONS = (
     (
         "Training is refused or fails",
         "`ftdata train run.yaml --dry-run` checks a configuration and estimates the memory without training.",
-        ("missing_train", "model_leaks", "out_of_memory", "diverged", "run_exists", "run_differs", "data_differs",
-         "several_gpus", "remote_code", "no_safetensors", "pad_token"),
+        ("missing_train", "model_leaks", "out_of_memory", "diverged", "run_exists", "run_in_use", "run_differs",
+         "data_differs", "several_gpus", "remote_code", "no_safetensors", "pad_token"),
     ),
 )  # fmt: skip
 

@@ -23,8 +23,8 @@ from ftdata.errors import BadRow, UsageError, check_choice
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
 from ftdata.pipeline.render_rows import RejectedRows, check_answers, has_rejected_side, make_reject
 from ftdata.progress import Progress, ProgressUpdate
-from ftdata.readers import FileSource, MemorySource, resolve_sources
-from ftdata.readers.row_filter import RowFilter
+from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
+from ftdata.readers.row_filter import RowFilter, find_missing_column
 from ftdata.schemas import last_answer_index, normalize
 from ftdata.spelling import spell_options
 from ftdata.storage import atomic, disk
@@ -191,7 +191,7 @@ def convert(
                     progress(ProgressUpdate("convert", rows, share=done))
             ledger.add_filtered(row_filter.filtered - filtered_before)
             size += source.size
-        reject_limit.check(ledgers, lambda: rejects)
+        reject_limit.check(ledgers, lambda: rejects, lambda: find_missing_column(where, reread_rows(sources)))
     rejects_path = _rejects_path(output)
     if rejects:
         store.write_rejects(rejects_path, rejects)

@@ -309,7 +309,7 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     if progress:
         progress(ProgressUpdate("pack", rows, tokens))
     merged = MergedShards(results)
-    request.reject_limit.check(merged.ledgers, merged.rejects)
+    request.reject_limit.check(merged.ledgers, merged.rejects, request.describe_missing_column)
     plan = assign_splits(_example_facts(merged, layout), layout)
     if not len(plan.splits["train"]):
         reasons = ", ".join(_split_notes(plan, layout)) or "the sources have no rows, or their shares are too small"

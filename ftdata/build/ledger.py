@@ -245,7 +245,9 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     flags = Counter[str]()
     for ledger in ledgers:
         flags.update(ledger.flags)
-    notes = [*_loss_notes(ledgers), *describe_flags(flags, sum(ledger.tokens_repeated for ledger in ledgers))]
+    repeated_tokens = sum(ledger.tokens_repeated for ledger in ledgers)
+    flag_notes = describe_flags(flags, repeated_tokens, trains_repeats=recipe.train_on == "all")
+    notes = [*_loss_notes(ledgers, recipe.overlong), *flag_notes]
     if recipe.template.uses_date:
         notes.append(f"the template prints the date {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:
@@ -257,7 +259,7 @@ _MAX_UNMENTIONED_LOSS = 0.01
 """Share of the rows or tokens from which a note states the loss."""
 
 
-def _loss_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
+def _loss_notes(ledgers: Sequence[Ledger], overlong_policy: str) -> Iterator[str]:
     """Yield a note if the build leaves out many rows or tokens, with the reasons and the options that change it."""
     rejected = sum((ledger.rejected for ledger in ledgers), Counter[str]())
     rows, filtered, tokens, cut, in_rejected = (
@@ -270,8 +272,9 @@ def _loss_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
         return
     overlong = rejected["overlong"]
     invalid = rejected.total() - overlong
+    policies = [f"overlong={policy!r}" for policy in ("drop_turns", "truncate") if policy != overlong_policy]
     reasons = [
-        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length, or set overlong='drop_turns')",
+        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length, or set {' or '.join(policies)})",
         f"{count_noun(cut, 'token')} beyond max_length",
         f"{count_noun(invalid, 'invalid row')}",
         f"{count_noun(filtered, 'row')} excluded by where",

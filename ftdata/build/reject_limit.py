@@ -68,8 +68,15 @@ class RejectLimit:
             raise UsageError("max_rejects", f"max_rejects is {self.max_rejects!r}, {expected}")
         return value * rows if text.endswith("%") or 0 < value < 1 else value
 
-    def check(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
+    def check(
+        self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]], missing_column: Callable[[], str]
+    ) -> None:
         """Check that the number of bad rows in a build is within the limit.
+
+        Args:
+            ledgers: the counts of each source.
+            rejects: returns all rejected rows.
+            missing_column: describes a missing column in the filter expression, if no row is left.
 
         Raises:
             BadRows: `on_bad_rows` is `"error"` and there are bad rows.
@@ -91,8 +98,9 @@ class RejectLimit:
             reason = (
                 f"where= filters out all {count_noun(filtered, 'row')}" if filtered else "the sources contain no rows"
             )
-            reasons = "; ".join(map(str, islice(rejects(), 3))) or reason
-            raise InputRefused("no_rows_built", f"no row is left to build: {reasons}")
+            reasons = list(map(str, islice(rejects(), 3))) or [reason]
+            listing = "; ".join(filter(None, [*reasons, missing_column()]))
+            raise InputRefused("no_rows_built", f"no row is left to build: {listing}")
 
 
 def group_rejects(rejects: Iterable[Reject]) -> Iterator[str]:

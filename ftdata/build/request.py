@@ -17,8 +17,8 @@ from ftdata.build.splits import Layout
 from ftdata.errors import InputRefused, UsageError
 from ftdata.options import option_names
 from ftdata.pipeline.recipe import Recipe
-from ftdata.readers import FileSource, MemorySource
-from ftdata.readers.row_filter import RowFilter
+from ftdata.readers import FileSource, MemorySource, reread_rows
+from ftdata.readers.row_filter import RowFilter, find_missing_column
 from ftdata.redaction import redact_for_storage
 
 
@@ -39,6 +39,10 @@ class BuildRequest:
         uses_minhashes = self.layout.near_duplicate_threshold is not None
         selection = (self.row_filter.where, self.row_filter.limit)
         return [Task(source, home, number, *selection, uses_minhashes) for number, source in enumerate(self.sources)]
+
+    def describe_missing_column(self) -> str:
+        """Describe a column that the filter expression uses, but that no row has. Return `""` if there is none."""
+        return find_missing_column(self.row_filter.where, reread_rows(self.sources))
 
     @property
     def options(self) -> dict[str, Any]:

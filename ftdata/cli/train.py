@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import sys
 import time
@@ -37,7 +38,9 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path(
         "run.yaml"
     ),
-    output_dir: Annotated[str, typer.Option(help="Value of the setting output_dir in the new configuration")] = "run",
+    output_dir: Annotated[
+        str | None, typer.Option(help="Run directory of the training (default: run, or run-2 if run is not empty)")
+    ] = None,
     *,
     trust_remote_code: TrustRemoteCode = False,
     **options: Any,
@@ -47,12 +50,23 @@ def init(
 
     if str(output) != "-" and (output.exists() or output.is_symlink()):
         raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
+    output_dir = output_dir or _new_run_dir()
     text = make_config_text(data, model, output_dir, trust_remote_code=trust_remote_code or None, **options)
     if str(output) == "-":
         write_stdout(text)
         return
     output.write_text(text, encoding="utf-8")
     print(f"wrote {output}; review it, then run: ftdata train {output}")
+
+
+def _new_run_dir() -> str:
+    """Return the first of run, run-2, run-3, ... that is not a file or a folder with files."""
+    names = itertools.chain(["run"], (f"run-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists() or _is_empty_folder(Path(name)))
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
 
 
 @add_options(
@@ -99,10 +113,10 @@ def train(
         "trust_remote_code": trust_remote_code or None,
     }
     if dry_run:
-        estimate, note = ftdata.train.dry_run(source, **options)
+        estimate, notes = ftdata.train.dry_run(source, **options)
         print_value(estimate, as_json=as_json)
-        if note and not as_json:
-            print(note)
+        for note in notes:
+            print(note, file=sys.stderr)
         return
     folder = ftdata.train.run(source, resume=resume, **options)
     if as_json:

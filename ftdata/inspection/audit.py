@@ -332,7 +332,8 @@ def audit(
     auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
     survey = survey_rows(target.steps(), target.names, auditor, progress)
     if not survey.rows:
-        problem = "the data contains no rows to audit"
+        missing_column = target.describe_missing_column()
+        problem = "the data contains no rows to audit" + (f": {missing_column}" if missing_column else "")
         raise InputRefused("no_rows", problem, hint="check the data and the options where and limit")
     return replace(auditor.report(target, survey), skipped=skipped)
 

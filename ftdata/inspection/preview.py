@@ -26,8 +26,8 @@ from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import Options, load_bare_template
 from ftdata.progress import Progress
-from ftdata.readers import FileSource, MemorySource, resolve_sources
-from ftdata.readers.row_filter import RowFilter
+from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
+from ftdata.readers.row_filter import RowFilter, find_missing_column
 from ftdata.spelling import spell_options
 from ftdata.types import Reject, Row
 
@@ -146,7 +146,7 @@ def preview(
         page = _make_text_page(
             data, template, Options(**options), selection, RowFilter(where, limit), date, template_kwargs, packing
         )
-        return _finish(page, selection, html)
+        return _finish(page, selection, html, data, where)
     options |= {"date": date, "template_kwargs": template_kwargs}
     target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
     if packing is not None and (html is None or selection.is_explicit):
@@ -162,7 +162,7 @@ def preview(
             rows = _view_rows(target, selection, RowFilter(where, limit))
         notes = tuple(added_texts(target.recipe))
         page = HtmlPage(target.heading, tuple(rows), target.recipe.tokenizer, notes=notes)
-    return _finish(page, selection, html)
+    return _finish(page, selection, html, data, where)
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _view_outliers(target: Target, limit: int, progress: Progress | None) -> Ite
     return (make_row_view(outcome, target.recipe, kinds) for outcome, kinds in outliers.rows())
 
 
-def _finish(page: HtmlPage, selection: RowSelection, html: str | Path | None) -> Preview:
+def _finish(page: HtmlPage, selection: RowSelection, html: str | Path | None, data: Any, where: str | None) -> Preview:
     """Write the page to a file if requested, and return the preview.
 
     Raises:
@@ -351,6 +351,9 @@ def _finish(page: HtmlPage, selection: RowSelection, html: str | Path | None) ->
             problem = f"no row has the id {selection.id!r}"
         elif selection.grep is not None:
             problem = f"no row matches {selection.grep!r}"
+        elif where is not None:
+            missing_column = find_missing_column(where, reread_rows(resolve_sources(data)))
+            problem = f"no row matches where={where!r}" + (f": {missing_column}" if missing_column else "")
         raise InputRefused("no_such_row", problem)
     if html is not None:
         write_page(html, page)

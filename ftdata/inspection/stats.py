@@ -181,7 +181,8 @@ def stats(
     target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
     survey = target.complete_survey(survey_rows(target.steps(), target.names, progress=progress))
     if not len(survey.numbers):
-        reasons = "; ".join(map(str, survey.rejects[:3])) or "the data is empty, or where= excludes all rows"
+        reasons = "; ".join(map(str, survey.rejects[:3])) or target.describe_missing_column()
+        reasons = reasons or "the data is empty, or where= excludes all rows"
         raise InputRefused("no_rows_built", f"0 of {survey.rows:,} rows can be built: {reasons}")
     groups = tuple(_make_groups(survey, target))
     limits = tuple(_length_limits(survey.lengths))

@@ -15,8 +15,8 @@ from ftdata.inspection.row_views import Heading
 from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
 from ftdata.options import option_names
 from ftdata.pipeline.recipe import Recipe, make_recipe
-from ftdata.readers import FileSource, MemorySource, resolve_sources
-from ftdata.readers.row_filter import RowFilter
+from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
+from ftdata.readers.row_filter import RowFilter, find_missing_column
 
 HELD_OUT = "held out"
 _HELD_OUT_NAMES = ("test", "valid", "val", "eval", "dev")
@@ -43,6 +43,10 @@ class Target:
     options: Mapping[str, Any]
     sources: Sequence[FileSource | MemorySource] = ()
     folder: Path | None = None
+
+    def describe_missing_column(self) -> str:
+        """Describe a column that the filter expression uses, but that no row has. Return `""` if there is none."""
+        return find_missing_column(self.options.get("where"), reread_rows(self.sources))
 
     @property
     def heading(self) -> Heading:

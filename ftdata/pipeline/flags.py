@@ -179,6 +179,10 @@ FLAGS = {
         "tool call ids are generated, because the template requires an id for each tool call",
         "add ids to the data if the model must produce ids in a specific format",
     ),
+    "empty_content_added": Flag(
+        "",
+        "messages with tool calls get an empty content, because the template fails without content",
+    ),
     "arguments_parsed": Flag(
         "",
         "tool call arguments are passed as objects, because the template encodes JSON text a second time",
@@ -192,12 +196,15 @@ FLAGS = {
 """Map each code to its flag. Audit findings of equal severity are printed in this order."""
 
 
-def describe_flags(counts: Mapping[str, int], repeated_tokens: int = 0) -> Iterator[str]:
+def describe_flags(
+    counts: Mapping[str, int], repeated_tokens: int = 0, *, trains_repeats: bool = False
+) -> Iterator[str]:
     """Yield one sentence for each flag with the number of examples that have the flag.
 
     Args:
         counts: the number of examples with each flag.
         repeated_tokens: the number of tokens that repeat because a conversation is split into several examples.
+        trains_repeats: whether these tokens are trained in each example, because of `train_on='all'`.
 
     >>> list(describe_flags({"trailing_messages": 1200}))
     ['1,200 examples: the conversation ends with messages that have no answer']
@@ -205,5 +212,6 @@ def describe_flags(counts: Mapping[str, int], repeated_tokens: int = 0) -> Itera
     for code, count in sorted(counts.items()):
         if code in FLAGS:
             has_repeats = code == "conversation_split" and repeated_tokens
-            repeats = f" ({repeated_tokens:,} tokens repeat)" if has_repeats else ""
+            trained = ", and train_on='all' trains each repetition" if trains_repeats else ""
+            repeats = f" ({repeated_tokens:,} tokens repeat{trained})" if has_repeats else ""
             yield f"{count_noun(count, 'example')}: {FLAGS[code].sentence}{repeats}"

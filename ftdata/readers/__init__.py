@@ -13,11 +13,11 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.readers.formats import Reader, readers
-from ftdata.readers.sources import FileSource, MemorySource, resolve_sources
+from ftdata.readers.sources import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.streams import Input
 from ftdata.types import Reject, Row
 
-__all__ = ["FileSource", "Input", "MemorySource", "Reader", "read", "readers", "resolve_sources"]
+__all__ = ["FileSource", "Input", "MemorySource", "Reader", "read", "readers", "reread_rows", "resolve_sources"]
 
 
 def read(data: Any) -> Iterator[Row]:

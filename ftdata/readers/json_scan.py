@@ -188,7 +188,7 @@ def _parse_string(text: bytes) -> str | None:
 
 
 def _find_brackets(parts: Iterable[bytes]) -> Iterator[tuple[bytes, list[int]]]:
-    """Yield each part of a JSON text, together with the positions in this part of all brackets outside strings."""
+    """Yield each part of a JSON text with the positions of its brackets. Brackets inside strings do not count."""
     in_string = is_escaped = False
     for part in parts:
         position, positions = 0, list[int]()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ftdata.errors import UsageError, describe_exception
+from ftdata.errors import UsageError, describe_exception, suggest_similar
 from ftdata.types import Reject, Row
 
 
@@ -63,7 +64,7 @@ class RowFilter:
     def _match_row(self, row: Row | Reject) -> Row | Reject | None:
         if self.where is None or isinstance(row, Reject):
             return row
-        columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
+        columns = _columns(row)
         try:
             variables = {"row": columns} | {str(name): value for name, value in columns.items()}
             is_match = _compile_expression(self.where)(variables)
@@ -77,6 +78,33 @@ class RowFilter:
         return row if is_match else None
 
 
+def _columns(row: Row) -> Mapping[Any, Any]:
+    return row.data if isinstance(row.data, Mapping) else {"messages": row.data}
+
+
+_COMPARED_ROWS = 1000
+
+
+def find_missing_column(where: str | None, rows: Iterable[Row | Reject]) -> str:
+    """Describe a name in an expression that is not a column of the first 1,000 rows. Return `""` if there is none.
+
+    This explains why the expression matched no row.
+
+    >>> from ftdata.types import Source
+    >>> find_missing_column("langg == 'en'", [Row({"lang": "en", "question": "Open?"}, Source("data.jsonl", 0))])
+    "no row has the column 'langg'; did you mean 'lang'?"
+    """
+    first_rows = [row for row in islice(rows, _COMPARED_ROWS) if isinstance(row, Row)] if where else []
+    columns = {str(name) for row in first_rows for name in _columns(row)}
+    names = jinja2.meta.find_undeclared_variables(_environment().parse(f"{{{{ {where} }}}}")) - {"row"} - columns
+    if not names or not columns:
+        return ""
+    name = min(names)
+    subject = "no row has" if len(first_rows) < _COMPARED_ROWS else f"the first {_COMPARED_ROWS:,} rows do not have"
+    hint = suggest_similar(name, columns)
+    return f"{subject} the column {name!r}" + (f"; {hint}" if hint else "")
+
+
 @lru_cache(maxsize=8)
 def _compile_expression(where: str) -> Callable[..., Any]:
     """Compile a Jinja expression such as `lang == "en" and messages | length > 2`.
@@ -86,18 +114,23 @@ def _compile_expression(where: str) -> Callable[..., Any]:
     Raises:
         UsageError: The expression is invalid.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    # Without the globals of Jinja, a name always refers to a column.
-    environment.globals.clear()
-    environment.tests["matching"] = _matches
-    environment.filters["from_json"] = _from_json
     try:
-        return environment.compile_expression(where)
+        return _environment().compile_expression(where)
     except jinja2.TemplateSyntaxError as error:
         hint = "e.g. lang == 'en' and messages | length > 2"
         raise UsageError("where", f"where={where!r} is not a valid expression: {error.message}", hint=hint) from None
     except (RecursionError, MemoryError, ValueError) as error:
         raise UsageError("where", f"where={where!r:.100} cannot be compiled: {describe_exception(error)}") from None
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    # Without the globals of Jinja, a name always refers to a column.
+    environment.globals.clear()
+    environment.tests["matching"] = _matches
+    environment.filters["from_json"] = _from_json
+    return environment
 
 
 def _from_json(text: Any) -> Any:

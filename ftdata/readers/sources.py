@@ -266,6 +266,13 @@ def _is_misspelled_source(item: Any) -> bool:
     return bool(unknown) and all(get_close_matches(str(key), SOURCE_KEYS, n=1, cutoff=0.75) for key in unknown)
 
 
+def reread_rows(sources: Iterable[FileSource | MemorySource]) -> Iterator[Row | Reject]:
+    """Yield the rows of all sources that can be read a second time: not standard input or an iterator."""
+    for source in sources:
+        if source.path != "-" if isinstance(source, FileSource) else isinstance(source.items, Sized):
+            yield from source.rows()
+
+
 def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     if "path" not in spec or not _is_source(spec["path"]) or isinstance(spec["path"], Mapping):
         message = "data is a single mapping without a valid path, expected rows"

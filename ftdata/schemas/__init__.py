@@ -450,15 +450,19 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
     if is_single_message(data):
         message = "the row is a single message, expected a whole conversation"
         raise BadRow("one_message", message, hint="put the messages of each conversation in one list")
+    canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
+    nulls = [name for name, value in data.items() if value is None and name in canonical]
+    null_columns = f"{', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
+    empty_cells = {**data, **dict.fromkeys(nulls, "")}
+    if nulls and any(_matches_schema(name, schema, empty_cells) for name, schema in _detectable_schemas().items()):
+        raise BadRow("missing_column", f"{null_columns}, expected text", hint="remove the row, or add the text")
     candidates = "; ".join(
         f"{name}: {', '.join(s.columns[:3])}" for name, s in _detectable_schemas().items() if s.columns
     )
-    canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
-    nulls = [name for name, value in data.items() if value is None and name in canonical]
-    null_columns = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
     if similar := _find_similar_columns(data):
         hint = f"did you mean columns={similar!r}?"
     else:
         example = "columns={'prompt': ..., 'completion': ...}"
         hint = f"map its columns with columns=, e.g. {example}. Known schemas: {candidates}"
-    raise BadRow("unknown_schema", f"the row matches no schema; its columns: {columns}{null_columns}", hint=hint)
+    columns += f" ({null_columns})" if nulls else ""
+    raise BadRow("unknown_schema", f"the row matches no schema; its columns: {columns}", hint=hint)

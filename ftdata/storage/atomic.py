@@ -24,7 +24,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def open_workspace(target: Path, check: Callable[[Path], None]) -> Iterator[Work
         StorageError: the workspace cannot be used, or the disk cannot be written; the message contains the path.
     """
     workspace = Workspace(target, target.parent / f".{target.name}.ftdata")
-    with _convert_os_errors(target):
+    with convert_os_errors(target):
         _check_folder(workspace.folder)
         with _lock_folder(workspace.folder):
             # Check again: another process could have changed the folder before this process locked it.
@@ -226,7 +226,7 @@ def replace_file(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file cannot be written; the message contains the path.
     """
-    with _convert_os_errors(target):
+    with convert_os_errors(target):
         if target.exists() and not target.is_file() and not target.is_dir():
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder) / "content"
@@ -296,7 +296,8 @@ def _hash(contents: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _convert_os_errors(target: Path) -> Iterator[None]:
+def convert_os_errors(target: Path) -> Iterator[None]:
+    """Inside a `with` block, raise a `StorageError` that contains the path of the target instead of an OS error."""
     try:
         yield
     except OSError as error:
@@ -316,25 +317,39 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
     The folder and the lock file are created if necessary, because the previous process may have removed both.
     """
+    with ExitStack() as stack:
+        path = folder / "lock"
+        if not stack.enter_context(lock_file(path)):
+            _log.warning("another process uses %s: waiting for it", folder)
+            stack.enter_context(lock_file(path, wait=True))
+        yield
+
+
+@contextmanager
+def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Create and lock a file inside a `with` block. Yield whether this process holds the lock.
+
+    Args:
+        path: the lock file; its folder is created if necessary.
+        wait: whether to wait for a process that holds the lock.
+    """
     import fcntl
 
-    path, has_logged = folder / "lock", False
     while True:
-        disk.mkdir(folder, parents=True, exist_ok=True)
+        disk.mkdir(path.parent, parents=True, exist_ok=True)
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue
         with open(lock, "rb"):  # noqa: PTH123  (a file descriptor)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not has_logged:
-                    _log.warning("another process uses %s: waiting for it", folder)
-                has_logged = True
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield False
+                return
+            # The previous process may have removed the file.
             if _is_same_file(lock, path):
-                yield
+                yield True
                 return
 
 

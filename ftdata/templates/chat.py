@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import pairwise
+from functools import cache, reduce
+from itertools import combinations, pairwise
 from typing import Any
 
 from ftdata.errors import BadRow
@@ -82,6 +82,11 @@ class ChatRendering:
         """Return a copy in which the arguments of every tool call are JSON text."""
         messages = tuple(track_messages([_convert_arguments(message, _dump_arguments) for message in self.messages]))
         return replace(self, messages=messages, flags=self.flags | {"arguments_as_text"})
+
+    def with_empty_content(self) -> ChatRendering:
+        """Return a copy in which messages with tool calls and no content have an empty content."""
+        messages = [{**message, "content": ""} if _lacks_content(message) else message for message in self.messages]
+        return replace(self, messages=tuple(track_messages(messages)), flags=self.flags | {"empty_content_added"})
 
     def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
         """Render the first `count` messages, or all messages by default.
@@ -203,7 +208,7 @@ def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
 
 
 def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
-    """Render a conversation. If the template fails, try again with ids for tool calls and with arguments as text.
+    """Render a conversation. If the template fails, try again with other forms of the tool calls.
 
     Raises:
         BadRow: `template_raises`, if the template fails for every form.
@@ -218,17 +223,25 @@ def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
 
 
 def _other_call_forms(chat: ChatRendering) -> Iterator[ChatRendering]:
-    """Yield copies of a conversation with ids for all tool calls, with arguments as JSON text, and with both."""
+    """Yield copies of a conversation with other forms of its tool calls: single changes first, then combinations."""
+    changes = list[Callable[[ChatRendering], ChatRendering]]()
     calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
-    lacks_ids = any(not call.get("id") for call in calls)
-    if lacks_ids:
+    if any(map(_lacks_content, chat.messages)):
+        # OpenAI's format has `content: null` in messages with tool calls, and some templates search in the content.
+        changes.append(ChatRendering.with_empty_content)
+    if any(not call.get("id") for call in calls):
         # The templates of Mistral require an id for each tool call, and many data sets have none.
-        yield chat.with_call_ids()
+        changes.append(ChatRendering.with_call_ids)
     if calls:
         # Some templates print tool call arguments without conversion, so the arguments must be text.
-        yield chat.with_text_arguments()
-    if lacks_ids:
-        yield chat.with_call_ids().with_text_arguments()
+        changes.append(ChatRendering.with_text_arguments)
+    for count in range(1, len(changes) + 1):
+        for combination in combinations(changes, count):
+            yield reduce(lambda form, change: change(form), combination, chat)
+
+
+def _lacks_content(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) and "content" not in message
 
 
 def _add_call_ids(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

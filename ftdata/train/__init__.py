@@ -122,7 +122,7 @@ def dry_run(
     output_dir: str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] | None = None,
     **overrides: Any,
-) -> tuple[Estimate, str]:
+) -> tuple[Estimate, list[str]]:
     """Estimate the memory, steps and time of a training run, without writing any files.
 
     Args:
@@ -133,8 +133,8 @@ def dry_run(
         overrides: further fields of `Config`.
 
     Returns:
-        The estimate: parameters, data, steps, compute (FLOP), memory (bytes) and time (seconds); and a note about
-        padding, which is empty if rows are not padded.
+        The estimate: parameters, data, steps, compute (FLOP), memory (bytes) and time (seconds); and notes, which say
+        whether rows are padded, and whether the training cannot start because `output_dir` contains a run.
 
     Raises:
         UsageError: see `run`.

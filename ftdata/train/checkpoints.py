@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ftdata._version import __version__
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
-from ftdata.storage.atomic import check_no_links
+from ftdata.storage.atomic import check_no_links, convert_os_errors, lock_file
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
 
 CHANGEABLE_SETTINGS = (
@@ -127,6 +128,34 @@ def find_damage(checkpoint: Path, seal: CheckpointSeal | None = None) -> str | N
         if sha256_of_file(path) != digest:
             return f"{name} is damaged"
     return "it belongs to another run" if seal is not None and run != seal.run else None
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Lock a run directory inside a `with` block, so that only one training at a time writes to it.
+
+    Raises:
+        UsageError: another process is training in the directory.
+        StorageError: the directory cannot be written.
+    """
+    if run.exists() and not run.is_dir():
+        # `check_run_folder` reports the file.
+        yield
+        return
+    path = run / ".lock"
+    with ExitStack() as stack:
+        with convert_os_errors(run):
+            is_locked = stack.enter_context(lock_file(path))
+        if not is_locked:
+            hint = "wait until it ends, or choose another folder"
+            raise UsageError("run_in_use", f"another process is training in {run}", hint=hint)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            # A folder that was created only for the lock is empty.
+            with suppress(OSError):
+                run.rmdir()
 
 
 def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool) -> PreviousRun | None:

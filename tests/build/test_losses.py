@@ -41,7 +41,10 @@ def test_large_losses_are_noted_with_the_options_that_change_them(tokenizer_dir)
     assert build([*rows, bad]).report.notes == ()
     (note,) = build([*rows, bad, long, long]).report.notes
     assert note.startswith("left out: 3 of 153 rows (2.0%) and ")
-    assert "2 rows longer than max_length (raise max_length, or set overlong='drop_turns'); 1 invalid row" in note
+    assert (
+        "2 rows longer than max_length (raise max_length, or set overlong='drop_turns' or overlong='truncate'); 1 invalid row"
+        in note
+    )
     cut, truncated = build([*rows, *[long] * 9], overlong="truncate").report.notes
     assert cut.startswith("left out: 0 of 159 rows (0.0%) and ")
     assert "tokens beyond max_length" in cut

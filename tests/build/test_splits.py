@@ -209,7 +209,9 @@ def test_sources_of_weight_zero_are_in_no_split():
 
 def test_build_without_rows_is_refused(tokenizer_dir):
     for options, says in (
-        ({"where": "lang == 'fr'"}, "filters out all 30 rows"),
+        ({"where": "lang == 'fr'"}, "filters out all 30 rows$"),
+        ({"where": "'9' in anwser"}, "filters out all 30 rows; no row has the column 'anwser'; did you mean 'answer'"),
+        ({"where": "language == 'en'"}, "filters out all 30 rows; no row has the column 'language'"),
         ({"test_size": 3}, "every group of identical rows is larger"),
     ):
         rows = ROWS if "where" in options else [ROWS[0]] * 10

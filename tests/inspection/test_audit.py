@@ -175,6 +175,6 @@ def test_tool_results_with_other_role_names_are_recognized(tokenizer):
     rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                                {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "done"}]}]  # fmt: skip
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    assert "role_order" not in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
+    assert "tool_results" not in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
     rows[0]["conversations"].pop(2)
-    assert "role_order" in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
+    assert "tool_results" in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}

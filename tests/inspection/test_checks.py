@@ -44,6 +44,7 @@ STRADDLING = (
 
 THINKS = template(HEAD + "{{ m.reasoning_content or '' }}" + TURN)
 
+TOOL_RESULTS = template(HEAD + "{{ m.content or '' }}" + CALLS + "<|im_end|>\n")
 TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}" + CHATML
 
 TOOL = {"type": "function", "function": {"name": "find", "description": "finds", "parameters": {}}}
@@ -118,6 +119,16 @@ CASES = {
     "role_order": (
         rows({"messages": [USER, USER, ANSWER]}),
         rows({"messages": [{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, *TALK]}),
+    ),
+    "tool_results": (
+        rows({"messages": [USER, TOOLED[1], ANSWER]}, template=TOOL_RESULTS),
+        rows({"messages": TOOLED}, template=TOOL_RESULTS),
+    ),
+    "undeclared_tool": (
+        rows({"messages": TOOLED, "tools": [{"type": "function", "function": {"name": "g"}}]}, template=TOOL_RESULTS),
+        rows(
+            {"messages": TOOLED, "tools": [{"type": "function", "function": {"name": "find"}}]}, template=TOOL_RESULTS
+        ),
     ),
     "trivial_answer": (rows(talk("q", "N/A")), rows(talk("q", "4"), talk("q", "No."), talk("q", "👍"), talk("q", "√"))),
     "empty_question": (

@@ -68,6 +68,8 @@ def test_columns_option_maps_names():
     ("data", "code", "says"),
     [
         ({"foo": "x"}, "unknown_schema", "'foo'"),
+        ({"instruction": "q", "output": None}, "missing_column", "output is null, expected text"),
+        ({"messages": None, "id": 1}, "unknown_schema", "messages is null"),
         (
             {"messages": [USER, ASSISTANT], "question": "q", "answer": "a"},
             "ambiguous_schema",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from ftdata.inspection.checks.registry import CheckedRow, register_check, regist
 from ftdata.inspection.row_views import content_texts
 from ftdata.pipeline.flags import FLAGS
 from ftdata.schemas.answer_text import has_visible_text
-from ftdata.types import Message
 
 # --- flags, which the pipeline sets
 
@@ -98,17 +98,22 @@ def _check_role_order(row: CheckedRow) -> Iterator[str]:
         elif role == previous and role in ("user", "assistant"):
             yield f"{name} follows a message of the same role ({role})"
         previous = role
-    yield from _check_tool_results(row.conversation.messages)
 
 
 _RESULT_ROLES = ("tool", "observation", "function", "ipython", "tool_response")
 """Roles of tool results; schemas keep these names."""
 
 
-def _check_tool_results(messages: Sequence[Message]) -> Iterator[str]:
-    """Describe each tool call without a result, and each tool result without a call."""
+@register_row_check(
+    "tool_results",
+    "warning",
+    "tool calls and tool results do not match",
+    "put the result of each tool call after the call, with the same id",
+    needs_messages=True,
+)
+def _check_tool_results(row: CheckedRow) -> Iterator[str]:
     pending_ids = list[str | None]()
-    for number, message in enumerate(messages):
+    for number, message in enumerate(row.conversation.messages):
         name, call_id = f"messages[{number}]", message.get("tool_call_id")
         if message["role"] not in _RESULT_ROLES:
             if pending_ids:
@@ -121,6 +126,25 @@ def _check_tool_results(messages: Sequence[Message]) -> Iterator[str]:
             if not matches:
                 yield f"{name} answers the tool call {call_id!r}, which does not exist"
             pending_ids.remove(call_id if call_id in matches else (matches or pending_ids)[0])
+
+
+@register_row_check(
+    "undeclared_tool",
+    "warning",
+    "a tool call names a function that the tools of the row do not contain",
+    "add the definition of the function to tools, or correct the name",
+    needs_messages=True,
+)
+def _check_declared_tools(row: CheckedRow) -> Iterator[str]:
+    declared = {_tool_name(tool) for tool in row.conversation.tools or ()}
+    for number, message in enumerate(row.conversation.messages) if declared else ():
+        for call in message.get("tool_calls") or ():
+            if (name := _tool_name(call)) not in declared:
+                yield f"messages[{number}] calls {name!r}"
+
+
+def _tool_name(tool: Mapping[str, Any]) -> Any:
+    return (tool.get("function") or tool).get("name")
 
 
 @register_row_check(

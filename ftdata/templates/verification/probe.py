@@ -234,6 +234,8 @@ def describe_contradiction(
     chat = ChatRendering.from_messages(conversation.messages, conversation.tools, template).prefix(rendered.messages)
     if "tool_call_ids_added" in rendered.flags:
         chat = chat.with_call_ids()
+    if "empty_content_added" in rendered.flags:
+        chat = chat.with_empty_content()
     contradiction = cross_check(chat, rendered, max_messages)
     return None if contradiction is None else str(contradiction)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError  # torch raises it for a pickle that could run code
 from typing import Any
@@ -46,7 +47,8 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
         notes: notes to print before the run starts.
 
     Raises:
-        UsageError: a setting is not allowed, the run exists, or the folder contains no run to resume.
+        UsageError: a setting is not allowed, the run exists, another process is training in the folder, or the folder
+            contains no run to resume.
         InputRefused: the build is damaged or was built with another tokenizer; the settings or the data differ from the
             resumed run; packed documents attend to each other; or the model does not fit into memory.
     """
@@ -58,6 +60,14 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     config = _resolve_paths(config)
     model_config = _check_config(config)
+    with checkpoints.lock_run(run) if device.is_main_process() else nullcontext():
+        return _train_in(run, config, model_config, build, console, resume=resume)
+
+
+def _train_in(
+    run: Path, config: Config, model_config: Any, build: Path | None, console: Console, *, resume: bool
+) -> Path:
+    """Train, save and plot in a run directory that this training has locked; see `train_sft`."""
     before = checkpoints.check_run_folder(run, config, device.process_count(), resume=resume)
     for skipped in before.skipped if before else ():
         console.print(f"skipped {run.name}/{skipped}", style="yellow", highlight=False, markup=False)
@@ -119,20 +129,24 @@ def _train(trainer: BuildTrainer, before: checkpoints.PreviousRun | None) -> Non
         raise UsageError("train_setting", message, hint="check the fields of train, lora and quantization") from error
 
 
-def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
-    """Estimate a run without loading the model or writing to the run directory. Return the estimate and a note.
+def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, list[str]]:
+    """Estimate a run without loading the model or writing to the run directory. Return the estimate and notes.
 
-    The note says whether rows are padded.
+    The notes say whether rows are padded, and whether the run directory must change before the training.
 
     A small random model with the same architecture is used to find out whether packed documents attend to each other.
 
     Raises:
-        UsageError: see `train_sft`.
+        UsageError: a setting is not allowed.
         InputRefused: see `train_sft`.
     """
     config = _resolve_paths(config)
     model_config = _check_config(config)
-    checkpoints.check_run_folder(Path(config.output_dir), config, device.process_count(), resume=False)
+    notes = []
+    try:
+        checkpoints.check_run_folder(Path(config.output_dir), config, device.process_count(), resume=False)
+    except UsageError as error:
+        notes.append(f"training cannot start yet: {error.message}; {error.hint}")
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
             build = Path(scratch) / "data"
@@ -143,7 +157,9 @@ def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
             raise _leak_error(config.model, model_config.model_type)
         estimate = _estimate(config, model_config, data, isolated=not leaks)
     check_memory(estimate)
-    return estimate, "rows are padded: packed documents would attend to each other" if leaks else ""
+    if leaks:
+        notes.append("rows are padded: packed documents would attend to each other")
+    return estimate, notes
 
 
 def make_trainer(

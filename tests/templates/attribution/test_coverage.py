@@ -380,6 +380,22 @@ def test_ids_are_added_to_tool_calls_if_the_template_requires_them():
     assert describe_contradiction(Conversation(tuple(TOOLED)), checked, rendered) is None
 
 
+def test_tool_calls_with_null_content_are_rendered():
+    """OpenAI's format has `content: null`, on which templates that call a method of the content fail, such as Qwen 3's."""
+    searches = template(
+        HEAD + "{% if m.content.startswith('x') %}{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ '[CALL]' ~ (c.function | tojson) }}{% endfor %}<|im_end|>\n"
+    )
+    messages = [USER, {**CALL, "content": None}, *TOOLED[2:]]
+    texts, flags = trained(searches, messages)
+    assert '[CALL]{"name": "find"' in texts[0]
+    assert flags == {"empty_content_added"}
+    (rendered,) = outcome(searches, messages, "joint")
+    checked = Template("t", searches, special_tokens={"bos_token": "<s>", "eos_token": "<|im_end|>"})
+    assert describe_contradiction(Conversation(tuple(messages)), checked, rendered) is None
+    assert trained(searches, TOOLED)[1] == set()
+
+
 def test_ids_of_the_row_are_kept():
     (call,) = CALL["tool_calls"]
     messages = [USER, {**CALL, "tool_calls": [{**call, "id": "abcdefghi"}, call]}]

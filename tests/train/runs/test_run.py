@@ -359,7 +359,7 @@ def test_run_that_does_not_fit_in_memory_is_refused_before_loading(llama, data, 
 def test_leaking_attention_is_detected_without_weights(tiny, data, tmp_path):
     with pytest.raises(InputRefused, match="model_leaks"):
         dry_run(data, model=tiny("opt"), output_dir=tmp_path / "run", max_length=128, packing="bfd")
-    _, note = dry_run(data, model=tiny("opt"), output_dir=tmp_path / "run")
+    _, [note] = dry_run(data, model=tiny("opt"), output_dir=tmp_path / "run")
     assert "padded" in note
 
 
@@ -400,6 +400,16 @@ def test_init_does_not_overwrite_files(training_python, llama, data, tmp_path):
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+def test_init_selects_a_new_run_directory(training_python, llama, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run-2").write_text("")
+    (tmp_path / "run-3").mkdir()
+    command = training_python("-m", "ftdata", "init", data, "-m", llama)
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert load_config(tmp_path / "run.yaml").output_dir == "run-3"
 
 
 def test_sections_and_flat_fields_are_equivalent(tmp_path):
