@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ftdata.build.dataset import build_sft_dataset
     from ftdata.build.remote import verify
     from ftdata.errors import FtdataError
+    from ftdata.exporters.export import export
     from ftdata.inspection.audit import audit
     from ftdata.inspection.diff import diff
     from ftdata.inspection.preview import preview
@@ -34,6 +35,7 @@ _MODULES = {
     "convert": "ftdata.build.convert",
     "diff": "ftdata.inspection.diff",
     "encode": "ftdata.pipeline.examples",
+    "export": "ftdata.exporters.export",
     "preview": "ftdata.inspection.preview",
     "read": "ftdata.readers",
     "stats": "ftdata.inspection.stats",
@@ -42,7 +44,7 @@ _MODULES = {
 
 __all__ = [
     "FtdataError", "__version__", "audit", "build_sft_dataset", "check_template", "convert", "diff", "encode",
-    "preview", "read", "stats", "verify",
+    "export", "preview", "read", "stats", "verify",
 ]  # fmt: skip
 
 

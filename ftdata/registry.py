@@ -1,4 +1,4 @@
-"""Plugin registries for readers, schemas, templates and mask policies.
+"""Plugin registries for readers, schemas, templates, mask policies and export formats.
 
 There are three ways to add a plugin:
 
@@ -93,7 +93,7 @@ class Registry(Generic[T]):
             if name not in self._files:
                 self._files[name] = self._load_file(Path(path), attribute)
             return self._files[name]
-        code = f"unknown_{self.noun}"
+        code = f"unknown_{self.noun.replace(' ', '_')}"
         raise UsageError(code, f"the {self.noun} {name!r} does not exist", hint=suggest_names(name, self.names()))
 
     def registered(self) -> dict[str, T]:

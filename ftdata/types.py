@@ -262,9 +262,7 @@ class Spans(Sequence[Span]):
         starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         if spans and [*accumulate(sizes, initial=0)] != [*starts, ends[-1]]:
-            raise ValueError(
-                "the spans leave gaps or overlap, expected spans that cover the text without gaps or overlaps"
-            )
+            raise ValueError("the spans leave gaps or overlap, expected spans that cover the text exactly once")
         return cls(sizes, SpanKinds(*kinds))
 
     def __iter__(self) -> Iterator[Span]:

@@ -348,7 +348,7 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
 
 
 def _log_reuse(results: Sequence[ShardResult]) -> None:
-    """Log how many shards were not built, because an interrupted build had finished them, or the cache has them."""
+    """Log how many shards were reused from an interrupted build or from the cache."""
     counts = Counter(result.origin for result in results)
     if counts["resumed"]:
         _log.info("resumed: %d of %d parts of the data were already built", counts["resumed"], len(results))

@@ -92,7 +92,7 @@ def is_rereadable(task: Task) -> bool:
 
 
 def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
-    """Check that all sources can be read twice, because the second reading tokenizes them with `tokenizers`.
+    """Check that all sources can be read a second time, which is necessary to tokenize them again with `tokenizers`.
 
     Raises:
         InputRefused: the source of a task can be read only once.

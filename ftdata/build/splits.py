@@ -257,7 +257,7 @@ def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray
 def _divide_rows(
     selected: NDArray[np.int64], groups: NDArray[np.int64], rows: _Rows, layout: Layout
 ) -> dict[str, NDArray[np.int64]]:
-    """Return the selected rows of each split: the splits of the data, or a train split and a random test split."""
+    """Divide the selected rows by their splits. If all rows have the same split, divide them into train and test."""
     split = rows.split[selected]
     numbers, first = np.unique(split, return_index=True)
     used_splits = dict.fromkeys([_TRAIN, *numbers[np.argsort(first)].tolist()])

@@ -245,7 +245,7 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Check that an output folder can be replaced: it does not exist, is empty, or contains only a build.
+    """Check that a build can be written to a folder: it does not exist, is empty, or contains only a build.
 
     Raises:
         UsageError: the folder contains other files; the message lists the first three.
@@ -260,7 +260,7 @@ def check_target(target: Path) -> None:
         raise UsageError("target_exists", problem, hint=hint) from None
     unknown = [
         name
-        for name, is_link in _list_files(target)
+        for name, is_link in list_files(target)
         if is_link or name not in build_files or not _BUILD_FILE.fullmatch(name)
     ]
     if unknown:
@@ -286,7 +286,7 @@ def check_rejects_file(path: Path) -> None:
         raise UsageError("target_exists", problem, hint="choose another output file, or move this file")
 
 
-def _list_files(folder: Path) -> list[tuple[str, bool]]:
+def list_files(folder: Path) -> list[tuple[str, bool]]:
     """List the files and symbolic links in a folder. Return each relative path, and whether it is a symbolic link."""
     entries = list[tuple[str, bool]]()
     for parent, folders, files in os.walk(folder):
@@ -334,6 +334,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputRefused: the folder is not a build, or its manifest is damaged.
     """
+    manifest = read_any_manifest(folder)
+    if export := manifest.get("export"):
+        problem = f"{folder} is not a build, but an export for {export['trainer']}"
+        raise InputRefused("not_a_build", problem, hint=f"pass the build that was exported: {export['source']}")
+    return manifest
+
+
+def read_any_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a build or of an export, and check its format and hash.
+
+    Raises:
+        InputRefused: the folder is neither, or its manifest is damaged.
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         problem = f"{folder} is not a data set that ftdata built: it has no manifest.json"
@@ -377,7 +390,7 @@ def verify_files(folder: Path) -> list[str]:
         InputRefused: the folder is not a build.
     """
     try:
-        files = read_manifest(folder)["files"]
+        files = read_any_manifest(folder)["files"]
     except InputRefused as error:
         if error.code != "damaged_build":
             raise

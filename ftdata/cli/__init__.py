@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import ftdata
-from ftdata.cli.build import build, cache_app, config_app, convert, env, plugins, push, templates_app, verify
+from ftdata.cli.build import build, cache_app, config_app, convert, env, export, plugins, push, templates_app, verify
 from ftdata.cli.help import CompactCommand, CompactGroup
 from ftdata.cli.inspect import audit, diff, preview, stats
 from ftdata.cli.output import LogHandler, describe_signal, print_error
@@ -37,7 +37,7 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
-for _command in (preview, build, verify, convert, push, audit, stats, diff, init, train, generate, chat, merge):
+for _command in (preview, build, verify, convert, export, push, audit, stats, diff, init, train, generate, chat, merge):
     app.command(cls=CompactCommand)(_command)
 app.command("eval", cls=CompactCommand)(evaluate)
 app.command(cls=CompactCommand)(plugins)

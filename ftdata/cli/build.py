@@ -33,11 +33,13 @@ def build(
         typer.Option(
             "--output-dir",
             "-o",
-            help="Output folder or URL (default with a configuration file: OUTPUT_DIR/data)",
+            help="Output folder or URL (default for a configuration file: its output_dir/data)",
         ),
     ] = None,
     *,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a build of other data or options")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing build of different data or options")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
     engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
     as_json: Json = False,
@@ -111,6 +113,42 @@ def verify(
     lines = [f"damaged  {folder}/{name}" for name in damaged] or [f"intact   {folder}"]
     print_json_or_text({"folder": folder, "damaged": damaged}, "\n".join(lines), as_json=as_json)
     raise typer.Exit(1 if damaged else 0)
+
+
+def export(
+    build_dir: Annotated[
+        str | None, typer.Argument(help="Folder or URL of the build", metavar="[BUILD]", show_default=False)
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="Export format; see --list", show_default=False)] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output folder")] = None,
+    *,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Accept a loss that the format cannot avoid (repeatable)")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export of another build or format")
+    ] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="List the formats, and exit")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a build to the input format of a trainer."""
+    from ftdata.exporters.export import describe_formats
+    from ftdata.exporters.export import export as export_build
+
+    if list_formats:
+        formats = describe_formats()
+        lines = [
+            "\n".join([name, *(f"    {key:11} {value}" for key, value in row.items())]) for name, row in formats.items()
+        ]
+        print_json_or_text(formats, "\n".join(lines), as_json=as_json)
+        return
+    if not build_dir or not to or not output_dir:
+        values = {"the folder of a build": build_dir, "--to": to, "--output-dir": output_dir}
+        missing = [name for name, value in values.items() if not value]
+        raise UsageError("missing_option", f"an export needs {' and '.join(missing)}", hint="see: ftdata export --list")
+    with resumable(), progress_bar() as progress:
+        report = export_build(build_dir, to, output_dir, allow=allow or (), overwrite=overwrite, progress=progress)
+    print_value(report, as_json=as_json)
 
 
 def push(
@@ -223,13 +261,14 @@ def env(as_json: Json = False) -> None:
 
 
 def plugins(as_json: Json = False) -> None:
-    """List built-in and installed readers, schemas, templates and mask policies."""
+    """List built-in and installed readers, schemas, templates, mask policies and export formats."""
+    from ftdata.exporters import exporters
     from ftdata.pipeline.mask import masks
     from ftdata.readers import readers
     from ftdata.schemas import schemas
     from ftdata.templates import templates
 
-    groups = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks)}
+    groups = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks, exporters)}
     lines = [f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()]
     values = {group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}
     print_json_or_text(values, "\n".join(lines), as_json=as_json)

@@ -30,7 +30,8 @@ def preview(
     tokenizer: Tokenizer = None,
     *,
     n: Annotated[
-        int | None, typer.Option("-n", help="Number of rows to show (default: 3; with --odd: 1 per kind)", min=1)
+        int | None,
+        typer.Option("-n", help="Number of rows to show (default: 3; with --odd: 1 per kind of outlier)", min=1),
     ] = None,
     row: Annotated[str | None, typer.Option(help="Show the rows with these indices, e.g. 7 or 3,8-11")] = None,
     id_: Annotated[
@@ -71,7 +72,7 @@ def audit(
     tokenizer: Tokenizer = None,
     *,
     against: Annotated[
-        list[str] | None, typer.Option(help="Test set: report its rows that also occur in the data")
+        list[str] | None, typer.Option(help="Test set; rows that also occur in the data are reported")
     ] = None,
     near_duplicate_threshold: Annotated[
         float | None, typer.Option(help="Report near-duplicates (similarity, e.g. 0.8)")

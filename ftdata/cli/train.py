@@ -171,7 +171,7 @@ def evaluate(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Compare the trained model with its base model by answers, perplexity, exact match, SacreBLEU and chrF."""
+    """Compare a trained model with its base model: answers, perplexity, exact match, SacreBLEU, chrF."""
     from ftdata.train import compare
 
     with _generation_progress() as progress:
@@ -244,7 +244,7 @@ def merge(
     run_dir: Run,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output folder for the merged model")],
     dtype: Annotated[
-        str | None, typer.Option(help="Weight dtype: float32, bfloat16 or float16 (default: base model's)")
+        str | None, typer.Option(help="Weight dtype: float32, bfloat16 or float16 (default: dtype of the base model)")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

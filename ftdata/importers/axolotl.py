@@ -260,7 +260,9 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
         problem = f"{path}: Axolotl does not read {', '.join(misplaced)} at this level"
         raise conversion_error(problem, hint="move these keys to a mapping under type")
     if unsupported := [key for key in _UNSUPPORTED_KEYS if info.get(key)]:
-        raise conversion_error(f"{path}: ftdata has no equivalent for {', '.join(unsupported)}, which affects training")
+        raise conversion_error(
+            f"{path}: ftdata has no equivalent for these keys, which affect training: {', '.join(unsupported)}"
+        )
     note_unknown_keys(path, info, _KNOWN_KEYS, draft)
     kind, split = info.get("ds_type"), info.get("split")
     check_setting(path, "ds_type", kind, (None, *_SUFFIXES, "text"))

@@ -165,7 +165,7 @@ class Heading:
 
     @classmethod
     def from_paths(cls, paths: Sequence[str], template: str, tokenizer: str) -> Heading:
-        """Create the heading of a report on data or a build. The short title contains no folders."""
+        """Create the heading of a report on data or a build. Its title contains file names without folders."""
         facts = {"data": _join_names(paths), "template": template, "tokenizer": tokenizer}
         return cls(_join_names([PurePath(path).name or path for path in paths]), facts)
 
@@ -369,7 +369,7 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
 def _owners_of_spans(
     spans: Sequence[Span], conversation: Conversation
 ) -> tuple[tuple[SegmentOwner, ...], NDArray[np.int64]]:
-    """Return the distinct message and template parts that the spans come from, and the part index of each span.
+    """Return a list of the different parts of messages and of the template, and the list index of each span's part.
 
     The indices are int64 `[spans]`. Index 0 means that the part is unknown.
     """

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ftdata.build import remote
 from ftdata.build.ledger import Report
+from ftdata.build.read_packs import list_pack_files, read_pack_file
 from ftdata.build.store import read_manifest
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
@@ -150,19 +151,12 @@ def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildD
 def _read_documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
     with _convert_errors(folder / split):
         provenance = _iterate_provenance(folder / split / "provenance.parquet")
-        for path in sorted((folder / split).glob("data-*.arrow")):
-            with pa.ipc.open_stream(pa.memory_map(os.fsencode(path))) as stream:
-                for batch in stream:
-                    # Reading inconsistent buffers could crash the process.
-                    batch.validate(full=True)
-                    ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
-                    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-                    if (lengths < 0).any() or not len(ids) == len(labels) == (ends[-1] if ends else 0):
-                        raise ValueError("seq_lengths do not match the number of tokens")
-                    for start, end in pairwise([0, *ends]):
-                        if (values := next(provenance, None)) is None:
-                            raise ValueError("provenance.parquet has fewer rows than the split has examples")
-                        yield *values, ids[start:end], labels[start:end]
+        for path in list_pack_files(folder, split):
+            for packs in read_pack_file(path):
+                for start, end in pairwise(packs.token_bounds.tolist()):
+                    if (values := next(provenance, None)) is None:
+                        raise ValueError("provenance.parquet has fewer rows than the split has examples")
+                    yield *values, packs.ids[start:end], packs.labels[start:end]
         if next(provenance, None) is not None:
             raise ValueError("provenance.parquet has more rows than the split has examples")
 
@@ -172,11 +166,6 @@ def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str
     for batch in pq.ParquetFile(pa.memory_map(os.fsencode(path))).iter_batches(columns=names, batch_size=1 << 14):
         for pack, source, row, line, flags, cut in zip(*(batch[name].to_pylist() for name in names), strict=True):
             yield pack, Source(source, row, line), frozenset(flags), cut
-
-
-def _values(column: pa.ListArray) -> NDArray[np.int32]:
-    flat = column.flatten()
-    return np.frombuffer(flat.buffers()[1], np.int32)[flat.offset : flat.offset + len(flat)]
 
 
 def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Store the examples of a batch of rows in columns, from the tokenizer to the files of a build."""
+"""The examples of a batch of rows, in columns. Batches are passed from the tokenizer to the files of a build."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _file_size(stream: io.BufferedReader) -> int | None:
 
 
 def _check_batches(stream: io.BufferedReader, file: Input, size: int | None) -> io.BufferedReader:
-    """Check the size of each batch in a stream, and return the stream to read.
+    """Check the size of each batch in a stream, and return a stream with the same content.
 
     A local file is checked before this function returns. Any other stream is checked while it is read.
     """

@@ -1,4 +1,4 @@
-"""Recognize data files by name, and find the data set split in a file name, such as `train` or `test`."""
+"""Recognize data files by name, and find the split, such as `train` or `test`, in a file name."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def _parse_string(text: bytes) -> str | None:
 
 
 def _find_brackets(parts: Iterable[bytes]) -> Iterator[tuple[bytes, list[int]]]:
-    """Yield each part of a JSON text with the positions of its brackets. Brackets inside strings do not count."""
+    """Yield each part of a JSON text, and the positions of the brackets in this part, except brackets in strings."""
     in_string = is_escaped = False
     for part in parts:
         position, positions = 0, list[int]()

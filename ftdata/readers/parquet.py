@@ -134,7 +134,7 @@ def _read_group(
 def _find_dictionary_columns(
     table: Any, columns: Sequence[tuple[Any, _Chunk]], file: Input
 ) -> tuple[list[str], list[str], int]:
-    """Find the columns that may contain references to a dictionary. A short reference can stand for a long value.
+    """Find the columns that may be dictionary-encoded. In such a column, a short index can stand for a long value.
 
     Returns:
         The names of the text columns outside lists, the names of the text columns in lists, and the number of bytes of
@@ -155,7 +155,7 @@ def _find_dictionary_columns(
 
 
 def _longest_values(batch: Any) -> int:
-    """Return the total size in bytes of the longest dictionary values, one value per column."""
+    """Find the longest dictionary value of each column, and return the sum of their sizes in bytes."""
     return sum(map(_longest_value, batch.columns))
 
 

@@ -21,7 +21,7 @@ from ftdata.types import Reject, Row
 
 @dataclass
 class RowFilter:
-    """Keeps each row for which a Jinja expression is true, and each `Reject`, up to a maximum number of rows.
+    """Keeps the rows for which a Jinja expression is true, and every `Reject`, until a maximum number is reached.
 
     Attributes:
         where: the Jinja expression of the user, which is evaluated in this process, without limits.

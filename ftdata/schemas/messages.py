@@ -69,7 +69,7 @@ def is_message(value: Any) -> bool:
 
 
 def is_single_message(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a single message. The column `author` is ignored, because a text can have an author."""
+    """Return whether a row is a single message. A column `author` does not count, as plain text can have it."""
     return is_message({key: value for key, value in row.items() if key != "author"})
 
 

@@ -73,7 +73,7 @@ class Workspace:
         token = self.folder / "token"
         if not (token.is_file() and build_records.has_record("workplace", self._record_content(token.read_bytes()))):
             self._check_foreign_files()
-            self._remove_content(keep="lock")
+            self._remove_content("lock")
             new_token = secrets.token_hex(16).encode()
             disk.write(token, new_token)
             build_records.add_record("workplace", self._record_content(new_token))
@@ -106,19 +106,26 @@ class Workspace:
         disk.sync(self.target.parent)
 
     def clear(self) -> None:
-        """Remove the workspace. The lock file is removed last, because other processes can wait for the lock."""
+        """Remove the workspace.
+
+        The token is removed after the content, because `claim` rejects unknown files without a token. The lock file is
+        removed last, because other processes can wait for the lock.
+        """
+        token = self.folder / "token"
+        self._remove_content("lock", "token")
         with suppress(OSError):
-            build_records.remove_record("workplace", self._record_content((self.folder / "token").read_bytes()))
-        self._remove_content(keep="lock")
+            record = self._record_content(token.read_bytes())
+            disk.remove(token)
+            build_records.remove_record("workplace", record)
         disk.remove(self.folder / "lock")
         try:
             self.folder.rmdir()
         except OSError:
             return
 
-    def _remove_content(self, keep: str) -> None:
+    def _remove_content(self, *keep: str) -> None:
         for path in sorted(self.folder.iterdir()):
-            if path.name != keep:
+            if path.name not in keep:
                 disk.remove(path)
 
 

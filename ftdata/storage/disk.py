@@ -95,7 +95,7 @@ def encode_json(value: Mapping[str, Any]) -> bytes:
 
 
 def write_cache_file(path: Path, data: bytes) -> None:
-    """Write a small file of the cache in one step. An error is ignored, because the cache is only an optimization."""
+    """Write a small file to the cache. Errors are ignored, because the cache is only an optimization."""
     with suppress(OSError):
         mkdir(path.parent, parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

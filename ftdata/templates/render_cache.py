@@ -133,7 +133,7 @@ class TextLayout:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the layout contains no expression on a text."""
+        """True if no expression of the template operates on a text."""
         return not self.expressions.calls and not self.expressions.results
 
     def fill(self, contents: Sequence[str]) -> Rendered | None:

@@ -23,6 +23,7 @@ LOADERS = {"torch", "yaml", "np", "numpy", "joblib", "jit", "hub"}
 OPTIONS = {"shell", "trust_remote_code", "allow_pickle"}
 ALLOWED = {
     ("__init__.py", "import_module"): "names of this package, in a table",
+    ("exporters/formats.py", "import_module"): "modules of this package, in a table",
     ("yaml12.py", "yaml.load"): "with a SafeLoader, and the result is looked through",
     ("registry.py", "exec_module"): "a plug-in file that the user names on the command line",
     ("templates/sandbox/environment.py", "exec"): "what Jinja's sandbox generated, as Jinja itself runs it",

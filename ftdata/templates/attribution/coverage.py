@@ -29,7 +29,7 @@ def recover_attribution(
     messages: Sequence[Mapping[str, Any]],
     rerender: Rerender,
 ) -> tuple[TextPiece, ...]:
-    """Find message fields in the rendered text if operations of the template lost their positions.
+    """Search the rendered text for the message fields whose positions were lost in operations of the template.
 
     A text loses its owners if the template formats the text or converts it to a Python literal. To find the range of
     such a field, change its first and its last character and render again: the text that moves is the field.

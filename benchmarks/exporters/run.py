@@ -1,0 +1,173 @@
+"""Confirm the export formats: compare what each trainer's own loader and collator read with the build.
+
+    python benchmarks/exporters/run.py --tokenizer FOLDER --data chats.jsonl --packages DIR --json results.json
+
+The data is built unpacked and packed, and exported to each format. `confirm/read_FORMAT.py` reads the export with the
+code of the trainer, in a process of its own with the packages in DIR/FORMAT. All documents, targets and document
+boundaries must be equal to those of the build. Where the trainer can compute a loss on a CPU, it must be equal to the
+loss that PyTorch computes for each document separately.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftdata.build.dataset import write_build
+from ftdata.build.read_packs import list_pack_files, read_pack_file
+from ftdata.exporters.export import export
+from ftdata.types import IGNORE_INDEX
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-5
+
+
+def make_model(tokenizer: str, folder: Path) -> None:
+    """Save a tiny random model with the given tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=-(-len(loaded) // 64) * 64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=8192,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    loaded.save_pretrained(folder)
+
+
+def read_build(folder: Path, split: str) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the token ids and the targets of each document in a build."""
+    for path in list_pack_files(folder, split):
+        for packs in read_pack_file(path):
+            for start, end in pairwise(packs.token_bounds.tolist()):
+                ids, labels = packs.ids[start:end].astype(np.int64), packs.labels[start:end].astype(np.int64)
+                yield ids.tobytes(), labels[1:].tobytes()
+
+
+def read_confirmed(file: Path) -> tuple[Counter[tuple[bytes, bytes]], Mapping[str, Any]]:
+    """Read the output of a script in `confirm/`: the documents with their counts, and the version and losses."""
+    content = np.load(file)
+    bounds = np.append(0, np.cumsum(content["lengths"]))
+    ids, targets = content["ids"], content["targets"]
+    documents = Counter(
+        (ids[start:end].tobytes(), targets[start - number : end - number - 1].tobytes())
+        for number, (start, end) in enumerate(pairwise(bounds.tolist()))
+    )
+    return documents, json.loads(str(content["about"]))
+
+
+class Reference:
+    """Computes the loss of documents with PyTorch, one document at a time."""
+
+    def __init__(self, model: Path, build: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch, self.model = torch, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.targets = dict(read_build(build, "train"))
+
+    def loss(self, documents: list[list[int]]) -> float:
+        """Return the mean loss of all trained tokens of the documents."""
+        total, count = 0.0, 0
+        for ids in documents:
+            targets = np.frombuffer(self.targets[np.asarray(ids, np.int64).tobytes()], np.int64)
+            with self.torch.no_grad():
+                logits = self.model(self.torch.tensor([ids])).logits[0, :-1].double()
+            labels = self.torch.tensor(targets.copy())
+            total += float(self.torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += int((targets != IGNORE_INDEX).sum())
+        return total / count
+
+
+def confirm(
+    name: str, build: Path, folder: Path, model: Path, packages: Path, python: str, reference: Reference
+) -> dict[str, Any]:
+    """Export a build, read the export with the trainer's code, and compare the result with the build."""
+    start = time.monotonic()
+    report = export(build, name, folder)
+    seconds = time.monotonic() - start
+    tokens = sum(split["tokens"] for split in report.splits.values())
+    result: dict[str, Any] = {"tokens_per_second": round(tokens / seconds), "losses": dict(report.losses)}
+    output = folder.with_suffix(".npz")
+    environment = {**os.environ, "PYTHONPATH": f"{packages / name}:{HERE / 'confirm'}", "HF_HUB_OFFLINE": "1"}
+    command = [python, str(HERE / "confirm" / f"read_{name}.py"), str(folder), str(model), str(output)]
+    done = subprocess.run(  # noqa: S603  (our own scripts)
+        command, capture_output=True, text=True, check=False, env=environment, cwd=folder.parent
+    )
+    if done.returncode:
+        return {**result, "failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+    documents, about = read_confirmed(output)
+    expected = Counter(read_build(build, "train"))
+    result |= {
+        "version": about["version"],
+        "documents": expected.total(),
+        "missing": (expected - documents).total(),
+        "unexpected": (documents - expected).total(),
+        "loss_difference": max(
+            (abs(batch["loss"] - reference.loss(batch["documents"])) for batch in about["losses"]), default=None
+        ),
+    }
+    return result
+
+
+def main() -> None:
+    """Confirm the formats, and print a line for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer with a chat template")
+    parser.add_argument("--data", required=True, help="file with conversations")
+    parser.add_argument("--packages", type=Path, default=Path("out/exporters"), help="a folder of packages per format")
+    parser.add_argument("--formats", default="", help="names of formats, separated by commas (default: all scripts)")
+    parser.add_argument("--python", default=sys.executable, help="Python interpreter for the scripts")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    names = (
+        options.formats.split(",")
+        if options.formats
+        else sorted(path.stem.removeprefix("read_") for path in (HERE / "confirm").glob("read_*.py"))
+    )
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        model = home / "model"
+        make_model(options.tokenizer, model)
+        for kind, layout in {"unpacked": {}, "packed": {"packing": "bfd"}}.items():
+            build = home / kind
+            write_build(
+                options.data, str(model), build, max_length=2048, overlong="drop_turns", test_size=16,
+                on_bad_rows="quarantine", max_rejects=1.0, **layout,
+            )  # fmt: skip
+            reference = Reference(model, build)
+            for name in names:
+                target = home / f"{kind}-{name}"
+                result = confirm(name, build, target, model, options.packages, options.python, reference)
+                results.setdefault(name, {})[kind] = result
+                is_equal = not result.get("failed") and not result["missing"] + result["unexpected"]
+                is_close = (result.get("loss_difference") or 0) <= TOLERANCE
+                verdict = "confirmed" if is_equal and is_close else "DIFFERS"
+                print(f"{name:20} {kind:9} {verdict:10} {json.dumps(result)}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

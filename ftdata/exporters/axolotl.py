@@ -1,0 +1,47 @@
+"""Axolotl: a tokenized data set, and the lines of the configuration that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.exporters.transformers import convert_documents
+
+_LINES = """\
+# Copy these lines to your configuration. Axolotl recognizes tokenized data by its columns, so `type` is empty.
+datasets:
+  - path: {folder}/train
+    type:
+{test_datasets}# Axolotl reuses prepared data of the same path, even if the data has changed.
+dataset_prepared_path: last_run_prepared/{fingerprint}
+shuffle_merged_datasets: false
+sequence_len: {longest}
+excess_length_strategy: raise
+# Documents are packed by Axolotl. Without packing, set sample_packing: false.
+sample_packing: true
+eval_sample_packing: false
+"""
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    lines = f"test_datasets:\n  - path: {facts.folder}/{facts.test_split}\n    split: train\n    type:\n"
+    return {
+        "axolotl.yaml": _LINES.format(
+            folder=facts.folder,
+            test_datasets=lines if facts.test_split else "",
+            fingerprint=facts.fingerprint,
+            longest=facts.longest[1],
+        )
+    }
+
+
+FORMAT = ExportFormat(
+    trainer="Axolotl 0.19.0",
+    rows="documents",
+    labels="not shifted",
+    boundaries="one document per row; `sample_packing` packs them",
+    files=ArrowFiles(),
+    convert=convert_documents,
+    configure=_configure,
+)

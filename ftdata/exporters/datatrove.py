@@ -1,0 +1,82 @@
+"""datatrove and nanotron: `.ds` files with `.ds.index` and `.ds.loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.errors import MissingDependency
+from ftdata.exporters.columns import list_column, make_batch
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.storage import disk
+
+_LINES = """\
+Read each row with datatrove:
+
+    from datatrove.utils.dataset import DatatroveFolderDataset
+    DatatroveFolderDataset("{folder}/train", seq_len={window}, return_positions=True, token_size=4)
+
+Each row has {longest} tokens, so that no document is cut: shorter packs are padded with untrained tokens 0, which
+form a document of their own. Element i of a `.ds.loss` file is 1 if token i is trained.
+"""
+
+
+@dataclass(frozen=True)
+class TokenizedFiles:
+    """Files that `DatatroveFolderDataset` reads, written by `TokenizedFile` of datatrove."""
+
+    def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
+        """Write `data.ds`, `data.ds.index` and `data.ds.loss`."""
+        try:
+            from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+        except ImportError:
+            hint = "pip install datatrove"
+            raise MissingDependency("missing_package", "this format needs the package datatrove", hint=hint) from None
+        file = TokenizedFile(str(folder), "data.ds", save_loss_metadata=True, token_size=4)
+        for batch in batches:
+            ids, trained = (batch[name].values.to_numpy() for name in ("ids", "trained"))
+            for start, end in pairwise(batch["ids"].offsets.to_pylist()):
+                file.write(ids[start:end].tolist(), trained[start:end].astype(np.bool_).tolist())
+        file.close()
+
+    def collect(self, target: Path, split: str, parts: Sequence[Path]) -> None:
+        """Move the files of each part to the folder of the split."""
+        disk.mkdir(target / split)
+        for number, part in enumerate(parts):
+            for suffix in (".ds", ".ds.index", ".ds.loss"):
+                disk.link(part / f"data{suffix}", target / split / f"{number:05d}{suffix}")
+
+
+def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
+    """Return documents. After the documents of a pack, a document of padding fills the row."""
+    padding = facts.longest[0] - np.diff(packs.pack_bounds)
+    padded = padding > 0
+    lengths = np.insert(packs.lengths, packs.document_bounds[1:][padded], padding[padded])
+    bounds = np.append(0, np.cumsum(lengths))
+    offsets = np.repeat(np.cumsum(np.append(0, padding))[:-1], np.diff(packs.pack_bounds))
+    places = np.arange(len(packs.ids)) + offsets
+    ids, trained = np.zeros(bounds[-1], np.int32), np.zeros(bounds[-1], np.int8)
+    ids[places], trained[places] = packs.ids, packs.trained
+    return make_batch({"ids": list_column(ids, bounds), "trained": list_column(trained, bounds)})
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    longest = facts.longest[0]
+    return {"README.txt": _LINES.format(folder=facts.folder, window=longest - 1, longest=longest)}
+
+
+FORMAT = ExportFormat(
+    trainer="datatrove 0.10.1",
+    rows="packs",
+    labels="`.ds.loss`: a byte for each token, not shifted",
+    boundaries="`.ds.index`; each row is padded to the longest row",
+    files=TokenizedFiles(),
+    convert=_convert,
+    configure=_configure,
+)

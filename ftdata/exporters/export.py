@@ -1,0 +1,296 @@
+"""Export a finished build to the input format of a trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from ftdata._version import __version__
+from ftdata.build import remote, store
+from ftdata.build.read_packs import Packs, list_pack_files, read_pack_file
+from ftdata.errors import InputRefused, UsageError, check_choice, count_noun, describe_exception
+from ftdata.exporters.formats import BuildFacts, ExportFormat, exporters
+from ftdata.progress import Progress, ProgressUpdate
+from ftdata.storage import atomic, disk
+
+_log = logging.getLogger(__name__)
+_HINT = "build the data set again"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The result of an export.
+
+    Attributes:
+        format: the name of the format.
+        trainer: the trainer, with the version whose loader was tested.
+        output_dir: the folder of the export.
+        splits: the numbers of `rows`, `documents`, `tokens` and `trained` tokens of each split.
+        losses: the number of documents with each loss that the user accepted.
+        files: text files of the export that configure the trainer.
+    """
+
+    format: str
+    trainer: str
+    output_dir: str
+    splits: Mapping[str, Mapping[str, int]]
+    losses: Mapping[str, int]
+    files: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {**asdict(self), "files": list(self.files)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name:8} {count_noun(split['rows'], 'row')}, {count_noun(split['documents'], 'document')}, "
+            f"{count_noun(split['tokens'], 'token')}, {split['trained'] / max(split['tokens'], 1):.1%} trained"
+            for name, split in self.splits.items()
+        ]
+        lines += [f"loss     {loss}: {count_noun(count, 'document')}" for loss, count in self.losses.items()]
+        lines += [f"exported {self.output_dir} for {self.trainer}"]
+        return "\n".join([*lines, *(f"see      {self.output_dir}/{name}" for name in self.files)])
+
+
+def describe_formats() -> dict[str, dict[str, str]]:
+    """Return the properties of all export formats: the trainer, and what a format can and cannot express.
+
+    >>> describe_formats()["axolotl"]["rows"]
+    'documents'
+    """
+    return {
+        name: {
+            "trainer": export_format.trainer,
+            "rows": export_format.rows,
+            "labels": export_format.labels,
+            "boundaries": export_format.boundaries,
+            **(
+                {"cannot": "; ".join(f"{loss}: {text}" for loss, text in export_format.losses.items())}
+                if export_format.losses
+                else {}
+            ),
+        }
+        for name in exporters.names()
+        for export_format in (exporters.get(name),)
+    }
+
+
+class _Part(NamedTuple):
+    """A file of a build, and the folder with the exported files of this part. `number` counts the parts of a split."""
+
+    split: str
+    number: int
+    source: Path
+    folder: Path
+
+
+def export(
+    build: str | Path,
+    to: str,
+    output_dir: str | Path,
+    *,
+    allow: Iterable[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write the tokens and labels of a build in the input format of a trainer.
+
+    Nothing is rendered or tokenized. An interrupted export can be resumed with the same arguments, and never leaves
+    a partial export. Memory does not depend on the size of the build.
+
+    Args:
+        build: the folder or URL of a build.
+        to: the name of a format, see `ftdata export --list`.
+        output_dir: a folder for the export.
+        allow: the names of losses that are accepted, if the format cannot express everything in the build.
+        overwrite: replace an existing export of another build or format.
+        progress: called with a `ProgressUpdate` after each batch.
+
+    Returns:
+        The report.
+
+    Raises:
+        UsageError: an option is invalid, or the output folder contains other files.
+        InputRefused: the build is damaged, or the format cannot express it (`export_loss`).
+        MissingDependency: the package that writes the format is not installed.
+        StorageError: the export cannot be written.
+
+    >>> import tempfile
+    >>> from ftdata.build.dataset import write_build
+    >>> from ftdata.testing import byte_tokenizer
+    >>> folder = tempfile.mkdtemp()
+    >>> rows = [{"question": "2+2?", "answer": "4"}]
+    >>> _ = write_build(rows, byte_tokenizer(), f"{folder}/built", template="chatml")
+    >>> report = export(f"{folder}/built", "axolotl", f"{folder}/exported")
+    >>> report.splits["train"]["documents"], report.files
+    (1, ('axolotl.yaml',))
+    """
+    export_format = exporters.get(to)
+    allowed = frozenset([allow] if isinstance(allow, str) else allow)
+    for loss in allowed:
+        check_choice("loss", loss, export_format.losses)
+    if not str(output_dir).strip():
+        raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
+    folder = remote.find_build(build)
+    if folder is None:
+        raise InputRefused("not_a_build", f"{build} is not a finished build", hint="create one with `ftdata build`")
+    target = Path(output_dir).resolve()
+    store.check_intact(folder)
+    manifest = store.read_manifest(folder)
+    facts = _read_facts(folder, manifest, target, allowed)
+    request = {"to": to, "trainer": export_format.trainer, "allow": sorted(allowed), "build": facts.fingerprint}
+    about = {"ftdata": __version__, "export": {**request, "source": str(folder)}}
+    with atomic.open_workspace(target, lambda path: _check_target(path, request, overwrite=overwrite)) as workspace:
+        if target.exists() and (report := _read_current_report(target, request)):
+            return report
+        report = _export(folder, export_format, facts, to, workspace, progress)
+        store.write_manifest(workspace.new, {**about, "report": report.as_dict()}, ())
+        workspace.publish()
+    return report
+
+
+def _read_facts(folder: Path, manifest: Mapping[str, Any], target: Path, allowed: frozenset[str]) -> BuildFacts:
+    """Read the facts about a build from its report."""
+    report = orjson.loads((folder / "report.json").read_bytes())
+    splits = {name: split["examples"] for name, split in report["splits"].items()}
+    is_packed = any(split["examples"] > split["rows"] for split in report["splits"].values())
+    tokenizer = manifest["options"]["tokenizer"]["name"]
+    content = disk.hash_bytes(disk.encode_json({"files": manifest["files"]}))
+    return BuildFacts(target, tokenizer, splits, is_packed, _longest_row(folder, splits), content[:16], allowed)
+
+
+def _longest_row(folder: Path, splits: Iterable[str]) -> tuple[int, int]:
+    """Return the number of tokens of the longest pack, and of the longest document."""
+    packs, documents = 0, 0
+    for split in splits:
+        for path in list_pack_files(folder, split):
+            for batch in _read(path):
+                packs = max(packs, int(np.diff(batch.pack_bounds).max(initial=0)))
+                documents = max(documents, int(batch.lengths.max(initial=0)))
+    return packs, documents
+
+
+def _read(path: Path) -> Iterator[Packs]:
+    try:
+        yield from read_pack_file(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        problem = f"{path} cannot be read: {describe_exception(error, 2_000)}"
+        raise InputRefused("damaged_build", problem, hint=_HINT) from None
+
+
+def _check_target(target: Path, request: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Check that the output folder is new or empty, or contains an export that may be replaced.
+
+    Raises:
+        UsageError: the folder contains other files, or another export without `overwrite`.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    hint = "choose another output folder"
+    try:
+        manifest = store.read_any_manifest(target)
+        files = {*manifest["files"], "manifest.json"}
+        present = manifest["export"]
+    except (InputRefused, KeyError, TypeError):
+        raise UsageError("target_exists", f"{target} exists and is not an export of ftdata", hint=hint) from None
+    if unknown := [name for name, is_link in store.list_files(target) if is_link or name not in files]:
+        problem = f"{target} contains files that are not part of the export: {', '.join(unknown[:3])}"
+        raise UsageError("target_exists", problem, hint=hint)
+    if not overwrite and any(present.get(key) != value for key, value in request.items()):
+        problem = f"{target} contains the export of another build, or for another trainer"
+        raise UsageError("target_exists", problem, hint=f"{hint}, or set overwrite=True to replace it")
+
+
+def _read_current_report(target: Path, request: Mapping[str, Any]) -> ExportReport | None:
+    """Return the report of the existing export if it is intact and was made with the same request."""
+    manifest = store.read_any_manifest(target)
+    if any(manifest["export"].get(key) != value for key, value in request.items()) or store.verify_files(target):
+        return None
+    report = manifest["report"]
+    return ExportReport(**{**report, "files": tuple(report["files"])})
+
+
+def _export(
+    folder: Path,
+    export_format: ExportFormat,
+    facts: BuildFacts,
+    name: str,
+    workspace: atomic.Workspace,
+    progress: Progress | None,
+) -> ExportReport:
+    """Write all files of an export, except the manifest, to the workspace."""
+    parts = list(_list_parts(folder, facts, workspace.shards / f"{name}-{facts.fingerprint}"))
+    totals = {split: Counter(rows=0, documents=0, tokens=0, trained=0) for split in facts.splits}
+    losses, resumed, done = Counter[str](), 0, 0
+    for part in parts:
+        result = atomic.read_sealed(part.folder)
+        resumed += result is not None
+        if result is None:
+            disk.remove(part.folder)
+            result = _write_part(part, export_format, facts, progress, done)
+        totals[part.split].update(result["counts"])
+        losses.update(result["losses"])
+        done += result["counts"]["tokens"]
+    if resumed:
+        _log.info("resumed: %d of %d parts of the build were already exported", resumed, len(parts))
+    disk.mkdir(workspace.new)
+    for split in facts.splits:
+        if folders := [part.folder for part in parts if part.split == split]:
+            export_format.files.collect(workspace.new, split, folders)
+    texts = export_format.configure(facts)
+    for file, text in texts.items():
+        disk.write(workspace.new / file, text.encode())
+    return ExportReport(
+        name, export_format.trainer, str(facts.folder), {key: dict(value) for key, value in totals.items()},
+        dict(losses), tuple(texts),
+    )  # fmt: skip
+
+
+def _list_parts(folder: Path, facts: BuildFacts, home: Path) -> Iterator[_Part]:
+    for split, documents in facts.splits.items():
+        for number, path in enumerate(list_pack_files(folder, split) if documents else ()):
+            yield _Part(split, number, path, home.with_name(f"{home.name}-{split}-{number:05d}"))
+
+
+def _write_part(
+    part: _Part, export_format: ExportFormat, facts: BuildFacts, progress: Progress | None, tokens_before: int
+) -> dict[str, Any]:
+    """Write the files of a part, and seal their folder.
+
+    Raises:
+        InputRefused: `export_loss`: the format cannot express the data, and the user did not accept the loss.
+    """
+    counts, losses = Counter[str](rows=0, documents=0, tokens=0, trained=0), Counter[str]()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in _read(part.source):
+            packs = batch.split_documents() if export_format.rows == "documents" else batch
+            losses.update(export_format.find_losses(packs, facts))
+            if refused := {loss: count for loss, count in losses.items() if count and loss not in facts.allowed}:
+                _refuse(export_format, refused, part.source)
+            yield export_format.convert(packs.without_first_labels(), facts)
+            counts.update(
+                rows=len(packs), documents=len(packs.lengths), tokens=len(packs.ids), trained=int(packs.trained.sum())
+            )
+            if progress:
+                progress(ProgressUpdate("export", counts["documents"], tokens_before + counts["tokens"]))
+
+    with atomic.publish_folder(part.folder) as scratch:
+        export_format.files.write(scratch, batches())
+        result = {"counts": dict(counts), "losses": {loss: count for loss, count in losses.items() if count}}
+        atomic.seal_folder(scratch, result)
+    return result
+
+
+def _refuse(export_format: ExportFormat, losses: Mapping[str, int], source: Path) -> None:
+    loss, count = next(iter(losses.items()))
+    problem = f"{export_format.trainer} cannot express {count_noun(count, 'document')}: {export_format.losses[loss]}"
+    raise InputRefused("export_loss", problem, where=str(source), hint=f"accept this with allow={loss!r}")

@@ -1,0 +1,93 @@
+"""LitGPT: documents for a data module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import token_columns
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+
+_SCRIPT = '''\
+"""The data module for LitGPT, with this folder on PYTHONPATH:
+
+litgpt finetune_lora MODEL --data ftdata_tokens.TokenData --train.max_seq_length {longest}
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import load_from_disk
+from litgpt.data import DataModule, get_sft_collate_fn
+from litgpt.prompts import Default
+
+
+class TokenRows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        ids, labels = (torch.tensor(row[name], dtype=torch.int64) for name in ("input_ids", "labels"))
+        counts = {{"raw": len(ids), "raw_plus_prompt_template": len(ids)}}
+        return {{"input_ids": ids, "labels": labels, "token_counts": counts}}
+
+
+@dataclass
+class TokenData(DataModule):
+    """Documents with labels. LitGPT shifts the labels, and pads a batch with 0 and -100."""
+
+    prompt_style: Default = field(default_factory=Default)
+    num_workers: int = 0
+    batch_size: int = field(init=False, repr=False, default=1)
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=None):
+        if max_seq_length is not None and 0 < max_seq_length < {longest}:
+            raise ValueError("max_seq_length is {{}}, expected at least {longest}".format(max_seq_length))
+        self.batch_size = batch_size
+
+    def setup(self, stage=""):
+        self.splits = load_from_disk({folder!r})
+
+    def _loader(self, split, shuffle):
+        return torch.utils.data.DataLoader(
+            TokenRows(self.splits[split]),
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            collate_fn=get_sft_collate_fn(max_seq_length={longest}, pad_id=0, ignore_index=-100),
+            num_workers=self.num_workers,
+        )
+
+    def train_dataloader(self):
+        return self._loader("train", True)
+
+    def val_dataloader(self):
+        return self._loader({validation!r}, False)
+'''
+
+
+def convert_labels(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    """Return the columns `input_ids` and `labels` (not shifted)."""
+    return token_columns(packs, input_ids=packs.ids, labels=packs.labels)
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    text = _SCRIPT.format(folder=str(facts.folder), longest=facts.longest[1], validation=facts.test_split or "train")
+    return {"ftdata_tokens.py": text}
+
+
+FORMAT = ExportFormat(
+    trainer="LitGPT 0.5.13",
+    rows="documents",
+    labels="not shifted",
+    boundaries="one document per row",
+    files=ArrowFiles(),
+    convert=convert_labels,
+    configure=_configure,
+)

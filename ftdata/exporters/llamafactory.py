@@ -1,0 +1,60 @@
+"""LLaMA-Factory: a folder for `tokenized_path`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import list_column, make_batch, ones, pad_packs, token_columns
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.types import IGNORE_INDEX
+
+_MULTIPLE = 8
+"""The collator pads all columns except `position_ids` to a multiple of 8, so rows must have such a length."""
+
+_LINES = """\
+# Copy these lines to your configuration. LLaMA-Factory then ignores `dataset` and `dataset_dir`.
+stage: sft
+do_train: true
+tokenized_path: {folder}
+cutoff_len: {longest}
+"""
+_PACKING = """\
+# In a packed row, the attention mask contains the number of each document.
+packing: true
+neat_packing: true
+"""
+
+
+def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
+    if not facts.is_packed:
+        return token_columns(packs, input_ids=packs.ids, attention_mask=ones(packs), labels=packs.labels)
+    columns = {
+        "input_ids": (packs.ids, 0),
+        "attention_mask": (packs.document_numbers, 0),
+        "labels": (packs.labels, IGNORE_INDEX),
+        "position_ids": (packs.positions, 0),
+    }
+    return make_batch(
+        {name: list_column(*pad_packs(packs, _MULTIPLE, values, fill)) for name, (values, fill) in columns.items()}
+    )
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    longest = -(-facts.longest[0] // _MULTIPLE) * _MULTIPLE
+    text = _LINES.format(folder=facts.folder, longest=longest)
+    return {"llamafactory.yaml": text + (_PACKING if facts.is_packed else "")}
+
+
+FORMAT = ExportFormat(
+    trainer="LLaMA-Factory 0.9.5",
+    rows="packs",
+    labels="not shifted",
+    boundaries="document numbers in `attention_mask`, with `neat_packing`; rows padded to a multiple of 8",
+    files=ArrowFiles(test_prefix="validation_"),
+    convert=_convert,
+    configure=_configure,
+)

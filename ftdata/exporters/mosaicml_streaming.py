@@ -1,0 +1,64 @@
+"""MosaicML Streaming: MDS shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.errors import MissingDependency
+from ftdata.exporters.columns import token_columns
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.storage import disk
+
+_COLUMNS = ("input_ids", "labels", "position_ids")
+
+
+@dataclass(frozen=True)
+class StreamingShards:
+    """A folder for `StreamingDataset`, written by `MDSWriter`."""
+
+    def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
+        """Write the shards, and `index.json`."""
+        try:
+            from streaming import MDSWriter
+        except ImportError:
+            hint = "pip install mosaicml-streaming"
+            raise MissingDependency("missing_package", "this format needs mosaicml-streaming", hint=hint) from None
+        encodings = dict.fromkeys(_COLUMNS, "ndarray:int32")
+        with MDSWriter(columns=encodings, out=str(folder), hashes=["xxh64"], exist_ok=True) as writer:
+            for batch in batches:
+                values = [batch[name].values.to_numpy() for name in _COLUMNS]
+                for start, end in pairwise(batch["input_ids"].offsets.to_pylist()):
+                    row = {name: column[start:end] for name, column in zip(_COLUMNS, values, strict=True)}
+                    writer.write(row)
+
+    def collect(self, target: Path, split: str, parts: Sequence[Path]) -> None:
+        """Move the shards of all parts to the folder of the split, and write one index for them."""
+        disk.mkdir(target / split)
+        shards = []
+        for number, part in enumerate(parts):
+            for shard in json.loads((part / "index.json").read_bytes())["shards"]:
+                name = f"part{number:05d}.{shard['raw_data']['basename']}"
+                disk.link(part / shard["raw_data"]["basename"], target / split / name)
+                shards.append({**shard, "raw_data": {**shard["raw_data"], "basename": name}})
+        disk.write_json(target / split / "index.json", {"version": 2, "shards": shards})
+
+
+def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    return token_columns(packs, input_ids=packs.ids, labels=packs.labels, position_ids=packs.positions)
+
+
+FORMAT = ExportFormat(
+    trainer="mosaicml-streaming 0.13.0",
+    rows="packs",
+    labels="not shifted",
+    boundaries="column `position_ids`, which restarts at 0",
+    files=StreamingShards(),
+    convert=_convert,
+)

@@ -1,0 +1,55 @@
+"""ms-swift: a folder for `--cached_dataset`, with token ids and loss scales in place of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import list_column, make_batch
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.storage.arrow_arrays import int32_array
+
+_TEMPLATE = '''\
+"""A template that prints nothing, because the data contains complete token sequences.
+
+swift sft --model MODEL --custom_register_path {folder}/template.py --template ftdata_tokens --strict true \\\\
+    --cached_dataset {folder}/train --max_length {longest} --truncation_strategy raise --loss_scale default{evaluation}
+"""
+
+from swift.template import TemplateMeta, register_template
+
+register_template(TemplateMeta("ftdata_tokens", prefix=[], prompt=[], chat_sep=None, suffix=[]))
+'''
+
+
+def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    bounds = packs.pack_bounds
+    tokens = list_column(packs.ids, bounds)
+    scales = list_column(packs.trained.astype(np.float32), bounds)
+    content = pa.StructArray.from_arrays([tokens, scales], names=["token_ids", "loss_scale"])
+    message = pa.StructArray.from_arrays([pa.array(["assistant"] * len(packs)), content], names=["role", "content"])
+    messages = pa.ListArray.from_arrays(int32_array(np.arange(len(packs) + 1)), message)
+    lengths = pa.ListArray.from_arrays(int32_array(np.arange(len(packs) + 1)), int32_array(np.diff(bounds)))
+    add_eos = pa.array(np.zeros(len(packs), np.bool_))
+    return make_batch({"messages": messages, "lengths": lengths, "add_eos": add_eos})
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    evaluation = f" \\\n    --cached_val_dataset {facts.folder}/{facts.test_split}" if facts.test_split else ""
+    text = _TEMPLATE.format(folder=facts.folder, longest=facts.longest[1], evaluation=evaluation)
+    return {"template.py": text}
+
+
+FORMAT = ExportFormat(
+    trainer="ms-swift 4.6.0",
+    rows="documents",
+    labels="`loss_scale` of each token, 0 or 1, not shifted",
+    boundaries="one document per row; `--packing` or `--padding_free` packs them",
+    files=ArrowFiles(),
+    convert=_convert,
+    configure=_configure,
+)

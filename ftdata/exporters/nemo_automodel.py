@@ -1,0 +1,62 @@
+"""NeMo Automodel: shifted labels, and packed sequences for its THD collator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import list_column, make_batch, ones, token_columns
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.storage.arrow_arrays import int32_array
+from ftdata.types import IGNORE_INDEX
+
+_LINES = """\
+# Copy these lines to your recipe.
+dataset:
+  _target_: datasets.load_from_disk
+  dataset_path: {folder}/train
+{validation}dataloader:
+  _target_: torchdata.stateful_dataloader.StatefulDataLoader
+  collate_fn: nemo_automodel.components.datasets.utils.{collator}
+"""
+_PACKING = """\
+packed_sequence:
+  packed_sequence_size: {longest}
+  prepacked: true
+"""
+
+
+def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
+    labels = packs.shift(packs.labels, IGNORE_INDEX)
+    if not facts.is_packed:
+        return token_columns(packs, input_ids=packs.ids, labels=labels, attention_mask=ones(packs))
+    bounds = packs.pack_bounds
+    lengths = pa.ListArray.from_arrays(int32_array(packs.document_bounds), int32_array(packs.lengths))
+    columns = {"input_ids": packs.ids, "labels": labels, "position_ids": packs.positions}
+    lists = {name: list_column(values, bounds) for name, values in columns.items()}
+    return make_batch({**lists, "seq_lens": lengths, "seq_lens_padded": lengths})
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    split = facts.test_split
+    validation = f"validation_dataset:\n  _target_: datasets.load_from_disk\n  dataset_path: {facts.folder}/{split}\n"
+    text = _LINES.format(
+        folder=facts.folder,
+        validation=validation if split else "",
+        collator="packed_sequence_thd_collater" if facts.is_packed else "default_collater",
+    )
+    return {"automodel.yaml": text + (_PACKING.format(longest=facts.longest[0]) if facts.is_packed else "")}
+
+
+FORMAT = ExportFormat(
+    trainer="NeMo Automodel 0.7.0",
+    rows="packs",
+    labels="shifted in each document",
+    boundaries="columns `seq_lens` and `position_ids`",
+    files=ArrowFiles(),
+    convert=_convert,
+    configure=_configure,
+)

@@ -1,0 +1,48 @@
+"""A training loop of your own: tensors with position ids that restart at each document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import token_columns
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+
+_SCRIPT = '''\
+import torch
+from datasets import load_from_disk
+
+
+def collate(rows):
+    """Return one row as tensors of shape [1, tokens]. Position ids restart at each document of a packed sequence."""
+    (row,) = rows
+    return {{name: torch.tensor([row[name]]) for name in ("input_ids", "labels", "position_ids")}}
+
+
+def load(split="train"):
+    """Return a data loader with one row per batch. Pass the batches to a model of transformers with use_cache=False."""
+    data = load_from_disk({folder!r})[split]
+    return torch.utils.data.DataLoader(data, batch_size=1, shuffle=split == "train", collate_fn=collate)
+'''
+
+
+def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    return token_columns(packs, input_ids=packs.ids, labels=packs.labels, position_ids=packs.positions)
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    return {"data.py": _SCRIPT.format(folder=str(facts.folder))}
+
+
+FORMAT = ExportFormat(
+    trainer="PyTorch",
+    rows="packs",
+    labels="not shifted",
+    boundaries="column `position_ids`, which restarts at 0",
+    files=ArrowFiles(),
+    convert=_convert,
+    configure=_configure,
+)

@@ -1,0 +1,85 @@
+"""torchtune: rows for its packed collator, and a component that loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import list_column, make_batch, pad_packs
+from ftdata.exporters.files import ArrowFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+from ftdata.storage.arrow_arrays import int32_array
+from ftdata.types import IGNORE_INDEX
+
+_SCRIPT = '''\
+"""The data set for a recipe of torchtune. Add these lines to the configuration, and put this folder on PYTHONPATH:
+
+dataset:
+  _component_: ftdata_tokens.packed_tokens
+  packed: {is_packed}
+collate_fn: torchtune.data.{collator}
+"""
+
+import torch
+from datasets import load_from_disk
+
+
+class PackedTokens(torch.utils.data.Dataset):
+    """Rows with `tokens` and `labels` (shifted by the recipe), and `input_pos` and `seq_lens` if rows are packed."""
+
+    packed = {is_packed}
+
+    def __init__(self, split):
+        self.rows = load_from_disk({folder!r})[split]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {{name: torch.tensor(values) for name, values in row.items()}} if self.packed else row
+
+
+def packed_tokens(tokenizer=None, *, split="train", packed={is_packed}):
+    """Return the data set of a split. The recipe passes its tokenizer, which is not needed."""
+    return PackedTokens(split)
+'''
+
+
+def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
+    bounds = packs.pack_bounds
+    if not facts.is_packed:
+        return make_batch({"tokens": list_column(packs.ids, bounds), "labels": list_column(packs.labels, bounds)})
+    # The collator stacks rows, so all rows are padded to the length of the longest row, with one more document.
+    longest = facts.longest[0]
+    padding = longest - np.diff(bounds)
+    columns = {
+        "tokens": (packs.ids, 0),
+        "labels": (packs.labels, IGNORE_INDEX),
+        "input_pos": (packs.positions, 0),
+    }
+    lists = {name: list_column(*pad_packs(packs, longest, values, fill)) for name, (values, fill) in columns.items()}
+    has_padding = padding > 0
+    lengths = np.insert(packs.lengths, packs.document_bounds[1:][has_padding], padding[has_padding])
+    length_bounds = packs.document_bounds + np.append(0, np.cumsum(has_padding))
+    return make_batch({**lists, "seq_lens": pa.ListArray.from_arrays(int32_array(length_bounds), int32_array(lengths))})
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    collator = "padded_collate_packed" if facts.is_packed else "padded_collate_sft"
+    text = _SCRIPT.format(folder=str(facts.folder), is_packed=facts.is_packed, collator=collator)
+    return {"ftdata_tokens.py": text}
+
+
+FORMAT = ExportFormat(
+    trainer="torchtune 0.6.1",
+    rows="packs",
+    labels="not shifted; the recipe shifts them",
+    boundaries="columns `seq_lens` and `input_pos`; rows padded to the longest row",
+    files=ArrowFiles(),
+    convert=_convert,
+    configure=_configure,
+)

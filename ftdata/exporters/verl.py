@@ -1,0 +1,65 @@
+"""verl: documents with a loss mask, which a data set class of the user reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from ftdata.build.read_packs import Packs
+from ftdata.exporters.columns import token_columns
+from ftdata.exporters.files import ParquetFiles
+from ftdata.exporters.formats import BuildFacts, ExportFormat
+
+_SCRIPT = '''\
+"""A data set for `python -m verl.trainer.sft_trainer`. Add these options to the command:
+
+    data.custom_cls.path={folder}/dataset.py data.custom_cls.name=TokenDataset
+    data.train_files={folder}/train-*.parquet data.max_length={longest} data.pad_mode=no_padding
+"""
+
+import glob
+
+import datasets
+import torch
+
+
+class TokenDataset(torch.utils.data.Dataset):
+    """Documents with the tensors `input_ids`, `position_ids` and `loss_mask` of shape [tokens].
+
+    Element i of `loss_mask` belongs to token i; the trainer shifts the mask.
+    """
+
+    def __init__(self, parquet_files, tokenizer=None, config=None, **_):
+        paths = [parquet_files] if isinstance(parquet_files, str) else list(parquet_files)
+        files = sorted(file for path in paths for file in glob.glob(path))
+        self.rows = datasets.Dataset.from_parquet(files)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        ids = torch.tensor(row["input_ids"])
+        return {{"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": torch.tensor(row["loss_mask"])}}
+'''
+
+
+def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    return token_columns(packs, input_ids=packs.ids, loss_mask=packs.trained.astype(np.int8))
+
+
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    return {"dataset.py": _SCRIPT.format(folder=facts.folder, longest=facts.longest[1])}
+
+
+FORMAT = ExportFormat(
+    trainer="verl 0.9.1",
+    rows="documents",
+    labels="`loss_mask` of the tokens, not shifted",
+    boundaries="one document per row",
+    files=ParquetFiles(),
+    convert=_convert,
+    configure=_configure,
+)
