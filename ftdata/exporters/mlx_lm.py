@@ -9,11 +9,21 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.exporters.litgpt import convert_labels
 
 _SCRIPT = '''\
-"""Functions for `mlx_lm.tuner.trainer.train`. The functions of mlx-lm cannot express several trained turns.
+"""Functions for the trainer of mlx-lm, whose own functions cannot express several trained turns.
 
+Run this example with this folder on PYTHONPATH:
+
+import mlx_lm
+from ftdata_tokens import iterate_batches, load, loss
+from mlx.optimizers import Adam
 from mlx_lm.tuner.trainer import TrainingArgs, train
-train(model, optimizer, load("train"), load("{validation}"), args=TrainingArgs(max_seq_length={longest}), loss=loss,
-      iterate_batches=iterate_batches)
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+model, _ = mlx_lm.load("MODEL")
+model.freeze()
+linear_to_lora_layers(model, len(model.layers), {{"rank": 8, "scale": 20.0, "dropout": 0.0}})
+args = TrainingArgs(batch_size=4, iters=1000, max_seq_length={longest})
+train(model, Adam(1e-5), load("train"), {validation}, args=args, loss=loss, iterate_batches=iterate_batches)
 """
 
 import json
@@ -37,21 +47,25 @@ def iterate_batches(dataset, batch_size, max_seq_length, loop=False, seed=None, 
     longest = max(len(ids) for ids, _ in dataset)
     if longest > max_seq_length:
         raise ValueError(f"max_seq_length is {{max_seq_length}}, expected at least {{longest}}")
-    order = np.random.default_rng(seed)
+    rank, ranks = (comm_group.rank(), comm_group.size()) if comm_group else (0, 1)
+    if batch_size > len(dataset) or batch_size % ranks:
+        limits = f"at most {{len(dataset)}} (documents), and a multiple of {{ranks}} (processes)"
+        raise ValueError(f"batch_size is {{batch_size}}, expected {{limits}}")
+    # All processes use the same order, and each reads a part of every batch.
+    random = np.random.default_rng(seed or 0)
     while True:
-        for start in range(0, len(dataset) - batch_size + 1, batch_size) if not loop else ():
-            yield _pad(dataset[start : start + batch_size])
+        order = random.permutation(len(dataset)) if loop else range(len(dataset))
+        for start in range(0, len(dataset) - batch_size + 1, batch_size):
+            yield _pad([dataset[number] for number in order[start + rank : start + batch_size : ranks]])
         if not loop:
             break
-        numbers = order.permutation(len(dataset))
-        for start in range(0, len(dataset) - batch_size + 1, batch_size):
-            yield _pad([dataset[number] for number in numbers[start : start + batch_size]])
 
 
 def _pad(rows):
-    width = max(len(ids) for ids, _ in rows)
-    ids = [list(row[0]) + [0] * (width - len(row[0])) for row in rows]
-    labels = [list(row[1]) + [-100] * (width - len(row[1])) for row in rows]
+    # mlx-lm compiles the training step for each width. With multiples of 32, there are few widths.
+    width = 1 + -(-max(len(ids) for ids, _ in rows) // 32) * 32
+    ids = [list(ids) + [0] * (width - len(ids)) for ids, _ in rows]
+    labels = [list(labels) + [-100] * (width - len(labels)) for _, labels in rows]
     return mx.array(ids), mx.array(labels)
 
 
@@ -61,12 +75,12 @@ def loss(model, ids, labels):
     mask = targets != -100
     losses = nn.losses.cross_entropy(logits, mx.where(mask, targets, 0)) * mask
     count = mask.sum()
-    return losses.astype(mx.float32).sum() / count, count
+    return losses.astype(mx.float32).sum() / mx.maximum(count, 1), count
 '''
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    validation = facts.test_split or "train"
+    validation = f'load("{facts.test_split}")' if facts.test_split else "None"
     return {"ftdata_tokens.py": _SCRIPT.format(validation=validation, longest=facts.longest[1])}
 
 

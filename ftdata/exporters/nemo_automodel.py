@@ -18,14 +18,27 @@ _LINES = """\
 dataset:
   _target_: datasets.load_from_disk
   dataset_path: {folder}/train
-{validation}dataloader:
+dataloader:
+  _target_: torchdata.stateful_dataloader.StatefulDataLoader
+  collate_fn: nemo_automodel.components.datasets.utils.{collator}
+{validation}"""
+_VALIDATION = """\
+validation_dataset:
+  _target_: datasets.load_from_disk
+  dataset_path: {folder}/{split}
+validation_dataloader:
   _target_: torchdata.stateful_dataloader.StatefulDataLoader
   collate_fn: nemo_automodel.components.datasets.utils.{collator}
 """
 _PACKING = """\
+# The model classes of NeMo Automodel, such as Qwen3 and Llama, require Transformer Engine for packed rows, with
+# model.backend.attn: te. Other models require Flash Attention. distributed.cp_size must be 1.
 packed_sequence:
   packed_sequence_size: {longest}
   prepacked: true
+# Packed rows have different lengths. Larger batches fail.
+step_scheduler:
+  local_batch_size: 1
 """
 
 
@@ -41,13 +54,9 @@ def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    split = facts.test_split
-    validation = f"validation_dataset:\n  _target_: datasets.load_from_disk\n  dataset_path: {facts.folder}/{split}\n"
-    text = _LINES.format(
-        folder=facts.folder,
-        validation=validation if split else "",
-        collator="packed_sequence_thd_collater" if facts.is_packed else "default_collater",
-    )
+    collator = "packed_sequence_thd_collater" if facts.is_packed else "default_collater"
+    validation = _VALIDATION.format(folder=facts.folder, split=facts.test_split, collator=collator)
+    text = _LINES.format(folder=facts.folder, collator=collator, validation=validation if facts.test_split else "")
     return {"automodel.yaml": text + (_PACKING.format(longest=facts.longest[0]) if facts.is_packed else "")}
 
 
