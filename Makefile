@@ -8,7 +8,7 @@ RUN := out
 EXTRAS := train dedup excel fast ray s3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long docs package versions masks speed laws fuzz mutants check lint fix types layers clean
+.PHONY: help install demo test test-long docs package versions masks speed exporters laws fuzz mutants check lint fix types layers clean
 
 help:  ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,11 @@ speed: install  ## compare the CPU time of a build with other tools (MODEL: a to
 	$(BIN)/python benchmarks/speed/peers.py $(RUN)/tools
 	$(BIN)/python benchmarks/speed/prep.py --tokenizer $(MODEL) --peers $(RUN)/tools --json $(RUN)/prep.json
 	$(BIN)/python benchmarks/speed/draw.py $(RUN)/prep.json docs/speed.svg
+
+exporters: install  ## compare exports with what the loaders of the trainers read (DATA: conversations, MODEL: a tokenizer folder)
+	$(BIN)/python benchmarks/exporters/packages.py $(RUN)/exporters
+	PYTHONPATH=$(RUN)/exporters/megatron_lm:$(RUN)/exporters/datatrove $(BIN)/python benchmarks/exporters/run.py \
+		--tokenizer $(MODEL) --data $(DATA) --packages $(RUN)/exporters --json benchmarks/exporters/results.json
 
 laws: install  ## test the masking properties with 20,000 examples each
 	$(BIN)/python -m pytest -n auto --hypothesis-profile=release -m laws

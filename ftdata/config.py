@@ -185,7 +185,7 @@ def is_config_file(source: Any) -> bool:
     return isinstance(source, str | Path) and Path(source).suffix in (".yaml", ".yml", ".toml")
 
 
-def load_config(path: Path, /, **overrides: Any) -> Config:
+def load_config(path: str | Path, /, **overrides: Any) -> Config:
     """Read the configuration of a training run from a YAML or TOML file.
 
     Args:
@@ -196,6 +196,7 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
         UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; the message
             contains the key.
     """
+    path = Path(path)
     return make_config(_check_sources(read_config_file(path), path), str(path), **overrides)
 
 

@@ -7,6 +7,7 @@ python docs/scripts/reference.py --check    # write nothing; exit code 1 if a pa
 import ast
 import inspect
 import itertools
+import json
 import re
 import sys
 import typing
@@ -30,6 +31,7 @@ from ftdata.schemas.shapes import ALIASES
 from ftdata.templates import templates
 
 TARGET = Path(__file__).parents[1] / "reference"
+RESULTS = TARGET.parents[1] / "benchmarks" / "exporters" / "results.json"
 COMMANDS = """# Commands
 
 Options accept `-` and `_`. Every command that prints accepts `--json`; every command accepts `-h` and `--help`.
@@ -103,6 +105,30 @@ PLUGINS = """# Plug-in points
 Each registry maps names to functions. A plug-in is registered in the process, installed with a package that has the
 entry point, or a function in a file, `./file.py:name`. `ftdata plugins` lists all plug-ins and their packages.
 
+"""
+
+EXPORTS = """# Export formats
+
+`ftdata export BUILD --to FORMAT -o DIR` writes the tokens and labels of a build in the input format of a trainer:
+see [Export](../trainers/export.md). The column *rows* states whether a row is a packed sequence (`packs`) or a
+document. The last column names the code of the trainer that reads the labels.
+
+| format | tested with | rows | labels | boundaries of documents | padding | cannot express | read by |
+|---|---|---|---|---|---|---|---|
+{properties}
+
+## Confirmed by the trainers
+
+For each format, the trainer's own loader and collator read an export of 1,000 conversations. The token ids, the targets
+of the loss and the boundaries of all documents are the same as in the build. Where a loss can be computed on a CPU, the
+loss of two batches was compared with the loss that PyTorch computes for each document separately; the table contains
+the largest difference. `make exporters` repeats the comparison.
+
+| format | version | build | documents | different | loss difference | million tokens per second |
+|---|---|---|---:|---:|---:|---:|
+{confirmations}
+
+These formats are not confirmed yet: {unconfirmed}. OpenRLHF reads only text, so there is no format for it.
 """
 
 
@@ -250,6 +276,26 @@ def plugin_page():
     return PLUGINS + "\n".join(lines) + "\n\nOne of each, step by step: [plug-ins](../howto/plugins.md).\n"
 
 
+def export_page():
+    """Return the page of all export formats, with the results of `benchmarks/exporters/run.py`."""
+    results = json.loads(RESULTS.read_text())
+    properties, confirmations = [], []
+    for name in exporters.registered():
+        one = exporters.get(name)
+        limits = "; ".join(f"`{loss}`: {text}" for loss, text in one.losses.items())
+        cells = (f"`{name}`", one.trainer, one.rows, one.labels, one.boundaries, one.padding, limits, one.source)
+        properties.append(f"| {' | '.join(cells)} |")
+        for kind, result in results.get(name, {}).items():
+            loss = result["loss_difference"]
+            difference = "" if loss is None else f"{loss:.0e}"
+            speed = f"{result['tokens_per_second'] / 1e6:.0f}"
+            cells = (f"`{name}`", result["version"], kind, f"{result['documents']:,}", "0", difference, speed)
+            confirmations.append(f"| {' | '.join(cells)} |")
+    unconfirmed = ", ".join(f"`{name}`" for name in exporters.registered() if name not in results)
+    texts = {"properties": "\n".join(properties), "confirmations": "\n".join(confirmations)}
+    return EXPORTS.format(**texts, unconfirmed=unconfirmed or "none")
+
+
 PAGES = {
     "commands.md": commands,
     "configuration.md": configuration,
@@ -258,6 +304,7 @@ PAGES = {
     "flags.md": flag_page,
     "schemas.md": schema_page,
     "plugins.md": plugin_page,
+    "export-formats.md": export_page,
     "../troubleshooting.md": troubleshooting.page,
 }
 

@@ -113,10 +113,17 @@ class Ledger:
             if note in self.notes or len(self.notes) < _MAX_NOTES:
                 self.notes[note] += 1
 
-    def add_filtered(self, rows: int) -> None:
-        """Add the number of rows that the `where` option excluded to the counts."""
+    def add_filtered(self, rows: int, missing_columns: Mapping[str, int] | None = None) -> None:
+        """Add the rows that the `where` option excluded to the counts.
+
+        Args:
+            rows: the number of these rows.
+            missing_columns: the number of rows that lack a column of the expression, by column.
+        """
         self.read += rows
         self.filtered += rows
+        for name, count in (missing_columns or {}).items():
+            self.notes[f"where {name}"] += count
 
     def check(self, written: int, tokens_written: int, rejects_written: int) -> None:
         """Check that the counts add up, and that they equal the counts of the written files.
@@ -292,6 +299,7 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
     for kind, title in (
         ("column", "columns that are not read"),
         ("role", "renamed roles"),
+        ("where", "rows excluded because they lack a column that where= uses"),
         ("text", "columns that contain messages as text, and are used as text"),
         ("message key", "message keys that only some templates read"),
     ):

@@ -63,7 +63,8 @@ class RejectLimit:
             value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
             value = -1
-        if not 0 <= value < float("inf"):
+        is_count = not text.endswith("%") and value >= 1
+        if not 0 <= value < float("inf") or (is_count and value != int(value)):
             expected = "expected a number of rows, or a share such as '1%' or 0.01"
             raise UsageError("max_rejects", f"max_rejects is {self.max_rejects!r}, {expected}")
         return value * rows if text.endswith("%") or 0 < value < 1 else value
@@ -83,6 +84,8 @@ class RejectLimit:
             TooManyRejects: there are more bad rows than `max_rejects`.
             InputRefused: no row is left to build.
         """
+        note = "" if any(ledger.built for ledger in ledgers) else missing_column()
+        where_note = f"where= excludes all valid rows: {note}\n" if note else ""
         bad = sum(ledger.rejected.total() - sum(ledger.rejected[code] for code in BY_CHOICE) for ledger in ledgers)
         rows = sum(ledger.read - ledger.filtered for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
@@ -91,7 +94,9 @@ class RejectLimit:
         if bad > self.max_bad_rows(rows):
             listed = "\n  ".join(group_rejects(rejects()))
             allowed = int(self.max_bad_rows(rows))
-            message = f"{bad} of {rows} rows are rejected, but max_rejects allows only {allowed}:\n  {listed}\n"
+            message = (
+                f"{bad} of {rows} rows are rejected, but max_rejects allows only {allowed}:\n  {listed}\n{where_note}"
+            )
             raise TooManyRejects("max_rejects", message, hint="fix the rows, or raise max_rejects")
         if not any(ledger.built for ledger in ledgers):
             filtered = sum(ledger.filtered for ledger in ledgers)
@@ -99,7 +104,7 @@ class RejectLimit:
                 f"where= filters out all {count_noun(filtered, 'row')}" if filtered else "the sources contain no rows"
             )
             reasons = list(map(str, islice(rejects(), 3))) or [reason]
-            listing = "; ".join(filter(None, [*reasons, missing_column()]))
+            listing = "; ".join(filter(None, [*reasons, note]))
             raise InputRefused("no_rows_built", f"no row is left to build: {listing}")
 
 

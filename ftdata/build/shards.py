@@ -242,7 +242,7 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: ShardProgress | N
 
     with _rare_garbage_collection():
         write_shard(folder, batches(), minhash_signatures if task.needs_minhashes else None)
-    ledger.add_filtered(row_filter.filtered)
+    ledger.add_filtered(row_filter.filtered, row_filter.missing_columns)
     return ShardResult(task, folder, ledger, rows.lines, encoders.name)
 
 

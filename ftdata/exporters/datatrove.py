@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +40,9 @@ class TokenizedFiles:
         file = TokenizedFile(str(folder), "data.ds", save_loss_metadata=True, token_size=4)
         for batch in batches:
             ids, trained = (batch[name].values.to_numpy() for name in ("ids", "trained"))
-            for start, end in pairwise(batch["ids"].offsets.to_pylist()):
-                file.write(ids[start:end].tolist(), trained[start:end].astype(np.bool_).tolist())
+            # One call per batch is much faster than `TokenizedFile.write`, which receives lists of one document.
+            file.write_bytes(ids.astype("<u4").tobytes(), batch["ids"].offsets.to_pylist()[1:])
+            file.write_loss_bytes(trained.astype(np.bool_).tobytes())
         file.close()
 
     def collect(self, target: Path, split: str, parts: Sequence[Path]) -> None:
@@ -76,6 +76,8 @@ FORMAT = ExportFormat(
     rows="packs",
     labels="`.ds.loss`: a byte for each token, not shifted",
     boundaries="`.ds.index`; each row is padded to the longest row",
+    padding="in the export: untrained tokens 0",
+    source="`datatrove/utils/dataset.py`; the trainer must read `.ds.loss`",
     files=TokenizedFiles(),
     convert=_convert,
     configure=_configure,

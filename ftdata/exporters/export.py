@@ -72,6 +72,7 @@ def describe_formats() -> dict[str, dict[str, str]]:
             "rows": export_format.rows,
             "labels": export_format.labels,
             "boundaries": export_format.boundaries,
+            "padding": export_format.padding,
             **(
                 {"cannot": "; ".join(f"{loss}: {text}" for loss, text in export_format.losses.items())}
                 if export_format.losses

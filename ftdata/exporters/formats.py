@@ -63,6 +63,8 @@ class ExportFormat:
         rows: `packs` if a row of the export is a packed sequence, or `documents` if each row is one document.
         labels: how labels are stored, for the table of formats.
         boundaries: how the documents of a pack are separated, for the table of formats.
+        padding: who pads rows, and how padding is excluded from the loss, for the table of formats.
+        source: the file and line of the trainer that reads or shifts the labels, for the table of formats.
         files: the type of the files.
         convert: converts packs to a record batch with the columns of the format. With `rows="documents"`, it receives
             packs of one document each.
@@ -75,6 +77,8 @@ class ExportFormat:
     rows: str
     labels: str
     boundaries: str
+    padding: str
+    source: str
     files: ExportFiles
     convert: Callable[[Packs, BuildFacts], pa.RecordBatch]
     configure: Callable[[BuildFacts], Mapping[str, str]] = field(default=lambda _: {})

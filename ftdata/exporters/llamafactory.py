@@ -54,6 +54,8 @@ FORMAT = ExportFormat(
     rows="packs",
     labels="not shifted",
     boundaries="document numbers in `attention_mask`, with `neat_packing`; rows padded to a multiple of 8",
+    padding="in the export: label -100, document number 0",
+    source="`llamafactory/data/loader.py:290`, `data/collator.py:481`",
     files=ArrowFiles(test_prefix="validation_"),
     convert=_convert,
     configure=_configure,

@@ -14,13 +14,38 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat, load_eos_id
 from ftdata.storage.arrow_arrays import int32_array
 
 _LOSS = "untrained-after-eos"
+# Megatron-Bridge pads batches to a multiple of this number, if that is not longer than a packed sequence may be.
+_MULTIPLE = 16
 
-_LINES = """\
-# Options of the fine-tuning data set (FinetuningDatasetConfig with packed_sequence_specs):
-#   packed_train_data_path: {folder}/train-*.idx.parquet
-{validation}#   packed_sequence_size: {longest}
-# The loss mask belongs to the target of each token, so Megatron-Bridge must not shift it.
+_SCRIPT = '''\
+"""The data set of a fine-tuning run.
+
+In `ConfigContainer`, set `dataset` to `dataset`, `model.seq_length` to {longest}, and `train.micro_batch_size` to 1.
+The documents are not padded for context parallelism.
+
+Megatron-Bridge 0.4 and 0.5 have other names: `FinetuningDatasetConfig` of `megatron.bridge.training.config` with
+`packed_sequence_specs` instead of `enable_offline_packing` and `offline_packing_specs`, and `PackedSequenceSpecs` of
+`megatron.bridge.data.datasets.packed_sequence`.
 """
+
+from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetConfig
+from megatron.bridge.data.packing import PackedSequenceSpecs
+
+dataset = GPTSFTDatasetConfig(
+    dataset_root={folder!r},
+    seq_length={longest},
+    enable_offline_packing=True,
+    offline_packing_specs=PackedSequenceSpecs(
+        packed_sequence_size={longest},
+        packed_train_data_path={train!r},
+        packed_val_data_path={validation!r},
+        # This file is not read. Without a path, Megatron-Bridge creates a folder for it in `dataset_root`.
+        packed_metadata_path={metadata!r},
+    ),
+    do_validation={do_validation},
+    do_test=False,
+)
+'''
 
 
 def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
@@ -37,22 +62,31 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     split = facts.test_split
-    validation = f"#   packed_val_data_path: {facts.folder}/{split}-*.idx.parquet\n" if split else ""
-    return {"README.txt": _LINES.format(folder=facts.folder, validation=validation, longest=facts.longest[0])}
+    text = _SCRIPT.format(
+        folder=str(facts.folder),
+        longest=-(-facts.longest[0] // _MULTIPLE) * _MULTIPLE,
+        train=f"{facts.folder}/train-*.idx.parquet",
+        validation=f"{facts.folder}/{split}-*.idx.parquet" if split else None,
+        metadata=f"{facts.folder}/metadata.json",
+        do_validation=split is not None,
+    )
+    return {"ftdata_dataset.py": text}
 
 
 def _find_losses(packs: Packs, facts: BuildFacts) -> Mapping[str, int]:
-    """Count the documents in which a token after the EOS token is trained. Megatron-Bridge does not train it."""
+    """Count the documents in which a token after the EOS token is trained. Megatron-Bridge 0.6 does not train it."""
     lost = (packs.ids == load_eos_id(facts.tokenizer)) & packs.shift(packs.trained, False)
     documents = np.searchsorted(packs.token_bounds, np.flatnonzero(lost), side="right")
     return {_LOSS: len(np.unique(documents))}
 
 
 FORMAT = ExportFormat(
-    trainer="Megatron-Bridge 0.4.1",
+    trainer="Megatron-Bridge 0.6.0",
     rows="packs",
     labels="`loss_mask` of the next token",
     boundaries="column `seq_start_id`",
+    padding="by the collator of Megatron-Bridge: loss mask 0",
+    source="`megatron/bridge/data/packing/gpt_sft.py:177`, `data/packing/parquet.py:451`",
     files=ParquetFiles(".idx.parquet"),
     convert=_convert,
     configure=_configure,

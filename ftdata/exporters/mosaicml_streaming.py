@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,14 @@ from ftdata.errors import MissingDependency
 from ftdata.exporters.columns import token_columns
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage import disk
+
+_LINES = """\
+Read a row with `streaming.StreamingDataset(local="{folder}/train", batch_size=1)`.
+
+Rows have different lengths, so use a batch size of 1, or a collator of your own. Convert the columns to int64 tensors.
+Pass `input_ids`, `labels` and `position_ids` to a model of transformers with `use_cache=False`: otherwise, the
+documents of a packed sequence attend to each other.
+"""
 
 _COLUMNS = ("input_ids", "labels", "position_ids")
 
@@ -31,7 +39,7 @@ class StreamingShards:
             hint = "pip install mosaicml-streaming"
             raise MissingDependency("missing_package", "this format needs mosaicml-streaming", hint=hint) from None
         encodings = dict.fromkeys(_COLUMNS, "ndarray:int32")
-        with MDSWriter(columns=encodings, out=str(folder), hashes=["xxh64"], exist_ok=True) as writer:
+        with MDSWriter(columns=encodings, out=str(folder), hashes=["xxh64"]) as writer:
             for batch in batches:
                 values = [batch[name].values.to_numpy() for name in _COLUMNS]
                 for start, end in pairwise(batch["input_ids"].offsets.to_pylist()):
@@ -54,11 +62,18 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
     return token_columns(packs, input_ids=packs.ids, labels=packs.labels, position_ids=packs.positions)
 
 
+def _configure(facts: BuildFacts) -> Mapping[str, str]:
+    return {"README.txt": _LINES.format(folder=facts.folder)}
+
+
 FORMAT = ExportFormat(
     trainer="mosaicml-streaming 0.13.0",
     rows="packs",
     labels="not shifted",
     boundaries="column `position_ids`, which restarts at 0",
+    padding="none",
+    source="`streaming/base/dataset.py`; the trainer must read `labels`",
     files=StreamingShards(),
     convert=_convert,
+    configure=_configure,
 )

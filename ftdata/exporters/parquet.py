@@ -25,6 +25,8 @@ FORMAT = ExportFormat(
     rows="packs",
     labels="not shifted",
     boundaries="columns `position_ids` and `document_ids`",
+    padding="none",
+    source="the trainer must read `labels`",
     files=ParquetFiles(),
     convert=_convert,
 )

@@ -48,6 +48,8 @@ FORMAT = ExportFormat(
     rows="packs",
     labels="not shifted",
     boundaries="column `seq_lengths`; TRL computes positions from it with `padding_free=True`",
+    padding="by the collator of TRL: label -100; none if packed",
+    source="`trl/trainer/sft_trainer.py`, `DataCollatorForLanguageModeling`",
     files=ArrowFiles(),
     convert=_convert,
     configure=_configure,

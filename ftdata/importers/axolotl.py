@@ -336,6 +336,11 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
             f"{path}: messages with train, training, weight or loss of 0 are not trained; "
             "Axolotl trains them unless message_field_training is set"
         )
+    else:
+        draft.add_note(
+            f"{path}: only messages of the assistant are trained; Axolotl also trains messages of other roles if "
+            f"{training_key} is true"
+        )
     column = info.get("field_messages") or "messages"
     columns = {} if column in ("messages", "conversations") else {"columns": {"messages": column}}
     return {**columns, **_template_options(info, values, draft)}

@@ -191,7 +191,7 @@ def check_setting(where: str, name: str, value: Any, allowed: Collection[Any], h
 
 
 def conversion_error(
-    why: str, *, hint: str = "remove it from the file, and set it in the ftdata configuration"
+    why: str, *, hint: str = "remove the setting from the file if the training does not need it"
 ) -> UsageError:
     """Return an error for a setting that cannot be converted to an ftdata setting."""
     return UsageError("cannot_import", why, hint=hint)

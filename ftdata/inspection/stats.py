@@ -79,6 +79,7 @@ class Stats:
         flags: Flag -> number of examples.
         groups: The statistics of all rows, then by source, split and schema if there are several.
         limits: The effect of common values of `max_length`.
+        lengths_title: The title of the table of limits: which examples are counted.
         survey: The underlying numbers of each row.
     """
 
@@ -88,6 +89,7 @@ class Stats:
     flags: Mapping[str, int]
     groups: tuple[StatsGroup, ...]
     limits: tuple[LengthLimit, ...]
+    lengths_title: str
     survey: Survey = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class Stats:
         console.print(lengths)
         if self.limits:
             limits = _make_table("max_length", "longer examples", "share", "tokens beyond")
-            limits.title = f"lengths of all {count_noun(len(self.survey.lengths), 'example')}, before max_length"
+            limits.title = self.lengths_title
             limits.title_justify, limits.title_style = "left", ""
             limits.columns[0].justify = "right"
             for limit in self.limits:
@@ -182,11 +184,14 @@ def stats(
     survey = target.complete_survey(survey_rows(target.steps(), target.names, progress=progress))
     if not len(survey.numbers):
         reasons = "; ".join(map(str, survey.rejects[:3])) or target.describe_missing_column()
-        reasons = reasons or "the data is empty, or where= excludes all rows"
+        reasons = reasons or ("the data is empty" if where is None else "where= excludes all rows")
         raise InputRefused("no_rows_built", f"0 of {survey.rows:,} rows can be built: {reasons}")
     groups = tuple(_make_groups(survey, target))
     limits = tuple(_length_limits(survey.lengths))
-    result = Stats(str(target.heading), survey.rows, survey.rejected, survey.flags, groups, limits, survey)
+    result = Stats(
+        str(target.heading), survey.rows, survey.rejected, survey.flags, groups, limits,
+        _make_lengths_title(survey, target), survey,
+    )  # fmt: skip
     if svg is not None:
         for name, picture in result.pictures().items():
             with replace_file(Path(svg).resolve() / f"{name}.svg") as file:
@@ -245,6 +250,14 @@ def _length_limits(lengths: Ints) -> Iterator[LengthLimit]:
 
 def _make_table(first: str, *headers: str) -> Table:
     return Table(first, *(Column(header, justify="right") for header in headers), box=None, pad_edge=False)
+
+
+def _make_lengths_title(survey: Survey, target: Target) -> str:
+    count = count_noun(len(survey.lengths), "example")
+    if target.folder is not None and target.recipe.max_length and target.recipe.overlong == "drop_turns":
+        # A build does not contain the lengths of these examples.
+        return f"lengths of {count}, before max_length; examples that drop_turns left out completely are not counted"
+    return f"lengths of all {count}, before max_length"
 
 
 def _group_name(group: StatsGroup) -> str:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ftdata.inspection.survey import MOST_REJECTS, Survey
 from ftdata.options import OPTIONS
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
+from ftdata.readers import MemorySource
 from ftdata.tokenizing.batches import Encodings, RenderedBatch, end_offsets
 from ftdata.types import IGNORE_INDEX, Conversation, Reject, Rendered, RowTokens, Source
 
@@ -146,6 +147,22 @@ def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildD
     """
     documents = ((split, *values) for split in splits for values in _read_documents(folder, split))
     return (BuildDocument(number, *values) for number, values in enumerate(documents))
+
+
+@dataclass(frozen=True)
+class _TokenRows:
+    """The examples of a build as rows with tokens and labels. They can be read several times."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for document in read_build_documents(self.folder, split_names(self.folder)):
+            yield {"input_ids": document.ids, "labels": document.labels}
+
+
+def make_source(folder: Path) -> MemorySource:
+    """Return a source with the examples of a build, which may be packed, as rows with tokens and labels."""
+    return MemorySource(_TokenRows(folder), str(folder))
 
 
 def _read_documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:

@@ -108,7 +108,9 @@ def make_target(
     recipe = make_recipe(tokenizer, template, **options)
     labeled_sources = [(source, source.split or "train") for source in sources]
     if against is not None:
-        labeled_sources += ((_mark_held_out(source), HELD_OUT) for source in resolve_sources(against))
+        held_out_build = stored_builds.find_build_folder(against)
+        held_out = resolve_sources(against) if held_out_build is None else [stored_builds.make_source(held_out_build)]
+        labeled_sources += ((_mark_held_out(source), HELD_OUT) for source in held_out)
     RowFilter(where, limit)
 
     def steps() -> Iterator[SurveyStep]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice
+from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice, suggest_similar
 from ftdata.options import check_choices, select_options
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, masks, resolve_policy
@@ -211,6 +211,7 @@ def make_recipe(
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find_template(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
     bound, control = _bind_template(loaded, name, source, template is not None, parse_date(date), kwargs)
+    _check_variables(bound)
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
 
 
@@ -234,7 +235,20 @@ def load_bare_template(
     # Verify the template in the worker process first: merely parsing a hostile template can run forever.
     verify_template(bare)
     check_can_train(bare)
+    _check_variables(bare)
     return bare
+
+
+def _check_variables(template: Template) -> None:
+    """Check that the template reads all template variables of the user. A misspelled variable would have no effect.
+
+    Raises:
+        UsageError: the template does not read a variable.
+    """
+    for name in template.kwargs:
+        if name not in template.variables:
+            problem = f"the template {template.name} does not read the template variable {name!r}"
+            raise UsageError("template_kwargs", problem, hint=suggest_similar(name, template.variables))
 
 
 def check_template(template_or_tokenizer: Any) -> TemplateReport:

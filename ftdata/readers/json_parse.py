@@ -186,6 +186,9 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
         assert error is not None  # text that orjson accepts is valid for the json module
         line = (source.line or 1) + error.lineno - 1
         position = f"line {line}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        if whole_line and error.lineno > 1:
+            # The row contains the line break at its end, so the error is at the end of the line.
+            position = "the end of the line"
         if error.lineno == 1 and not whole_line:
             position = f"byte {(source.offset or 0) + len(error.doc[: error.pos].encode())}"
         raise _Fault("json", f"the row is not valid JSON at {position}: {error.msg}") from None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -28,12 +29,14 @@ class RowFilter:
         limit: maximum number of rows.
         filtered: number of rows that did not match so far.
         taken: number of rows that were yielded so far.
+        missing_columns: number of rows that did not match because they lack a column, by column.
     """
 
     where: str | None = None
     limit: int | None = None
     filtered: int = 0
     taken: int = 0
+    missing_columns: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         if self.where is not None:
@@ -65,10 +68,11 @@ class RowFilter:
         if self.where is None or isinstance(row, Reject):
             return row
         columns = _columns(row)
+        variables = {"row": columns} | {str(name): value for name, value in columns.items()}
         try:
-            variables = {"row": columns} | {str(name): value for name, value in columns.items()}
             is_match = _compile_expression(self.where)(variables)
         except jinja2.UndefinedError:
+            self.missing_columns.update(_find_names(self.where) - variables.keys())
             return None
         except UsageError:
             raise
@@ -76,6 +80,12 @@ class RowFilter:
             fix = "correct the row, or change the expression so that it works for every row"
             return Reject(row.source, "where", "", f"where={self.where!r} failed for this row: {error}", fix)
         return row if is_match else None
+
+
+@lru_cache(maxsize=8)
+def _find_names(where: str) -> frozenset[str]:
+    """Return the names of the columns that an expression uses."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(f"{{{{ {where} }}}}")) - {"row"})
 
 
 def _columns(row: Row) -> Mapping[Any, Any]:
@@ -94,9 +104,11 @@ def find_missing_column(where: str | None, rows: Iterable[Row | Reject]) -> str:
     >>> find_missing_column("langg == 'en'", [Row({"lang": "en", "question": "Open?"}, Source("data.jsonl", 0))])
     "no row has the column 'langg'; did you mean 'lang'?"
     """
-    first_rows = [row for row in islice(rows, _COMPARED_ROWS) if isinstance(row, Row)] if where else []
+    if where is None:
+        return ""
+    first_rows = [row for row in islice(rows, _COMPARED_ROWS) if isinstance(row, Row)]
     columns = {str(name) for row in first_rows for name in _columns(row)}
-    names = jinja2.meta.find_undeclared_variables(_environment().parse(f"{{{{ {where} }}}}")) - {"row"} - columns
+    names = _find_names(where) - columns
     if not names or not columns:
         return ""
     name = min(names)

@@ -460,7 +460,8 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
         f"{name}: {', '.join(s.columns[:3])}" for name, s in _detectable_schemas().items() if s.columns
     )
     if similar := _find_similar_columns(data):
-        hint = f"did you mean columns={similar!r}?"
+        renamed = ", ".join(f"{name!r} to {column!r}" for column, name in similar.items())
+        hint = f"rename {renamed} in this row; if all rows have these names, set columns={similar!r}"
     else:
         example = "columns={'prompt': ..., 'completion': ...}"
         hint = f"map its columns with columns=, e.g. {example}. Known schemas: {candidates}"

@@ -74,6 +74,11 @@ class PreviousRun:
     checkpoint: str
     skipped: tuple[str, ...] = ()
 
+    @property
+    def step(self) -> int:
+        """Number of steps after which the checkpoint was saved."""
+        return int(Path(self.checkpoint).name.removeprefix("checkpoint-"))
+
     def is_done(self, steps: int, patience: int | None) -> bool:
         """Return whether training is complete.
 
@@ -173,6 +178,8 @@ def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool)
         raise UsageError("target_exists", f"the run directory {run} is a file", hint="choose another folder")
     if (run / "manifest.json").is_file():
         raise UsageError("target_exists", f"the run directory {run} contains a build", hint="choose another folder")
+    if (run / "config.json").is_file():
+        raise UsageError("target_exists", f"the run directory {run} contains a model", hint="choose another folder")
     if run.exists():
         check_no_links(run)
     metadata = read_run_json(run)

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 
 from ftdata import build_sft_dataset
-from ftdata.errors import InputRefused, UsageError
+from ftdata.build.dataset import write_build
+from ftdata.errors import InputRefused, TooManyRejects, UsageError
 
 
 def test_build_of_other_data_or_options_is_not_replaced(tokenizer_dir, tmp_path):
@@ -77,3 +78,16 @@ def test_rejects_of_split_conversations_count_the_fitting_examples(tokenizer_dir
     messages = [{"role": role, "content": "word " * 30} for role in ("user", "assistant") * 3]
     with pytest.raises(InputRefused, match=r"2 of the 3 examples of this conversation fit.*overlong='drop_turns'"):
         build_sft_dataset([{"messages": messages}], tokenizer_dir("tiny_bpe"), turns="split", max_length=650)
+
+
+def test_rows_without_a_column_of_where_are_noted(tokenizer_dir, tmp_path):
+    rows = [{"question": "a", "answer": "b", "lang": lang} for lang in ("en", "de", "de")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = "lang == 'en' or langg == 'de'"
+    report = write_build(path, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml", where=where)
+    assert "rows excluded because they lack a column that where= uses: langg (2 rows)" in report.notes
+    path.write_text('{"question": "x"\n' * 2 + "".join(json.dumps(row) + "\n" for row in rows))
+    options = {"where": "langg == 'de'", "on_bad_rows": "quarantine", "max_rejects": 1, "template": "chatml"}
+    with pytest.raises(TooManyRejects, match=r"(?s)2 rows: .* at the end of the line.*no row has the column 'langg'"):
+        write_build(path, tokenizer_dir("tiny_bpe"), tmp_path / "built", overwrite=True, **options)

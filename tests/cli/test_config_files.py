@@ -176,7 +176,7 @@ def test_type_errors_are_sentences(values, says):
 def test_misspelled_columns_files_and_folders_are_suggested(folder):
     (folder / "c.jsonl").write_text('{"Question": "2+2?", "anwser": "4"}\n')
     shown = run("preview", folder / "c.jsonl", code=3).stdout
-    assert "did you mean --column question=Question --column answer=anwser?" in shown
+    assert "set --column question=Question --column answer=anwser" in shown
     assert (
         "2+2?"
         in run("preview", folder / "c.jsonl", "--column", "question=Question", "--column", "answer=anwser").stdout

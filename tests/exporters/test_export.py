@@ -170,12 +170,14 @@ def test_every_format_is_described_and_states_its_trainer():
     for name in exporters.names():
         found = exporters.get(name)
         assert found.rows in ("packs", "documents"), name
-        assert all((found.trainer, found.labels, found.boundaries)), name
+        assert all((found.trainer, found.labels, found.boundaries, found.padding, found.source)), name
 
 
 def test_plugins_can_add_formats(builds, tmp_path):
     trl = exporters.get("trl")
-    exporters.register("plain")(ExportFormat("mine", "packs", "not shifted", "none", ArrowFiles(), trl.convert))
+    exporters.register("plain")(
+        ExportFormat("mine", "packs", "not shifted", "none", "none", "mine.py:1", ArrowFiles(), trl.convert)
+    )
     report = export(builds["packed"], "plain", tmp_path / "out")
     assert report.trainer == "mine"
     assert report.files == ()

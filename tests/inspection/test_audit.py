@@ -178,3 +178,11 @@ def test_tool_results_with_other_role_names_are_recognized(tokenizer):
     assert "tool_results" not in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
     rows[0]["conversations"].pop(2)
     assert "tool_results" in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
+
+
+def test_packed_build_can_be_the_held_out_data(tokenizer, tmp_path):
+    rows = [PLAIN, talk("another", "answer")]
+    options = {"packing": "bfd", "max_length": 256}
+    build_sft_dataset(rows, tokenizer(), output_dir=tmp_path / "built", **options)
+    findings = audit(rows, tokenizer(), against=tmp_path / "built").findings
+    assert {finding.code: finding.count for finding in findings}["leakage"] == 2

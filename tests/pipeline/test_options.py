@@ -7,6 +7,7 @@ import typing
 
 import msgspec
 import pytest
+from tokenizer_makers import CHATML
 
 import ftdata
 from ftdata.build.reject_limit import RejectLimit
@@ -144,7 +145,9 @@ def test_recipe_of_a_manifest_has_the_recorded_options(tokenizer_dir):
         "overlong": "truncate",
     }
     assert set(options) == set(option_names("rows"))
-    recipe = make_recipe(tokenizer_dir("tiny_bpe"), date="2026-03-04", template_kwargs={"a": 1}, **options)
+    recipe = make_recipe(
+        tokenizer_dir("tiny_bpe"), date="2026-03-04", template="{{ a }}" + CHATML, template_kwargs={"a": 1}, **options
+    )
     described = recipe.describe()
     assert type(recipe).from_manifest(described).describe() == described
     without = type(recipe).from_manifest(described, excluded=("train_on", "overlong"))

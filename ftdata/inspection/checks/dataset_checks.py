@@ -21,6 +21,7 @@ from ftdata.inspection.checks.registry import (
 from ftdata.options import select_options
 from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.pipeline.render_rows import render_conversation
+from ftdata.templates import Template
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation
 
@@ -197,7 +198,9 @@ def _check_template_drift(data: CheckedTemplate) -> Iterator[str]:
     if recipe.tokenizer.chat_template in (None, recipe.template.source):
         return
     try:
-        rendering: dict[str, Any] = {"date": recipe.template.date, "template_kwargs": recipe.template.kwargs}
+        variables = Template("tokenizer", recipe.tokenizer.chat_template).variables
+        kwargs = {name: value for name, value in recipe.template.kwargs.items() if name in variables}
+        rendering: dict[str, Any] = {"date": recipe.template.date, "template_kwargs": kwargs}
         tokenizer_recipe = make_recipe(recipe.tokenizer, **rendering, **select_options(vars(recipe), "rows"))
     except TemplateRefused as error:
         yield f"the tokenizer's chat template cannot be used: {error}"

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
-from ftdata.errors import InputRefused, UsageError, describe_exception
+from ftdata.errors import InputRefused, UsageError, count_noun, describe_exception
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
 from ftdata.train.model.load import weights_dtype
@@ -68,6 +68,7 @@ class Estimate:
         device: name of the device.
         processes: number of training processes.
         rows: number of rows of the train split: packed sequences, or examples.
+        examples: number of examples of the train split.
         tokens: number of tokens of all rows.
         trained_tokens: number of tokens that carry loss.
         longest: number of tokens of the longest row.
@@ -94,6 +95,7 @@ class Estimate:
     device: str
     processes: int
     rows: int
+    examples: int
     tokens: int
     trained_tokens: int
     longest: int
@@ -126,10 +128,12 @@ class Estimate:
         parts = " + ".join(f"{_bytes(getattr(self, name))} {name}" for name in names)
         scope = f" in each of {self.processes} processes" if self.processes > 1 else ""
         note = "a model hardly changes in so few steps: increase num_train_epochs, or use fewer rows per step"
+        packed = f" with {count_noun(self.examples, 'example')}" if self.examples > self.rows else ""
+        rows = f"{count_noun(self.rows, 'pack' if packed else 'row')}{packed}"
         short_note = f"\nnote     {note}" if self.steps < FEW_STEPS else ""
         return (
             f"model    {self.model}: {self.parameters:,} parameters, {self.trainable:,} trained ({share:.2%}), {kind}\n"
-            f"data     {self.rows:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
+            f"data     {rows}, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
             f"({self.trained_tokens / max(self.tokens, 1):.1%}); longest row: {self.longest:,} tokens\n"
             f"run      {self.steps:,} steps of {self.rows_per_step:,} rows, {self.epochs:g} epochs; "
             f"{_with_prefix(self.flops_per_step)}FLOP per step, {_with_prefix(self.flops)}FLOP in total\n"
@@ -220,6 +224,7 @@ def estimate_run(
         device=device.device_name(),
         processes=device.process_count(),
         rows=len(rows.lengths),
+        examples=rows.documents,
         tokens=rows.tokens,
         trained_tokens=rows.trained,
         longest=longest,

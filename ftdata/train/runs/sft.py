@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ftdata.build.dataset import write_build
 from ftdata.config import Config, to_yaml
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
+from ftdata.spelling import spell_options
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
@@ -75,6 +76,11 @@ def _train_in(
     estimate = _estimate(config, model_config, data, isolated=True)
     console.print(str(estimate), highlight=False, markup=False, soft_wrap=True)
     check_memory(estimate)
+    if before and before.step > estimate.steps:
+        problem = (
+            f"the run in {run} has already trained {before.step:,} steps, but the settings allow {estimate.steps:,}"
+        )
+        raise UsageError("run_too_long", problem, hint="resume with at least as many epochs or steps")
     device.wait_for_processes()
     if device.is_main_process():
         checkpoints.begin_run(run, config, data.manifest["fingerprint"], device.process_count(), before)
@@ -150,7 +156,8 @@ def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, list[str
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
             build = Path(scratch) / "data"
-            write_build(config.data, config.tokenizer, build, **config.build_options())
+            report = write_build(config.data, config.tokenizer, build, **config.build_options())
+            notes += (spell_options(note) for note in report.notes if note.startswith("left out"))
         data = open_training_data(build, str(config.tokenizer))
         leaks = has_leaking_architecture(model_config, config.attn_implementation)
         if leaks and data.is_packed:

@@ -1,5 +1,6 @@
 """Files that a run directory may contain before a run starts."""
 
+import json
 import subprocess
 import sys
 
@@ -62,3 +63,24 @@ def test_estimate_is_possible_for_a_directory_with_a_run(llama, tmp_path):
     assert estimate.steps > 0
     assert note.startswith("training cannot start yet: ")
     assert "already contains a run" in note
+
+
+def test_model_folder_is_not_a_run_directory(llama):
+    with pytest.raises(UsageError, match="contains a model"):
+        run([ROW], model=llama, output_dir=llama, settings={"max_steps": 1})
+
+
+def test_resuming_with_fewer_steps_is_refused(llama, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW))
+    settings = {"max_steps": 3}
+    folder = run(tmp_path / "rows.jsonl", model=llama, output_dir=tmp_path / "run", settings=settings)
+    with pytest.raises(UsageError, match="has already trained 3 steps, but the settings allow 2"):
+        run(folder, resume=True, settings={"max_steps": 2})
+
+
+def test_estimate_states_the_rows_that_are_left_out(llama, tmp_path):
+    rows = [{"question": f"q {n}", "answer": "a " * (200 if n == 0 else 2)} for n in range(10)]
+    estimate, [note] = dry_run(rows, model=llama, output_dir=tmp_path / "run", max_length=64, packing="bfd")
+    assert note.startswith("left out: 1 of 10 rows (10.0%)")
+    assert (estimate.examples, estimate.rows < 9) == (9, True)
+    assert "packs with 9 examples" in str(estimate)
