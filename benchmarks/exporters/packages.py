@@ -21,6 +21,7 @@ PACKAGES = {
     "mlx_lm": "mlx-lm==0.32.0 mlx==0.32.2 mlx-cpu==0.32.2",
     "mosaicml_streaming": "mosaicml-streaming==0.13.0 brotli==1.2.1 catalogue==2.0.10 "
     "python-snappy==0.7.3 cramjam==2.14.0 zstd==1.5.7.2",
+    "ms_swift": "ms-swift==4.6.0 modelscope==1.40.2 modelscope-hub==0.5.1 json_repair==0.64.6",
     "nemo_automodel": "nemo_automodel==0.7.0 torchdata==0.11.0 torchao==0.16.0",
     "skyrl": "skyrl==0.3.0 skyrl-gym==0.4.0 loguru==0.7.3 torchdata==0.11.0 jaxtyping==0.3.11 "
     "omegaconf==2.4.0 httpx==0.28.1",

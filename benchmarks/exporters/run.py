@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, default=Path("out/exporters"), help="a folder of packages per format")
     parser.add_argument("--formats", default="", help="names of formats, separated by commas (default: all scripts)")
     parser.add_argument("--python", default=sys.executable, help="Python interpreter for the scripts")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args()
     names = (
         options.formats.split(",")
@@ -166,7 +166,9 @@ def main() -> None:
                 verdict = "confirmed" if is_equal and is_close else "DIFFERS"
                 print(f"{name:20} {kind:9} {verdict:10} {json.dumps(result)}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        earlier = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+        text = json.dumps({**earlier, **results}, indent=1, sort_keys=True)
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

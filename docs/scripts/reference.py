@@ -128,7 +128,7 @@ the largest difference. `make exporters` repeats the comparison.
 |---|---|---|---:|---:|---:|---:|
 {confirmations}
 
-These formats are not confirmed yet: {unconfirmed}. OpenRLHF reads only text, so there is no format for it.
+{unconfirmed}OpenRLHF reads only text, so there is no format for it.
 """
 
 
@@ -293,7 +293,7 @@ def export_page():
             confirmations.append(f"| {' | '.join(cells)} |")
     unconfirmed = ", ".join(f"`{name}`" for name in exporters.registered() if name not in results)
     texts = {"properties": "\n".join(properties), "confirmations": "\n".join(confirmations)}
-    return EXPORTS.format(**texts, unconfirmed=unconfirmed or "none")
+    return EXPORTS.format(**texts, unconfirmed=unconfirmed and f"These formats are not confirmed yet: {unconfirmed}. ")
 
 
 PAGES = {

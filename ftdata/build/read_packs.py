@@ -103,7 +103,8 @@ def read_pack_file(path: Path) -> Iterator[Packs]:
         ValueError: the columns do not match.
         OSError, pyarrow.ArrowException: the file cannot be read.
     """
-    with pa.ipc.open_stream(pa.memory_map(os.fsencode(path))) as stream:
+    # A memory map would keep the pages of the whole file in the memory of this process.
+    with pa.OSFile(os.fsencode(path)) as file, pa.ipc.open_stream(file) as stream:
         for batch in stream:
             # Reading inconsistent buffers could crash the process.
             batch.validate(full=True)
