@@ -41,7 +41,8 @@ class TokenizedFiles:
         for batch in batches:
             ids, trained = (batch[name].values.to_numpy() for name in ("ids", "trained"))
             # One call per batch is much faster than `TokenizedFile.write`, which receives lists of one document.
-            file.write_bytes(ids.astype("<u4").tobytes(), batch["ids"].offsets.to_pylist()[1:])
+            write_tokens = file.write_bytes
+            write_tokens(ids.astype("<u4").tobytes(), batch["ids"].offsets.to_pylist()[1:])
             file.write_loss_bytes(trained.astype(np.bool_).tobytes())
         file.close()
 

@@ -173,7 +173,8 @@ def test_every_format_is_described_and_states_its_trainer():
         assert all((found.trainer, found.labels, found.boundaries, found.padding, found.source)), name
 
 
-def test_plugins_can_add_formats(builds, tmp_path):
+def test_plugins_can_add_formats(builds, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporters, "_registered", {})
     trl = exporters.get("trl")
     exporters.register("plain")(
         ExportFormat("mine", "packs", "not shifted", "none", "none", "mine.py:1", ArrowFiles(), trl.convert)
