@@ -28,7 +28,8 @@ PACKAGES = {
     "tinker": "tinker==0.38.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 sniffio==1.3.1 distro==1.9.0",
     "torchtune": "torchtune==0.6.1 torchao==0.10.0 torchdata==0.11.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 "
     "sentencepiece==0.2.1 tiktoken==0.12.0",
-    "verl": "verl==0.9.1 tensordict==0.15.3 pyvers==0.2.3 cloudpickle==3.1.3 omegaconf==2.4.0",
+    "verl": "verl==0.9.1 tensordict==0.10.0 pyvers==0.2.3 cloudpickle==3.1.3 omegaconf==2.3.0 "
+    "hydra-core==1.3.2 antlr4-python3-runtime==4.9.3 codetiming==1.4.0",
 }
 """The packages of each format. `parquet`, `pytorch`, `transformers` and `trl` need no further packages."""
 

@@ -16,16 +16,21 @@ _MULTIPLE = 8
 """The collator pads all columns except `position_ids` to a multiple of 8, so rows must have such a length."""
 
 _LINES = """\
-# Copy these lines to your configuration. LLaMA-Factory then ignores `dataset` and `dataset_dir`.
+# Copy these lines to your configuration. LLaMA-Factory reads only `tokenized_path`, but it requires that data sets are
+# named.
 stage: sft
 do_train: true
 tokenized_path: {folder}
-cutoff_len: {longest}
+dataset: tokenized
+{evaluation}cutoff_len: {longest}
 """
 _PACKING = """\
 # In a packed row, the attention mask contains the number of each document.
 packing: true
 neat_packing: true
+# The collator does not pad `position_ids`, so rows of different lengths cannot be in the same batch.
+per_device_train_batch_size: 1
+per_device_eval_batch_size: 1
 """
 
 
@@ -45,7 +50,8 @@ def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     longest = -(-facts.longest[0] // _MULTIPLE) * _MULTIPLE
-    text = _LINES.format(folder=facts.folder, longest=longest)
+    evaluation = "eval_dataset: tokenized\n" if facts.test_split else ""
+    text = _LINES.format(folder=facts.folder, evaluation=evaluation, longest=longest)
     return {"llamafactory.yaml": text + (_PACKING if facts.is_packed else "")}
 
 
@@ -55,7 +61,7 @@ FORMAT = ExportFormat(
     labels="not shifted",
     boundaries="document numbers in `attention_mask`, with `neat_packing`; rows padded to a multiple of 8",
     padding="in the export: label -100, document number 0",
-    source="`llamafactory/data/loader.py:290`, `data/collator.py:481`",
+    source="`llamafactory/data/loader.py:290`, `data/collator.py:525`",
     files=ArrowFiles(test_prefix="validation_"),
     convert=_convert,
     configure=_configure,

@@ -14,36 +14,53 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage.arrow_arrays import int32_array
 
 _SCRIPT = '''\
-"""Link this export to the place where SkyRL looks for tokenized data, then start the training:
+"""Link this export to the place where SkyRL looks for tokenized data, then start the training with the same options:
 
-python {folder}/link_cache.py model.path=MODEL max_length={longest} cache_dir=CACHE
+    python {folder}/link_cache.py OPTIONS
+    python -m skyrl.train.main_sft OPTIONS
+
+OPTIONS are the options of the training. They must contain these options:
+
+    {options}
+
+Run the script again if the model, max_length, cache_dir or another option of the data changes: SkyRL looks in another
+place then. Set max_length to {longest} or more, or leave it out. Do not set force_recache or disable_cache.
 """
 
 import pathlib
 import sys
 
+from skyrl.train.config.sft_config import SFTConfig
 from skyrl.train.sft_trainer import _compute_cache_key
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).resolve().parent
 
 
-def link(split, options):
+def link(split, config):
     """Link the folder of a split into the cache, and return the name of the link."""
-    defaults = {{"dataset_name": "ftdata", "dataset_split": split, "model_path": options["model.path"]}}
-    names = {{"messages_key": "messages", "train_on_what": "all_assistant_messages", "tools_key": None}}
-    key = _compute_cache_key(**defaults, **names, max_length=int(options["max_length"]), system_key=None)
-    path = pathlib.Path(options["cache_dir"]) / key
+    key = _compute_cache_key(
+        dataset_name="ftdata",
+        dataset_split=split,
+        model_path=config.model.path,
+        max_length=config.max_length,
+        messages_key=config.messages_key,
+        train_on_what=config.train_on_what.value,
+        tools_key=config.tools_key or None,
+        system_key=config.system_key or None,
+    )
+    path = pathlib.Path(config.cache_dir) / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    path.symlink_to(FOLDER.resolve() / split)
+    path.symlink_to(FOLDER / split)
     return path
 
 
 if __name__ == "__main__":
-    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    settings = SFTConfig.from_cli_overrides(sys.argv[1:])
+    if (settings.dataset_name, settings.dataset_split) != ("ftdata", "train"):
+        sys.exit("add the options dataset_name=ftdata dataset_split=train")
     for name in {splits!r}:
         print(link(name, settings))
-    print("set dataset_name=ftdata dataset_split=train train_on_what=all_assistant_messages max_length={longest}")
 '''
 
 
@@ -62,7 +79,10 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    text = _SCRIPT.format(folder=facts.folder, longest=facts.longest[1], splits=list(facts.splits))
+    options = "dataset_name=ftdata dataset_split=train"
+    if facts.test_split:
+        options += f" eval_dataset_name=ftdata eval_dataset_split={facts.test_split}"
+    text = _SCRIPT.format(folder=facts.folder, longest=facts.longest[1], splits=list(facts.splits), options=options)
     return {"link_cache.py": text}
 
 

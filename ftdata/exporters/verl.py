@@ -16,7 +16,10 @@ _SCRIPT = '''\
 """A data set for `python -m verl.trainer.sft_trainer`. Add these options to the command:
 
     data.custom_cls.path={folder}/dataset.py data.custom_cls.name=TokenDataset
-    data.train_files={folder}/train-*.parquet data.max_length={longest} data.pad_mode=no_padding
+    {options}
+    data.pad_mode=no_padding data.max_token_len_per_gpu={budget}
+
+max_token_len_per_gpu must not be less than the longest document, which has {longest} tokens.
 """
 
 import glob
@@ -31,10 +34,10 @@ class TokenDataset(torch.utils.data.Dataset):
     Element i of `loss_mask` belongs to token i; the trainer shifts the mask.
     """
 
-    def __init__(self, parquet_files, tokenizer=None, config=None, **_):
+    def __init__(self, parquet_files, max_samples=-1, **_):
         paths = [parquet_files] if isinstance(parquet_files, str) else list(parquet_files)
-        files = sorted(file for path in paths for file in glob.glob(path))
-        self.rows = datasets.Dataset.from_parquet(files)
+        rows = datasets.Dataset.from_parquet(sorted(file for path in paths for file in glob.glob(path)))
+        self.rows = rows.select(range(max_samples)) if 0 < max_samples < len(rows) else rows
 
     def __len__(self):
         return len(self.rows)
@@ -44,6 +47,7 @@ class TokenDataset(torch.utils.data.Dataset):
         ids = torch.tensor(row["input_ids"])
         return {{"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": torch.tensor(row["loss_mask"])}}
 '''
+_DEFAULT_BUDGET = 8192
 
 
 def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
@@ -51,7 +55,12 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    return {"dataset.py": _SCRIPT.format(folder=facts.folder, longest=facts.longest[1])}
+    splits = {"train": "train", "val": facts.test_split}
+    # The quotation marks prevent the shell from expanding the asterisk.
+    options = " ".join(f"'data.{key}_files={facts.folder}/{split}-*.parquet'" for key, split in splits.items() if split)
+    longest = facts.longest[1]
+    text = _SCRIPT.format(folder=facts.folder, options=options, longest=longest, budget=max(longest, _DEFAULT_BUDGET))
+    return {"dataset.py": text}
 
 
 FORMAT = ExportFormat(

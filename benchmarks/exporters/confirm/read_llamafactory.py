@@ -1,4 +1,4 @@
-"""Read an export with LLaMA-Factory's loader and collator, and compute losses with transformers."""
+"""Read an export with LLaMA-Factory's configuration parser, loader and collator, and compute losses."""
 
 import os
 import sys
@@ -14,53 +14,68 @@ import yaml
 stub = types.ModuleType("torchaudio")
 stub.__spec__ = ModuleSpec("torchaudio", None)
 sys.modules["torchaudio"] = stub
+# LLaMA-Factory 0.9.5 rejects transformers versions after 5.6.
 os.environ["DISABLE_VERSION_CHECK"] = "1"
 
 LOSS_BATCHES = 2
+SETTINGS = {
+    "finetuning_type": "full",
+    "use_cpu": True,
+    "report_to": "none",
+    "per_device_train_batch_size": 4,
+    "eval_strategy": "epoch",
+}
+"""What a user writes in addition to `llamafactory.yaml`. The lines of the file override the batch size."""
 
 
 def main() -> None:
-    """Load the data through the lines of `llamafactory.yaml`, and read all rows with the collator of stage sft."""
+    """Pass the lines of `llamafactory.yaml` through the parser, and read all rows with the collator of stage sft."""
     export, model, output = common.arguments()
     import transformers
     from llamafactory.data import get_dataset
     from llamafactory.data.collator import SFTDataCollatorWith4DAttentionMask
-    from llamafactory.data.template import TEMPLATES
-    from llamafactory.hparams import DataArguments
+    from llamafactory.data.template import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
 
     lines = yaml.safe_load((export / "llamafactory.yaml").read_text())
-    names = ("tokenized_path", "cutoff_len", "packing", "neat_packing")
-    data_arguments = DataArguments(**{name: lines[name] for name in names if name in lines})
-    module = get_dataset(None, None, data_arguments, None, "sft", None, None)
-    assert set(module) == {"train_dataset", "eval_dataset"}
+    folders = {"model_name_or_path": str(model), "output_dir": str(output.with_suffix(""))}
+    model_arguments, data_arguments, arguments, *_ = get_train_args({**SETTINGS, **folders, **lines})
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
+    module = get_dataset(template, model_arguments, data_arguments, arguments, "sft", tokenizer)
+    assert set(module) == {"train_dataset", "eval_dataset"}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
     collator = SFTDataCollatorWith4DAttentionMask(
         tokenizer=tokenizer,
-        template=TEMPLATES["default"],
+        template=template,
         model=loaded,
         pad_to_multiple_of=8,
-        block_diag_attn=data_arguments.neat_packing,
+        block_diag_attn=model_arguments.block_diag_attn,
         neat_packing=data_arguments.neat_packing,
         attn_implementation="sdpa",
         compute_dtype=torch.float32,
     )
+    data, size = module["train_dataset"], arguments.per_device_train_batch_size
     documents, losses = [], []
-    for row in module["train_dataset"]:
-        batch = collator([dict(row)])
-        ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
-        if data_arguments.neat_packing:
-            # A token attends to the tokens of its document: the mask is 0 there, and negative elsewhere.
-            attends = batch["attention_mask"][0, 0] == 0
-            row_documents = _split_by_mask(ids, common.shift(labels), attends, batch["position_ids"][0].tolist())
-        else:
-            length = int(batch["attention_mask"].sum())
-            assert set(labels[length:]) <= {common.IGNORE_INDEX}
-            row_documents = [(ids[:length], common.shift(labels[:length])[:-1])]
-        documents += row_documents
+    for start in range(0, len(data), size):
+        batch = collator([dict(data[index]) for index in range(start, min(start + size, len(data)))])
+        batch_documents = []
+        for row in range(len(batch["input_ids"])):
+            ids, labels = (batch[name][row].tolist() for name in ("input_ids", "labels"))
+            if data_arguments.neat_packing:
+                # A token attends to the tokens of its document: the mask is 0 there, and negative elsewhere.
+                attends = batch["attention_mask"][row, 0] == 0
+                positions = batch["position_ids"][row].tolist()
+                batch_documents += _split_by_mask(ids, common.shift(labels), attends, positions)
+            else:
+                length = int(batch["attention_mask"][row].sum())
+                assert set(labels[length:]) <= {common.IGNORE_INDEX}
+                batch_documents.append((ids[:length], common.shift(labels[:length])[:-1]))
+        documents += batch_documents
         if len(losses) < LOSS_BATCHES:
             with torch.no_grad():
-                losses.append(([ids for ids, _ in row_documents], float(loaded.eval()(**batch, use_cache=False).loss)))
+                loss = float(loaded.eval()(**batch, use_cache=False).loss)
+            losses.append(([ids for ids, _ in batch_documents], loss))
     common.save(output, documents, f"LLaMA-Factory {version('llamafactory')}", losses)
 
 
