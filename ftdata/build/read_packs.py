@@ -86,6 +86,21 @@ class Packs:
         labels[self.token_bounds[:-1][self.lengths > 0]] = IGNORE_INDEX
         return replace(self, labels=labels)
 
+    def add_padding_documents(self, length: int) -> Packs:
+        """Return the same packs with exactly `length` tokens each.
+
+        A shorter pack gets one more document, which consists of untrained tokens 0.
+        """
+        padding = length - np.diff(self.pack_bounds)
+        is_short = padding > 0
+        lengths = np.insert(self.lengths, self.document_bounds[1:][is_short], padding[is_short])
+        places = np.arange(len(self.ids)) + np.repeat(np.cumsum(padding) - padding, np.diff(self.pack_bounds))
+        ids = np.zeros(length * len(self), np.int32)
+        labels = np.full(length * len(self), IGNORE_INDEX, np.int32)
+        ids[places], labels[places] = self.ids, self.labels
+        document_bounds = self.document_bounds + np.append(0, np.cumsum(is_short))
+        return Packs(ids, labels, np.append(0, np.cumsum(lengths)), document_bounds)
+
     def split_documents(self) -> Packs:
         """Return the same documents in packs of one document each."""
         return replace(self, document_bounds=np.arange(len(self.token_bounds)))

@@ -203,17 +203,7 @@ def write_split(
 ) -> None:
     """Write the source of each example in a split, and the metadata files that `datasets.load_from_disk` reads."""
     target = folder / split
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": file.name} for file in files],
-        "_fingerprint": "",
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split,
-    }
-    disk.write_json(target / "state.json", state)
-    disk.write_json(target / "dataset_info.json", {})
+    write_dataset_files(target, [file.name for file in files])
     order = members[plan.order]
     table = examples.table.drop_columns(["content"])
     packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(plan.bounds))
@@ -226,6 +216,21 @@ def write_split(
             rows = table.slice(start, len(numbers)) if is_identity else table.take(int64_array(numbers))
             rows = examples.add_offsets(rows, examples.shard[numbers])
             writer.write_table(rows.append_column("pack", int32_array(packs[start : start + len(numbers)])))
+
+
+def write_dataset_files(folder: Path, names: Iterable[str]) -> None:
+    """Write the metadata files that `datasets.load_from_disk` reads next to the Arrow files of a split."""
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": "",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    disk.write_json(folder / "state.json", state)
+    disk.write_json(folder / "dataset_info.json", {})
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
+from ftdata.exporters.columns import convert_documents
 from ftdata.exporters.files import ArrowFiles
 from ftdata.exporters.formats import BuildFacts, ExportFormat
-from ftdata.exporters.transformers import convert_documents
 
 _LINES = """\
 # Copy these lines to your configuration. Axolotl recognizes tokenized data by its columns, so `type` is empty.
 datasets:
-  - path: {folder}/train
+  - path: {train}
     type:
 {test_datasets}# Axolotl reuses prepared data of the same path, even if the data has changed.
 dataset_prepared_path: last_run_prepared/{fingerprint}
@@ -25,13 +26,15 @@ eval_sample_packing: false
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    lines = f"test_datasets:\n  - path: {facts.folder}/{facts.test_split}\n    split: train\n    type:\n"
+    # A JSON string is a valid YAML string, whatever characters the path contains.
+    test = json.dumps(f"{facts.folder}/{facts.test_split}")
+    lines = f"test_datasets:\n  - path: {test}\n    split: train\n    type:\n"
     return {
         "axolotl.yaml": _LINES.format(
-            folder=facts.folder,
+            train=json.dumps(f"{facts.folder}/train"),
             test_datasets=lines if facts.test_split else "",
             fingerprint=facts.fingerprint,
-            longest=facts.longest[1],
+            longest=facts.longest_document,
         )
     }
 

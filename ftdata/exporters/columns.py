@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ftdata.build.read_packs import Packs
+from ftdata.exporters.formats import BuildFacts
 from ftdata.storage.arrow_arrays import int32_array
 
 _ARROW_TYPES = {np.dtype(np.int32): pa.int32(), np.dtype(np.int8): pa.int8(), np.dtype(np.float32): pa.float32()}
@@ -52,6 +53,21 @@ def pad_packs(packs: Packs, multiple: int, values: NDArray[Any], fill: Any) -> t
     return padded, bounds
 
 
-def ones(packs: Packs, dtype: type[np.generic] = np.int32) -> NDArray[Any]:
-    """Return a one for each token."""
-    return np.ones(len(packs.ids), dtype)
+def ones(packs: Packs) -> NDArray[np.int32]:
+    """Return a one for each token: int32 `[tokens]`."""
+    return np.ones(len(packs.ids), np.int32)
+
+
+def convert_labels(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    """Return the columns `input_ids` and `labels` (not shifted)."""
+    return token_columns(packs, input_ids=packs.ids, labels=packs.labels)
+
+
+def convert_documents(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    """Return the columns `input_ids`, `attention_mask` (all ones) and `labels` (not shifted)."""
+    return token_columns(packs, input_ids=packs.ids, attention_mask=ones(packs), labels=packs.labels)
+
+
+def convert_positions(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
+    """Return the columns `input_ids`, `labels` (not shifted) and `position_ids`, which restart at each document."""
+    return token_columns(packs, input_ids=packs.ids, labels=packs.labels, position_ids=packs.positions)

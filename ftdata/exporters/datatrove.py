@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ftdata.build.read_packs import Packs
-from ftdata.errors import MissingDependency
-from ftdata.exporters.columns import list_column, make_batch
+from ftdata.exporters.columns import token_columns
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage import disk
 
@@ -32,17 +31,13 @@ class TokenizedFiles:
 
     def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
         """Write `data.ds`, `data.ds.index` and `data.ds.loss`."""
-        try:
-            from datatrove.pipeline.tokens.tokenizer import TokenizedFile
-        except ImportError:
-            hint = "pip install datatrove"
-            raise MissingDependency("missing_package", "this format needs the package datatrove", hint=hint) from None
+        from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+
         file = TokenizedFile(str(folder), "data.ds", save_loss_metadata=True, token_size=4)
         for batch in batches:
             ids, trained = (batch[name].values.to_numpy() for name in ("ids", "trained"))
             # One call per batch is much faster than `TokenizedFile.write`, which receives lists of one document.
-            write_tokens = file.write_bytes
-            write_tokens(ids.astype("<u4").tobytes(), batch["ids"].offsets.to_pylist()[1:])
+            file.write_bytes(ids.astype("<u4").tobytes(), batch["ids"].offsets.to_pylist()[1:])
             file.write_loss_bytes(trained.astype(np.bool_).tobytes())
         file.close()
 
@@ -55,20 +50,13 @@ class TokenizedFiles:
 
 
 def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
-    """Return documents. After the documents of a pack, a document of padding fills the row."""
-    padding = facts.longest[0] - np.diff(packs.pack_bounds)
-    padded = padding > 0
-    lengths = np.insert(packs.lengths, packs.document_bounds[1:][padded], padding[padded])
-    bounds = np.append(0, np.cumsum(lengths))
-    offsets = np.repeat(np.cumsum(np.append(0, padding))[:-1], np.diff(packs.pack_bounds))
-    places = np.arange(len(packs.ids)) + offsets
-    ids, trained = np.zeros(bounds[-1], np.int32), np.zeros(bounds[-1], np.int8)
-    ids[places], trained[places] = packs.ids, packs.trained
-    return make_batch({"ids": list_column(ids, bounds), "trained": list_column(trained, bounds)})
+    """Return the columns `ids` and `trained` with one row per document. All packs have the same number of tokens."""
+    padded = packs.add_padding_documents(facts.longest_pack).split_documents()
+    return token_columns(padded, ids=padded.ids, trained=padded.trained.astype(np.int8))
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    longest = facts.longest[0]
+    longest = facts.longest_pack
     return {"README.txt": _LINES.format(folder=facts.folder, window=longest - 1, longest=longest)}
 
 
@@ -81,5 +69,6 @@ FORMAT = ExportFormat(
     source="`datatrove/utils/dataset.py`; the trainer must read `.ds.loss`",
     files=TokenizedFiles(),
     convert=_convert,
+    package="datatrove",
     configure=_configure,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ftdata._version import __version__
-from ftdata.build import remote, store
+from ftdata.build import cache, remote, store
 from ftdata.build.read_packs import Packs, list_pack_files, read_pack_file
-from ftdata.errors import InputRefused, UsageError, check_choice, count_noun, describe_exception
+from ftdata.errors import InputRefused, MissingDependency, UsageError, check_choice, count_noun, describe_exception
 from ftdata.exporters.formats import BuildFacts, ExportFormat, exporters
 from ftdata.progress import Progress, ProgressUpdate
 from ftdata.storage import atomic, disk
@@ -66,29 +67,21 @@ def describe_formats() -> dict[str, dict[str, str]]:
     >>> describe_formats()["axolotl"]["rows"]
     'documents'
     """
-    return {
-        name: {
-            "trainer": export_format.trainer,
-            "rows": export_format.rows,
-            "labels": export_format.labels,
-            "boundaries": export_format.boundaries,
-            "padding": export_format.padding,
-            **(
-                {"cannot": "; ".join(f"{loss}: {text}" for loss, text in export_format.losses.items())}
-                if export_format.losses
-                else {}
-            ),
+    formats = dict[str, dict[str, str]]()
+    for name in exporters.names():
+        export_format = exporters.get(name)
+        formats[name] = {
+            key: getattr(export_format, key) for key in ("trainer", "rows", "labels", "boundaries", "padding")
         }
-        for name in exporters.names()
-        for export_format in (exporters.get(name),)
-    }
+        if export_format.losses:
+            formats[name]["cannot"] = "; ".join(f"{loss}: {text}" for loss, text in export_format.losses.items())
+    return formats
 
 
 class _Part(NamedTuple):
-    """A file of a build, and the folder with the exported files of this part. `number` counts the parts of a split."""
+    """A file of a build, and the folder with the exported files of this part."""
 
     split: str
-    number: int
     source: Path
     folder: Path
 
@@ -140,43 +133,50 @@ def export(
         check_choice("loss", loss, export_format.losses)
     if not str(output_dir).strip():
         raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
-    folder = remote.find_build(build)
-    if folder is None:
-        raise InputRefused("not_a_build", f"{build} is not a finished build", hint="create one with `ftdata build`")
-    target = Path(output_dir).resolve()
-    store.check_intact(folder)
+    folder = remote.local_build(build)
     manifest = store.read_manifest(folder)
-    facts = _read_facts(folder, manifest, target, allowed)
-    request = {"to": to, "trainer": export_format.trainer, "allow": sorted(allowed), "build": facts.fingerprint}
-    about = {"ftdata": __version__, "export": {**request, "source": str(folder)}}
+    store.check_intact(folder)
+    target = Path(output_dir).resolve()
+    facts = _read_facts(folder, manifest, target)
+    request = {"to": to, "allow": sorted(allowed), "build": facts.fingerprint}
+    # The code of ftdata is part of the hash, so that a new version does not reuse the files of an old version.
+    key = cache.hash_key([request, export_format.trainer, cache.package_hash()])
+    about = {"ftdata": __version__, "export": {**request, "trainer": export_format.trainer, "source": str(folder)}}
     with atomic.open_workspace(target, lambda path: _check_target(path, request, overwrite=overwrite)) as workspace:
-        if target.exists() and (report := _read_current_report(target, request)):
+        if target.exists() and (report := _read_current_report(target, key)):
             return report
-        report = _export(folder, export_format, facts, to, workspace, progress)
-        store.write_manifest(workspace.new, {**about, "report": report.as_dict()}, ())
+        parts = list(_list_parts(folder, facts, workspace.shards / key[:32]))
+        report = _export(parts, export_format, facts, to, allowed, workspace.new, progress)
+        store.write_manifest(workspace.new, {**about, "key": key, "report": report.as_dict()}, ())
         workspace.publish()
     return report
 
 
-def _read_facts(folder: Path, manifest: Mapping[str, Any], target: Path, allowed: frozenset[str]) -> BuildFacts:
-    """Read the facts about a build from its report."""
+def _read_facts(folder: Path, manifest: Mapping[str, Any], target: Path) -> BuildFacts:
+    """Read the facts about a build from its report and from the sources of its examples."""
     report = orjson.loads((folder / "report.json").read_bytes())
     splits = {name: split["examples"] for name, split in report["splits"].items()}
     is_packed = any(split["examples"] > split["rows"] for split in report["splits"].values())
     tokenizer = manifest["options"]["tokenizer"]["name"]
     content = disk.hash_bytes(disk.encode_json({"files": manifest["files"]}))
-    return BuildFacts(target, tokenizer, splits, is_packed, _longest_row(folder, splits), content[:16], allowed)
+    longest = [_find_longest(folder / split / "provenance.parquet") for split, count in splits.items() if count]
+    longest_pack, longest_document = (max(lengths) for lengths in zip(*longest, strict=True))
+    return BuildFacts(target, tokenizer, splits, is_packed, longest_pack, longest_document, content[:16])
 
 
-def _longest_row(folder: Path, splits: Iterable[str]) -> tuple[int, int]:
-    """Return the number of tokens of the longest pack, and of the longest document."""
-    packs, documents = 0, 0
-    for split in splits:
-        for path in list_pack_files(folder, split):
-            for batch in _read(path):
-                packs = max(packs, int(np.diff(batch.pack_bounds).max(initial=0)))
-                documents = max(documents, int(batch.lengths.max(initial=0)))
-    return packs, documents
+def _find_longest(provenance: Path) -> tuple[int, int]:
+    """Return the number of tokens of the longest pack and of the longest document in a split."""
+    longest_pack, longest_document, last_pack, last_tokens = 0, 0, -1, 0
+    for batch in pq.ParquetFile(provenance).iter_batches(columns=["pack", "tokens"]):
+        packs, tokens = batch["pack"].to_numpy(), batch["tokens"].to_numpy()
+        starts = np.flatnonzero(np.diff(packs, prepend=-1))
+        sums = np.add.reduceat(tokens, starts)
+        # The first pack of a batch may have begun in the batch before.
+        sums[0] += last_tokens if packs[0] == last_pack else 0
+        last_pack, last_tokens = packs[-1], sums[-1]
+        longest_pack = max(longest_pack, int(sums.max()))
+        longest_document = max(longest_document, int(tokens.max()))
+    return longest_pack, longest_document
 
 
 def _read(path: Path) -> Iterator[Packs]:
@@ -206,29 +206,29 @@ def _check_target(target: Path, request: Mapping[str, Any], *, overwrite: bool) 
         problem = f"{target} contains files that are not part of the export: {', '.join(unknown[:3])}"
         raise UsageError("target_exists", problem, hint=hint)
     if not overwrite and any(present.get(key) != value for key, value in request.items()):
-        problem = f"{target} contains the export of another build, or for another trainer"
+        problem = f"{target} contains an export of another build, or with other options"
         raise UsageError("target_exists", problem, hint=f"{hint}, or set overwrite=True to replace it")
 
 
-def _read_current_report(target: Path, request: Mapping[str, Any]) -> ExportReport | None:
-    """Return the report of the existing export if it is intact and was made with the same request."""
+def _read_current_report(target: Path, key: str) -> ExportReport | None:
+    """Return the report of the existing export if it is intact and has the same key."""
     manifest = store.read_any_manifest(target)
-    if any(manifest["export"].get(key) != value for key, value in request.items()) or store.verify_files(target):
+    if manifest.get("key") != key or store.verify_files(target):
         return None
     report = manifest["report"]
     return ExportReport(**{**report, "files": tuple(report["files"])})
 
 
 def _export(
-    folder: Path,
+    parts: Sequence[_Part],
     export_format: ExportFormat,
     facts: BuildFacts,
     name: str,
-    workspace: atomic.Workspace,
+    allowed: frozenset[str],
+    target: Path,
     progress: Progress | None,
 ) -> ExportReport:
-    """Write all files of an export, except the manifest, to the workspace."""
-    parts = list(_list_parts(folder, facts, workspace.shards / f"{name}-{facts.fingerprint}"))
+    """Write all files of an export, except the manifest, to a folder."""
     totals = {split: Counter(rows=0, documents=0, tokens=0, trained=0) for split in facts.splits}
     losses, resumed, done = Counter[str](), 0, 0
     for part in parts:
@@ -236,19 +236,19 @@ def _export(
         resumed += result is not None
         if result is None:
             disk.remove(part.folder)
-            result = _write_part(part, export_format, facts, progress, done)
+            result = _write_part(part, export_format, facts, allowed, progress, done)
         totals[part.split].update(result["counts"])
         losses.update(result["losses"])
         done += result["counts"]["tokens"]
     if resumed:
         _log.info("resumed: %d of %d parts of the build were already exported", resumed, len(parts))
-    disk.mkdir(workspace.new)
+    disk.mkdir(target)
     for split in facts.splits:
         if folders := [part.folder for part in parts if part.split == split]:
-            export_format.files.collect(workspace.new, split, folders)
+            export_format.files.collect(target, split, folders)
     texts = export_format.configure(facts)
     for file, text in texts.items():
-        disk.write(workspace.new / file, text.encode())
+        disk.write(target / file, text.encode())
     return ExportReport(
         name, export_format.trainer, str(facts.folder), {key: dict(value) for key, value in totals.items()},
         dict(losses), tuple(texts),
@@ -258,40 +258,56 @@ def _export(
 def _list_parts(folder: Path, facts: BuildFacts, home: Path) -> Iterator[_Part]:
     for split, documents in facts.splits.items():
         for number, path in enumerate(list_pack_files(folder, split) if documents else ()):
-            yield _Part(split, number, path, home.with_name(f"{home.name}-{split}-{number:05d}"))
+            yield _Part(split, path, home.with_name(f"{home.name}-{split}-{number:05d}"))
 
 
 def _write_part(
-    part: _Part, export_format: ExportFormat, facts: BuildFacts, progress: Progress | None, tokens_before: int
+    part: _Part,
+    export_format: ExportFormat,
+    facts: BuildFacts,
+    allowed: frozenset[str],
+    progress: Progress | None,
+    tokens_before: int,
 ) -> dict[str, Any]:
-    """Write the files of a part, and seal their folder.
+    """Write the files of a part, seal their folder, and return the counts and losses.
 
     Raises:
         InputRefused: `export_loss`: the format cannot express the data, and the user did not accept the loss.
+        MissingDependency: the package that writes the files is not installed.
     """
     counts, losses = Counter[str](rows=0, documents=0, tokens=0, trained=0), Counter[str]()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in _read(part.source):
-            packs = batch.split_documents() if export_format.rows == "documents" else batch
+            packs = batch.without_first_labels()
+            packs = packs.split_documents() if export_format.rows == "documents" else packs
             losses.update(export_format.find_losses(packs, facts))
-            if refused := {loss: count for loss, count in losses.items() if count and loss not in facts.allowed}:
-                _refuse(export_format, refused, part.source)
-            yield export_format.convert(packs.without_first_labels(), facts)
-            counts.update(
-                rows=len(packs), documents=len(packs.lengths), tokens=len(packs.ids), trained=int(packs.trained.sum())
-            )
+            _check_losses(export_format, losses, allowed, part.source)
+            yield export_format.convert(packs, facts)
+            numbers = {"documents": len(packs.lengths), "tokens": len(packs.ids), "trained": int(packs.trained.sum())}
+            counts.update(rows=len(packs), **numbers)
             if progress:
                 progress(ProgressUpdate("export", counts["documents"], tokens_before + counts["tokens"]))
 
     with atomic.publish_folder(part.folder) as scratch:
-        export_format.files.write(scratch, batches())
+        try:
+            export_format.files.write(scratch, batches())
+        except ImportError as error:
+            if not export_format.package:
+                raise
+            problem = f"this format needs the package {export_format.package}: {error}"
+            raise MissingDependency("missing_package", problem, hint=f"pip install {export_format.package}") from None
         result = {"counts": dict(counts), "losses": {loss: count for loss, count in losses.items() if count}}
         atomic.seal_folder(scratch, result)
     return result
 
 
-def _refuse(export_format: ExportFormat, losses: Mapping[str, int], source: Path) -> None:
-    loss, count = next(iter(losses.items()))
-    problem = f"{export_format.trainer} cannot express {count_noun(count, 'document')}: {export_format.losses[loss]}"
-    raise InputRefused("export_loss", problem, where=str(source), hint=f"accept this with allow={loss!r}")
+def _check_losses(
+    export_format: ExportFormat, losses: Mapping[str, int], allowed: frozenset[str], source: Path
+) -> None:
+    """Check that the user accepts all losses."""
+    for loss, count in losses.items():
+        if count and loss not in allowed:
+            documents = count_noun(count, "document")
+            problem = f"{export_format.trainer} cannot express {documents}: {export_format.losses[loss]}"
+            raise InputRefused("export_loss", problem, where=str(source), hint=f"accept this with allow={loss!r}")

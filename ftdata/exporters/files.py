@@ -9,10 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from ftdata.build.store import write_dataset_files
 from ftdata.storage import disk
 
 
@@ -42,17 +45,7 @@ class ArrowFiles:
         disk.mkdir(target / split)
         for part, name in zip(parts, names, strict=True):
             disk.link(part / "data.arrow", target / split / name)
-        state: dict[str, Any] = {
-            "_data_files": [{"filename": name} for name in names],
-            "_fingerprint": "",
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": split,
-        }
-        disk.write_json(target / split / "state.json", state)
-        disk.write_json(target / split / "dataset_info.json", {})
+        write_dataset_files(target / split, names)
         disk.write_json(index, {"splits": [*splits, split]})
 
 
@@ -81,13 +74,16 @@ class ParquetFiles:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file `SPLIT.jsonl` with one JSON object per row."""
+    """A file `SPLIT.jsonl` with one JSON object per row, whose values are lists of numbers."""
 
     def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
         """Write `data.jsonl`."""
+        options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
         with disk.create(folder / "data.jsonl") as sink:
             for batch in batches:
-                sink.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in batch.to_pylist()))
+                lists = zip(*(_split_lists(column) for column in batch.columns), strict=True)
+                names = batch.schema.names
+                sink.write(b"".join(orjson.dumps(dict(zip(names, row, strict=True)), option=options) for row in lists))
 
     def collect(self, target: Path, split: str, parts: Sequence[Path]) -> None:
         """Join the files of all parts."""
@@ -95,3 +91,8 @@ class JsonLines:
             for part in parts:
                 with (part / "data.jsonl").open("rb") as file:
                     shutil.copyfileobj(file, sink, 1 << 20)
+
+
+def _split_lists(column: pa.ListArray) -> list[NDArray[Any]]:
+    """Return the lists of a column as arrays."""
+    return np.split(column.values.to_numpy(), column.offsets.to_numpy()[1:-1])

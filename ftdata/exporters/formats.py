@@ -25,18 +25,18 @@ class BuildFacts:
         tokenizer: the name or folder of the tokenizer.
         splits: the number of documents of each split.
         is_packed: whether a pack contains several documents.
-        longest: the numbers of tokens of the longest pack and of the longest document.
+        longest_pack: the number of tokens of the longest pack.
+        longest_document: the number of tokens of the longest document.
         fingerprint: the hash of the contents of the build.
-        allowed: the losses that the user accepts.
     """
 
     folder: Path
     tokenizer: str
     splits: Mapping[str, int]
     is_packed: bool
-    longest: tuple[int, int]
+    longest_pack: int
+    longest_document: int
     fingerprint: str
-    allowed: frozenset[str] = frozenset()
 
     @property
     def test_split(self) -> str | None:
@@ -68,6 +68,7 @@ class ExportFormat:
         files: the type of the files.
         convert: converts packs to a record batch with the columns of the format. With `rows="documents"`, it receives
             packs of one document each.
+        package: the package that writes the files, if ftdata does not require it.
         configure: returns the text files that the export also contains, such as a configuration of the trainer.
         losses: what the format cannot express, by the name that the user passes to accept the loss.
         find_losses: counts the documents of a batch that the format cannot express, by loss.
@@ -81,6 +82,7 @@ class ExportFormat:
     source: str
     files: ExportFiles
     convert: Callable[[Packs, BuildFacts], pa.RecordBatch]
+    package: str = ""
     configure: Callable[[BuildFacts], Mapping[str, str]] = field(default=lambda _: {})
     losses: Mapping[str, str] = field(default_factory=dict)
     find_losses: Callable[[Packs, BuildFacts], Mapping[str, int]] = field(default=lambda *_: {})

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyarrow as pa
-
-from ftdata.build.read_packs import Packs
-from ftdata.exporters.columns import token_columns
+from ftdata.exporters.columns import convert_labels
 from ftdata.exporters.files import ArrowFiles
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 
@@ -26,6 +23,11 @@ from litgpt.prompts import Default
 
 
 class TokenRows(torch.utils.data.Dataset):
+    """The documents of a split as tensors of shape [tokens]."""
+
+    # At each evaluation, LitGPT prints an answer to this instruction.
+    data = [{{"instruction": "Hello"}}]
+
     def __init__(self, rows):
         self.rows = rows
 
@@ -49,15 +51,18 @@ class TokenData(DataModule):
 
     def connect(self, tokenizer=None, batch_size=1, max_seq_length=None):
         if max_seq_length is not None and 0 < max_seq_length < {longest}:
-            raise ValueError("max_seq_length is {{}}, expected at least {longest}".format(max_seq_length))
+            raise ValueError(f"max_seq_length is {{max_seq_length}}, expected at least {longest}")
         self.batch_size = batch_size
 
     def setup(self, stage=""):
-        self.splits = load_from_disk({folder!r})
+        splits = load_from_disk({folder!r})
+        self.train_dataset = TokenRows(splits["train"])
+        # Without a test split, LitGPT evaluates on the training data.
+        self.test_dataset = TokenRows(splits[{validation!r}])
 
-    def _loader(self, split, shuffle):
+    def _loader(self, dataset, shuffle):
         return torch.utils.data.DataLoader(
-            TokenRows(self.splits[split]),
+            dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
             collate_fn=get_sft_collate_fn(max_seq_length={longest}, pad_id=0, ignore_index=-100),
@@ -65,20 +70,17 @@ class TokenData(DataModule):
         )
 
     def train_dataloader(self):
-        return self._loader("train", True)
+        return self._loader(self.train_dataset, True)
 
     def val_dataloader(self):
-        return self._loader({validation!r}, False)
+        return self._loader(self.test_dataset, False)
 '''
 
 
-def convert_labels(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
-    """Return the columns `input_ids` and `labels` (not shifted)."""
-    return token_columns(packs, input_ids=packs.ids, labels=packs.labels)
-
-
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    text = _SCRIPT.format(folder=str(facts.folder), longest=facts.longest[1], validation=facts.test_split or "train")
+    text = _SCRIPT.format(
+        folder=str(facts.folder), longest=facts.longest_document, validation=facts.test_split or "train"
+    )
     return {"ftdata_tokens.py": text}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -49,9 +50,9 @@ def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    longest = -(-facts.longest[0] // _MULTIPLE) * _MULTIPLE
+    longest = -(-facts.longest_pack // _MULTIPLE) * _MULTIPLE
     evaluation = "eval_dataset: tokenized\n" if facts.test_split else ""
-    text = _LINES.format(folder=facts.folder, evaluation=evaluation, longest=longest)
+    text = _LINES.format(folder=json.dumps(str(facts.folder)), evaluation=evaluation, longest=longest)
     return {"llamafactory.yaml": text + (_PACKING if facts.is_packed else "")}
 
 

@@ -64,7 +64,7 @@ def _configure(facts: BuildFacts) -> Mapping[str, str]:
     split = facts.test_split
     text = _SCRIPT.format(
         folder=str(facts.folder),
-        longest=-(-facts.longest[0] // _MULTIPLE) * _MULTIPLE,
+        longest=-(-facts.longest_pack // _MULTIPLE) * _MULTIPLE,
         train=f"{facts.folder}/train-*.idx.parquet",
         validation=f"{facts.folder}/{split}-*.idx.parquet" if split else None,
         metadata=f"{facts.folder}/metadata.json",

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from ftdata.build.read_packs import Packs
-from ftdata.errors import MissingDependency
 from ftdata.exporters.columns import list_column, make_batch
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage import disk
@@ -33,13 +32,8 @@ class IndexedFiles:
 
     def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
         """Write the pairs `tokens.bin`, `tokens.idx` and `loss_mask.bin`, `loss_mask.idx`."""
-        try:
-            from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-        except ImportError:
-            hint = "pip install megatron-core"
-            raise MissingDependency(
-                "missing_package", "this format needs the package megatron-core", hint=hint
-            ) from None
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
         builders = {name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype) for name, dtype in _COLUMNS.items()}
         for batch in batches:
             for name, builder in builders.items():
@@ -78,5 +72,6 @@ FORMAT = ExportFormat(
     source="`megatron/core/datasets/indexed_dataset.py:992`",
     files=IndexedFiles(),
     convert=_convert,
+    package="megatron-core",
     configure=_configure,
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ftdata.exporters.columns import convert_labels
 from ftdata.exporters.files import JsonLines
 from ftdata.exporters.formats import BuildFacts, ExportFormat
-from ftdata.exporters.litgpt import convert_labels
 
 _SCRIPT = '''\
 """Functions for the trainer of mlx-lm, whose own functions cannot express several trained turns.
@@ -81,7 +81,7 @@ def loss(model, ids, labels):
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     validation = f'load("{facts.test_split}")' if facts.test_split else "None"
-    return {"ftdata_tokens.py": _SCRIPT.format(validation=validation, longest=facts.longest[1])}
+    return {"ftdata_tokens.py": _SCRIPT.format(validation=validation, longest=facts.longest_document)}
 
 
 FORMAT = ExportFormat(

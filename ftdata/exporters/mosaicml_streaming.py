@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ftdata.build.read_packs import Packs
-from ftdata.errors import MissingDependency
-from ftdata.exporters.columns import token_columns
+from ftdata.exporters.columns import convert_positions
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage import disk
 
@@ -33,11 +31,8 @@ class StreamingShards:
 
     def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
         """Write the shards, and `index.json`."""
-        try:
-            from streaming import MDSWriter
-        except ImportError:
-            hint = "pip install mosaicml-streaming"
-            raise MissingDependency("missing_package", "this format needs mosaicml-streaming", hint=hint) from None
+        from streaming import MDSWriter
+
         encodings = dict.fromkeys(_COLUMNS, "ndarray:int32")
         with MDSWriter(columns=encodings, out=str(folder), hashes=["xxh64"]) as writer:
             for batch in batches:
@@ -58,10 +53,6 @@ class StreamingShards:
         disk.write_json(target / split / "index.json", {"version": 2, "shards": shards})
 
 
-def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
-    return token_columns(packs, input_ids=packs.ids, labels=packs.labels, position_ids=packs.positions)
-
-
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     return {"README.txt": _LINES.format(folder=facts.folder)}
 
@@ -74,6 +65,7 @@ FORMAT = ExportFormat(
     padding="none",
     source="`streaming/base/dataset.py`; the trainer must read `labels`",
     files=StreamingShards(),
-    convert=_convert,
+    convert=convert_positions,
+    package="mosaicml-streaming",
     configure=_configure,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from shlex import quote
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +15,19 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage.arrow_arrays import int32_array
 
 _TEMPLATE = '''\
-"""A template that prints nothing, because the data contains complete token sequences.
-
-swift sft --model MODEL --custom_register_path {folder}/template.py --template ftdata_tokens --strict true \\\\
-    --cached_dataset {folder}/train --max_length {longest} --truncation_strategy raise --loss_scale default{evaluation}
-"""
+"""A template that prints nothing, because the data contains complete token sequences."""
 
 from swift.template import TemplateMeta, register_template
 
 register_template(TemplateMeta("ftdata_tokens", prefix=[], prompt=[], chat_sep=None, suffix=[]))
 '''
+_COMMAND = """\
+# Replace MODEL, and add the options of the training.
+swift sft --model MODEL \\
+    --custom_register_path {template} --template ftdata_tokens \\
+    --cached_dataset {train} {evaluation}\\
+    --max_length {longest} --loss_scale default --strict true
+"""
 
 
 def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
@@ -39,9 +43,10 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    evaluation = f" \\\n    --cached_val_dataset {facts.folder}/{facts.test_split}" if facts.test_split else ""
-    text = _TEMPLATE.format(folder=facts.folder, longest=facts.longest[1], evaluation=evaluation)
-    return {"template.py": text}
+    template, train, test = (quote(f"{facts.folder}/{name}") for name in ("template.py", "train", facts.test_split))
+    evaluation = f"--cached_val_dataset {test} " if facts.test_split else ""
+    command = _COMMAND.format(template=template, train=train, evaluation=evaluation, longest=facts.longest_document)
+    return {"template.py": _TEMPLATE, "train.sh": command}
 
 
 FORMAT = ExportFormat(

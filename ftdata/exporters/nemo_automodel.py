@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ _LINES = """\
 # Copy these lines to your recipe.
 dataset:
   _target_: datasets.load_from_disk
-  dataset_path: {folder}/train
+  dataset_path: {train}
 dataloader:
   _target_: torchdata.stateful_dataloader.StatefulDataLoader
   collate_fn: nemo_automodel.components.datasets.utils.{collator}
@@ -25,7 +26,7 @@ dataloader:
 _VALIDATION = """\
 validation_dataset:
   _target_: datasets.load_from_disk
-  dataset_path: {folder}/{split}
+  dataset_path: {test}
 validation_dataloader:
   _target_: torchdata.stateful_dataloader.StatefulDataLoader
   collate_fn: nemo_automodel.components.datasets.utils.{collator}
@@ -55,9 +56,10 @@ def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     collator = "packed_sequence_thd_collater" if facts.is_packed else "default_collater"
-    validation = _VALIDATION.format(folder=facts.folder, split=facts.test_split, collator=collator)
-    text = _LINES.format(folder=facts.folder, collator=collator, validation=validation if facts.test_split else "")
-    return {"automodel.yaml": text + (_PACKING.format(longest=facts.longest[0]) if facts.is_packed else "")}
+    train, test = (json.dumps(f"{facts.folder}/{split}") for split in ("train", facts.test_split))
+    validation = _VALIDATION.format(test=test, collator=collator)
+    text = _LINES.format(train=train, collator=collator, validation=validation if facts.test_split else "")
+    return {"automodel.yaml": text + (_PACKING.format(longest=facts.longest_pack) if facts.is_packed else "")}
 
 
 FORMAT = ExportFormat(

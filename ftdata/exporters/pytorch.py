@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyarrow as pa
-
-from ftdata.build.read_packs import Packs
-from ftdata.exporters.columns import token_columns
+from ftdata.exporters.columns import convert_positions
 from ftdata.exporters.files import ArrowFiles
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 
@@ -29,10 +26,6 @@ def load(split="train"):
 '''
 
 
-def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
-    return token_columns(packs, input_ids=packs.ids, labels=packs.labels, position_ids=packs.positions)
-
-
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     return {"data.py": _SCRIPT.format(folder=str(facts.folder))}
 
@@ -45,6 +38,6 @@ FORMAT = ExportFormat(
     padding="none: one row per batch",
     source="the loss of a transformers model shifts the labels",
     files=ArrowFiles(),
-    convert=_convert,
+    convert=convert_positions,
     configure=_configure,
 )

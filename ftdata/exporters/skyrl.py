@@ -82,7 +82,9 @@ def _configure(facts: BuildFacts) -> Mapping[str, str]:
     options = "dataset_name=ftdata dataset_split=train"
     if facts.test_split:
         options += f" eval_dataset_name=ftdata eval_dataset_split={facts.test_split}"
-    text = _SCRIPT.format(folder=facts.folder, longest=facts.longest[1], splits=list(facts.splits), options=options)
+    text = _SCRIPT.format(
+        folder=facts.folder, longest=facts.longest_document, splits=list(facts.splits), options=options
+    )
     return {"link_cache.py": text}
 
 

@@ -8,11 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from ftdata.build.read_packs import Packs
-from ftdata.exporters.columns import list_column, make_batch, pad_packs
+from ftdata.exporters.columns import list_column, make_batch, token_columns
 from ftdata.exporters.files import ArrowFiles
 from ftdata.exporters.formats import BuildFacts, ExportFormat
-from ftdata.storage.arrow_arrays import int32_array
-from ftdata.types import IGNORE_INDEX
 
 _SCRIPT = '''\
 """The data set for a recipe of torchtune. Add these lines to the configuration, and put this folder on PYTHONPATH:
@@ -50,22 +48,13 @@ def packed_tokens(tokenizer=None, *, split="train", packed={is_packed}):
 
 
 def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
-    bounds = packs.pack_bounds
     if not facts.is_packed:
-        return make_batch({"tokens": list_column(packs.ids, bounds), "labels": list_column(packs.labels, bounds)})
-    # The collator stacks rows, so all rows are padded to the length of the longest row, with one more document.
-    longest = facts.longest[0]
-    padding = longest - np.diff(bounds)
-    columns = {
-        "tokens": (packs.ids, 0),
-        "labels": (packs.labels, IGNORE_INDEX),
-        "input_pos": (packs.positions, 0),
-    }
-    lists = {name: list_column(*pad_packs(packs, longest, values, fill)) for name, (values, fill) in columns.items()}
-    has_padding = padding > 0
-    lengths = np.insert(packs.lengths, packs.document_bounds[1:][has_padding], padding[has_padding])
-    length_bounds = packs.document_bounds + np.append(0, np.cumsum(has_padding))
-    return make_batch({**lists, "seq_lens": pa.ListArray.from_arrays(int32_array(length_bounds), int32_array(lengths))})
+        return token_columns(packs, tokens=packs.ids, labels=packs.labels)
+    # The collator stacks rows, so all rows must have the same length.
+    padded = packs.add_padding_documents(facts.longest_pack)
+    columns = {"tokens": padded.ids, "labels": padded.labels, "input_pos": padded.positions}
+    lists = {name: list_column(values, padded.pack_bounds) for name, values in columns.items()}
+    return make_batch({**lists, "seq_lens": list_column(padded.lengths.astype(np.int32), padded.document_bounds)})
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyarrow as pa
-
-from ftdata.build.read_packs import Packs
-from ftdata.exporters.columns import ones, token_columns
+from ftdata.exporters.columns import convert_documents
 from ftdata.exporters.files import ArrowFiles
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 
@@ -25,11 +22,6 @@ trainer = Trainer(
 )
 trainer.train()
 """
-
-
-def convert_documents(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
-    """Return the columns `input_ids`, `attention_mask` (all ones) and `labels` (not shifted)."""
-    return token_columns(packs, input_ids=packs.ids, attention_mask=ones(packs), labels=packs.labels)
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:

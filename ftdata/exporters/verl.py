@@ -58,7 +58,7 @@ def _configure(facts: BuildFacts) -> Mapping[str, str]:
     splits = {"train": "train", "val": facts.test_split}
     # The quotation marks prevent the shell from expanding the asterisk.
     options = " ".join(f"'data.{key}_files={facts.folder}/{split}-*.parquet'" for key, split in splits.items() if split)
-    longest = facts.longest[1]
+    longest = facts.longest_document
     text = _SCRIPT.format(folder=facts.folder, options=options, longest=longest, budget=max(longest, _DEFAULT_BUDGET))
     return {"dataset.py": text}
 

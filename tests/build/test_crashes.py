@@ -130,7 +130,8 @@ def test_disk_operations_all_have_failpoints(builder):
     assert {name for name, _ in operations(builder, old=True)} == {*OPERATIONS} - {"link"}  # which is for the cache
     source = (Path(__file__).parents[2] / "ftdata").rglob("*.py")
     for path in source:
-        if {"train", "templates", "cli"} & {*path.parts} or path.name in ("disk.py", "cache.py"):
+        # `datatrove.py` calls a method of datatrove, whose name is that of a method of `Path`.
+        if {"train", "templates", "cli"} & {*path.parts} or path.name in ("disk.py", "cache.py", "datatrove.py"):
             continue
         text = path.read_text()
         for way in (".write_text(", ".write_bytes(", 'open("w', "os.rename", "os.replace", "mkstemp", "shutil.move"):

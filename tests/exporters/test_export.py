@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from tokenizer_makers import CHATML
 
 from ftdata import export, verify
+from ftdata.build import cache
 from ftdata.build.dataset import write_build
 from ftdata.build.read_packs import Packs, list_pack_files, read_pack_file
 from ftdata.errors import InputRefused, MissingDependency, UsageError
 from ftdata.exporters import ExportFormat, exporters
 from ftdata.exporters.columns import pad_packs
 from ftdata.exporters.files import ArrowFiles
+from ftdata.yaml12 import parse_yaml
 
 ROWS = [
     {"messages": [{"role": role, "content": f"{role} {n} " + "word " * (n % 7)} for role in roles]}
@@ -152,6 +154,13 @@ def test_megatron_bridge_rows_and_refusal(builds, tmp_path, tokenizer_dir):
     ):
         export(tmp_path / "built", "megatron_bridge", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+    # An export that was accepted and then interrupted is not reused for an export that does not accept the loss.
+    command = [sys.executable, "-c", CRASH, str(tmp_path / "built"), "megatron_bridge", str(tmp_path / "refused")]
+    environment = {**os.environ, "FTDATA_FAILPOINT": "link:1:kill", "ALLOW": "untrained-after-eos"}
+    assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -9
+    assert list((tmp_path / ".refused.ftdata" / "shards").iterdir())
+    with pytest.raises(InputRefused, match="export_loss"):
+        export(tmp_path / "built", "megatron_bridge", tmp_path / "refused")
     report = export(tmp_path / "built", "megatron_bridge", tmp_path / "refused", allow=["untrained-after-eos"])
     assert report.losses == {"untrained-after-eos": 1}
     assert json.loads((tmp_path / "refused" / "manifest.json").read_text())["export"]["allow"] == [
@@ -197,11 +206,35 @@ def test_export_is_repeated_only_if_something_changed(builds, tmp_path):
     assert verify(tmp_path / "out") == ["train.py"]
     assert export(builds["packed"], "trl", tmp_path / "out") == first
     assert verify(tmp_path / "out") == []
-    with pytest.raises(UsageError, match="another build, or for another trainer.*overwrite=True"):
+    with pytest.raises(UsageError, match="another build, or with other options.*overwrite=True"):
         export(builds["unpacked"], "trl", tmp_path / "out")
     report = export(builds["unpacked"], "axolotl", tmp_path / "out", overwrite=True)
     assert report.files == ("axolotl.yaml",)
     assert not (tmp_path / "out" / "train.py").exists()
+
+
+def test_export_of_an_older_version_is_written_again(builds, tmp_path, monkeypatch):
+    export(builds["packed"], "trl", tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    monkeypatch.setattr(cache, "package_hash", lambda: "another version")
+    export(builds["packed"], "trl", tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").read_bytes() != before
+
+
+def test_reported_lengths_and_paths(builds, tmp_path):
+    """The settings contain the longest row, and a path with characters that YAML would interpret."""
+    folder = tmp_path / "a: b #c"
+    report = export(builds["packed"], "llamafactory", folder)
+    settings = parse_yaml((folder / "llamafactory.yaml").read_text())
+    assert settings["tokenized_path"] == str(folder)
+    assert settings["cutoff_len"] == max(len(row["input_ids"]) for row in load_from_disk(folder)["train"])
+    trained = sum(label != -100 for row in load_from_disk(folder)["train"] for label in row["labels"])
+    assert report.splits["train"]["trained"] == trained
+    export(builds["packed"], "axolotl", tmp_path / "x: y #z")
+    settings = parse_yaml((tmp_path / "x: y #z" / "axolotl.yaml").read_text())
+    assert settings["datasets"] == [{"path": f"{tmp_path}/x: y #z/train", "type": None}]
+    longest = max(len(ids) for split in ("train", "test") for ids, _ in read_documents(builds["packed"], split))
+    assert settings["sequence_len"] == longest
 
 
 def test_foreign_folders_are_not_replaced(builds, tmp_path):
@@ -248,9 +281,9 @@ def test_damaged_build_is_refused(builds, tmp_path):
 
 
 CRASH = """
-import sys
+import os, sys
 from ftdata import export
-export(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True)
+export(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True, allow=os.environ.get("ALLOW", "").split())
 """
 
 
@@ -296,6 +329,24 @@ def packs(draw):
     trained = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     bounds = np.append(0, np.cumsum([len(pack) for pack in documents]))
     return Packs(ids, np.where(trained, ids, -100).astype(np.int32), np.append(0, np.cumsum(lengths)), bounds)
+
+
+@given(packs(), st.integers(0, 5))
+def test_padding_documents(batch, extra):
+    length = int(np.diff(batch.pack_bounds).max()) + extra
+    padded = batch.add_padding_documents(length)
+    assert np.diff(padded.pack_bounds).tolist() == [length] * len(batch)
+    for number in range(len(batch)):
+        first, last = batch.document_bounds[number : number + 2].tolist()
+        padded_first, padded_last = padded.document_bounds[number : number + 2].tolist()
+        sizes, padded_sizes = batch.lengths[first:last].tolist(), padded.lengths[padded_first:padded_last].tolist()
+        missing = length - sum(sizes)
+        assert padded_sizes == sizes + ([missing] if missing else [])
+        start, end = batch.pack_bounds[number : number + 2].tolist()
+        padded_start = number * length
+        for values, padded_values, fill in ((batch.ids, padded.ids, 0), (batch.labels, padded.labels, -100)):
+            expected = values[start:end].tolist() + [fill] * missing
+            assert padded_values[padded_start : padded_start + length].tolist() == expected
 
 
 @given(packs(), st.integers(1, 9))
