@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ftdata.cli.help import CompactCommand, CompactGroup
-from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, drop_shares, read_request
+from ftdata.cli.options import (
+    Json,
+    Tokenizer,
+    TrainingData,
+    add_options,
+    drop_shares,
+    note_unused_options,
+    read_request,
+)
 from ftdata.cli.output import print_json_or_text, print_value, progress_bar, resumable, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
 
@@ -91,10 +98,8 @@ def convert(
     request = read_request(data, tokenizer, options)
     # Only rendered text needs the tokenizer, which a configuration contains in any case.
     tokenizer = request.tokenizer if to == "text" else tokenizer
-    sources, shares = drop_shares(request.sources)
-    unused = [*shares, *(name for name in ("dedup", "sample", "shuffle", "test_size") if request.settings.get(name))]
-    if unused:
-        print(f"convert ignores these options of the configuration: {', '.join(unused)}", file=sys.stderr)
+    note_unused_options("convert", request)
+    sources, _ = drop_shares(request.sources)
     with progress_bar() as progress:
         report = convert_rows(
             sources, output, to, tokenizer=tokenizer, overwrite=overwrite, progress=progress, **options

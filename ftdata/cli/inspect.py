@@ -16,6 +16,7 @@ from ftdata.cli.options import (
     Pager,
     Tokenizer,
     add_options,
+    note_unused_options,
     parse_row_numbers,
     read_request,
     split_names,
@@ -95,6 +96,7 @@ def audit(
     check_choice("fail_on", fail_on, FAIL_ON)
     held_out = None if against is None else read_request(against, None, {**options, "split": None}).sources
     request = read_request(data, tokenizer, options)
+    note_unused_options("audit", request)
     with progress_bar() as progress:
         report = audit_data(
             request.sources,
@@ -128,6 +130,7 @@ def stats(
     from ftdata.inspection.stats import stats as count_rows
 
     request = read_request(data, tokenizer, options)
+    note_unused_options("stats", request)
     with progress_bar() as progress:
         report = count_rows(request.sources, request.tokenizer, svg=svg, progress=progress, **options)
     print_report(report, as_json=as_json)

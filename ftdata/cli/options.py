@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
@@ -234,6 +235,14 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
         tokenizer = tokenizer or config.tokenizer or config.model or None
         return Request(config.data, tokenizer, config.output_dir, config.build_options())
     return Request([{"path": path, **source_options} for path in data] if source_options else data, tokenizer)
+
+
+def note_unused_options(command: str, request: Request) -> None:
+    """Print a note if a configuration sets options that select rows of a build, which the command does not apply."""
+    _, unused = drop_shares(request.sources)
+    unused += [name for name in ("dedup", "sample", "shuffle", "test_size") if request.settings.get(name)]
+    if unused:
+        print(f"{command} ignores these options of the configuration: {', '.join(unused)}", file=sys.stderr)
 
 
 def drop_shares(sources: Any) -> tuple[Any, list[str]]:

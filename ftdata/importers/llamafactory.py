@@ -159,6 +159,11 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
         remove_evaluation(draft)
         return draft
     _convert_datasets(infos, selected, data_dir, draft)
+    if values.get("val_size") and any(infos[name].get("num_samples") for name in selected):
+        draft.add_note(
+            "num_samples: LLaMA-Factory splits off val_size after it selects num_samples rows; ftdata makes the test "
+            "split from all rows, and selects the number of training rows with the key rows"
+        )
     setting = f"template: {values['template']}" if values.get("template") else "template"
     draft.add_note(
         f"{setting}: LLaMA-Factory uses built-in templates, ftdata uses the chat template of the model; "

@@ -59,12 +59,11 @@ class BuildDocument(NamedTuple):
 
 
 def find_build_folder(data: Any) -> Path | None:
-    """Return the folder of a build, or `None` if `data` is not a build."""
+    """Return the folder of a build, or `None` if `data` is not exactly one build.
+
+    The rows of a build that is combined with other data are read as rows with tokens and labels.
+    """
     if isinstance(data, list | tuple):
-        paths = [item for item in data if isinstance(item, str | Path | Mapping)]
-        if len(paths) > 1 and any(find_build_folder(path) for path in paths):
-            problem = "a build cannot be combined with other data"
-            raise UsageError("build_alone", problem, hint="pass one build, or the data that it was made from")
         data = data[0] if len(data) == 1 else None
     if isinstance(data, Mapping) and (folder := find_build_folder(data.get("path"))):
         names = ", ".join(str(name) for name in data if name != "path")

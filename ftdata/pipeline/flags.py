@@ -40,7 +40,8 @@ FLAGS = {
     "no_trained_stop": Flag(
         "error",
         "a trained turn does not end with a trained control token, so the model does not learn to stop",
-        "use a template that ends turns with a control token, or set on_missing_stop='append_eos'",
+        "use a template that prints a control token after every turn; for conversations with a single turn, "
+        "on_missing_stop='append_eos' also works",
         _NO_STOP,
         (_ALL_STOP,),
     ),
@@ -75,7 +76,8 @@ FLAGS = {
     "reasoning_dropped": Flag(
         "warning",
         "the template does not print the reasoning",
-        "use a template that prints reasoning, or remove the reasoning from the data",
+        "use a template that prints reasoning, or remove the reasoning from the data; if turns='joint' is set and the "
+        "template prints only the last reasoning, set turns='auto'",
         _NOT_PRINTED,
         (_ALL_PRINTED,),
     ),
@@ -85,6 +87,12 @@ FLAGS = {
         "use a template that prints tools, or remove the tools from the data",
         _NOT_PRINTED,
         (_ALL_PRINTED,),
+    ),
+    "history_rewritten": Flag(
+        "warning",
+        "a joint example trains an earlier turn that the template renders differently than the model wrote it",
+        "set turns='auto' to make one example per turn",
+        _REWRITTEN,
     ),
     "fields_dropped": Flag(
         "note",
@@ -106,8 +114,8 @@ FLAGS = {
     "token_crosses_boundary": Flag(
         "warning",
         "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
-        "end the prompt with a control token or a line break, or move the space before the answer into the generation "
-        "tags",
+        "remove whitespace at the start of the answers, or use a template whose prompt ends with a control token; in a "
+        "prompt template, move the space before the answer into the generation tags",
         contradicts=("no trained token crosses the boundary of an answer",),
     ),
     "whitespace_removed": Flag(
@@ -127,7 +135,7 @@ FLAGS = {
     ),
     "stop_outside_generation_tags": Flag(
         "note",
-        "the template's generation tags exclude the stop token; ftdata trains it anyway",
+        "the generation tags of the tokenizer's template exclude the stop token; ftdata trains it anyway",
         "move the stop token inside the generation tags of the template",
     ),
     "control_tokens": Flag(
@@ -141,12 +149,6 @@ FLAGS = {
         "warning",
         "the conversation ends with messages that have no answer",
         "remove these messages from the data",
-    ),
-    "history_rewritten": Flag(
-        "",
-        "the template renders an earlier turn differently than the model wrote it",
-        "set turns='auto' to make one example per turn",
-        _REWRITTEN,
     ),
     "conversation_split": Flag(
         "",

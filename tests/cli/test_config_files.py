@@ -48,7 +48,9 @@ def test_commands_read_a_configuration(folder):
     assert "(96%)" in shown  # because of train_on
     assert "(96%)" not in run("preview", config, "-n", 1, "--train-on", "assistant").stdout
     assert json.loads(run("stats", config, "--json").stdout)
-    assert run("audit", config, "--fail-on", "never").stdout
+    audit = run("audit", config, "--fail-on", "never")
+    assert audit.stdout
+    assert "audit ignores these options of the configuration: weight, rows, test_size" in audit.stderr
     built = json.loads(run("build", config, "--json").stdout)
     assert (folder / "run" / "data" / "manifest.json").is_file()
     assert built["splits"]["test"]["examples"] == 4

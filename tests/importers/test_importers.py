@@ -61,6 +61,12 @@ def test_adapters_and_quantization_are_imported(tmp_path):
     assert import_config(factory(tmp_path, quantization_type="fp4")).config.quantization == "fp4"
 
 
+def test_note_if_rows_and_a_test_split_are_selected_in_another_order(tmp_path):
+    notes = import_config(factory(tmp_path, dataset="chats", val_size=5)).notes
+    assert any(note.startswith("num_samples: LLaMA-Factory splits off val_size after") for note in notes)
+    assert not any("num_samples" in note for note in import_config(factory(tmp_path, dataset="faq")).notes)
+
+
 def test_axolotl_configuration_is_imported(tmp_path):
     found = import_config(axolotl(tmp_path))
     config = found.config

@@ -44,6 +44,9 @@ STRADDLING = (
 
 THINKS = template(HEAD + "{{ m.reasoning_content or '' }}" + TURN)
 
+REASONED = [TALK[0], {**TALK[1], "reasoning_content": "hm"}, *TALK[2:]]
+LAST_THOUGHT = template(HEAD + "{% if loop.last %}{{ m.reasoning_content or '' }}{% endif %}" + TURN)
+
 TOOL_RESULTS = template(HEAD + "{{ m.content or '' }}" + CALLS + "<|im_end|>\n")
 TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}" + CHATML
 
@@ -70,6 +73,10 @@ CASES = {
     "reasoning_dropped": (
         rows({"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]}, template=CHATML),
         rows({"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]}, template=THINKS),
+    ),
+    "history_rewritten": (
+        rows({"messages": REASONED}, template=LAST_THOUGHT, turns="joint"),
+        rows({"messages": REASONED}, template=LAST_THOUGHT),
     ),
     "tools_dropped": (
         rows({**PLAIN, "tools": [TOOL]}, template=CHATML),

@@ -116,8 +116,9 @@ def test_rows_are_selected_as_in_a_build(data, tokenizer_dir):
     assert stats(data, tokenizer, where="messages is defined").groups[0].rows == 3
     with pytest.raises(UsageError, match="did you mean 'turns'"):
         stats(data, tokenizer, turn="split")
-    with pytest.raises(UsageError, match="cannot be combined with other data"):
-        stats([data[0], build_at(data, tokenizer)], tokenizer)
+    mixed = stats([data[0], build_at(data, tokenizer)], tokenizer)
+    assert mixed.rows == stats([data[0]], tokenizer).rows + 4
+    assert mixed.flags["pretokenized"] == 4
 
 
 def build_at(data, tokenizer):
