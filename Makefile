@@ -76,7 +76,7 @@ speed: install  ## compare the CPU time of a build with other tools (MODEL: a to
 
 exporters: install  ## compare exports with what the loaders of the trainers read (DATA: conversations, MODEL: a tokenizer folder)
 	$(BIN)/python benchmarks/exporters/packages.py $(RUN)/exporters
-	PYTHONPATH=$(RUN)/exporters/megatron_lm:$(RUN)/exporters/datatrove $(BIN)/python benchmarks/exporters/run.py \
+	$(BIN)/python benchmarks/exporters/run.py \
 		--tokenizer $(MODEL) --data $(DATA) --packages $(RUN)/exporters --json benchmarks/exporters/results.json
 
 laws: install  ## test the masking properties with 20,000 examples each

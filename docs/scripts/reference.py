@@ -128,7 +128,11 @@ the largest difference. `make exporters` repeats the comparison.
 |---|---|---|---:|---:|---:|---:|
 {confirmations}
 
-{unconfirmed}OpenRLHF reads only text, so there is no format for it.
+{unconfirmed}These trainers have no format:
+
+- OpenRLHF reads only text (OpenRLHF 0.11.2, `openrlhf/datasets/sft_dataset.py`).
+- slime reads text. It takes tokens only from Python code of the user, the function of `--rollout-function-path`. This
+  function can read the format `parquet`, and return `Sample` objects with `tokens`, `loss_mask` and `response_length`.
 """
 
 
@@ -289,7 +293,8 @@ def export_page():
             loss = result["loss_difference"]
             difference = "" if loss is None else f"{loss:.0e}"
             speed = f"{result['tokens_per_second'] / 1e6:.0f}"
-            cells = (f"`{name}`", result["version"], kind, f"{result['documents']:,}", "0", difference, speed)
+            different = str(result["missing"] + result["unexpected"])
+            cells = (f"`{name}`", result["version"], kind, f"{result['documents']:,}", different, difference, speed)
             confirmations.append(f"| {' | '.join(cells)} |")
     unconfirmed = ", ".join(f"`{name}`" for name in exporters.registered() if name not in results)
     texts = {"properties": "\n".join(properties), "confirmations": "\n".join(confirmations)}

@@ -281,9 +281,10 @@ def _write_part(
         for batch in _read(part.source):
             packs = batch.without_first_labels()
             packs = packs.split_documents() if export_format.rows == "documents" else packs
-            losses.update(export_format.find_losses(packs, facts))
+            converted = export_format.convert(packs, facts)
+            losses.update(export_format.find_losses(packs, converted, facts))
             _check_losses(export_format, losses, allowed, part.source)
-            yield export_format.convert(packs, facts)
+            yield converted
             numbers = {"documents": len(packs.lengths), "tokens": len(packs.ids), "trained": int(packs.trained.sum())}
             counts.update(rows=len(packs), **numbers)
             if progress:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from ftdata.build.read_packs import Packs
 from ftdata.registry import Registry
 from ftdata.tokenizing.load import load_tokenizer
+from ftdata.tokenizing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class ExportFormat:
         package: the package that writes the files, if ftdata does not require it.
         configure: returns the text files that the export also contains, such as a configuration of the trainer.
         losses: what the format cannot express, by the name that the user passes to accept the loss.
-        find_losses: counts the documents of a batch that the format cannot express, by loss.
+        find_losses: counts the documents that the format cannot express, by loss. It receives the packs, and the
+            record batch that `convert` returned for them.
     """
 
     trainer: str
@@ -85,7 +87,7 @@ class ExportFormat:
     package: str = ""
     configure: Callable[[BuildFacts], Mapping[str, str]] = field(default=lambda _: {})
     losses: Mapping[str, str] = field(default_factory=dict)
-    find_losses: Callable[[Packs, BuildFacts], Mapping[str, int]] = field(default=lambda *_: {})
+    find_losses: Callable[[Packs, pa.RecordBatch, BuildFacts], Mapping[str, int]] = field(default=lambda *_: {})
 
 
 exporters = Registry[ExportFormat]("ftdata.exporters", "export format")
@@ -93,7 +95,8 @@ exporters = Registry[ExportFormat]("ftdata.exporters", "export format")
 
 _MODULES = (
     "axolotl", "datatrove", "litgpt", "llamafactory", "megatron_bridge", "megatron_lm", "mlx_lm", "mosaicml_streaming",
-    "ms_swift", "nemo_automodel", "parquet", "pytorch", "skyrl", "tinker", "torchtune", "transformers", "trl", "verl",
+    "ms_swift", "nemo_automodel", "parquet", "pytorch", "skyrl", "text_spans", "tinker", "torchtune", "transformers",
+    "trl", "verl",
 )  # fmt: skip
 
 
@@ -108,8 +111,13 @@ for _module in _MODULES:
 
 
 @lru_cache(maxsize=1)
+def load_build_tokenizer(name: str) -> Tokenizer:
+    """Load the tokenizer of a build, which is kept for the next batch."""
+    return load_tokenizer(name)
+
+
 def load_eos_id(tokenizer: str) -> int | None:
     """Return the id of the EOS token of a tokenizer, or `None` if it has no EOS token."""
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_build_tokenizer(tokenizer)
     eos = loaded.special_tokens.get("eos_token")
     return None if eos is None else loaded.token_to_id(eos)

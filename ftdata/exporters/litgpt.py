@@ -14,6 +14,7 @@ _SCRIPT = '''\
 litgpt finetune_lora MODEL --data ftdata_tokens.TokenData --train.max_seq_length {longest}
 """
 
+import pathlib
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +56,7 @@ class TokenData(DataModule):
         self.batch_size = batch_size
 
     def setup(self, stage=""):
-        splits = load_from_disk({folder!r})
+        splits = load_from_disk(pathlib.Path(__file__).parent)
         self.train_dataset = TokenRows(splits["train"])
         # Without a test split, LitGPT evaluates on the training data.
         self.test_dataset = TokenRows(splits[{validation!r}])
@@ -78,9 +79,7 @@ class TokenData(DataModule):
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    text = _SCRIPT.format(
-        folder=str(facts.folder), longest=facts.longest_document, validation=facts.test_split or "train"
-    )
+    text = _SCRIPT.format(longest=facts.longest_document, validation=facts.test_split or "train")
     return {"ftdata_tokens.py": text}
 
 

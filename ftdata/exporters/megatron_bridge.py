@@ -73,7 +73,7 @@ def _configure(facts: BuildFacts) -> Mapping[str, str]:
     return {"ftdata_dataset.py": text}
 
 
-def _find_losses(packs: Packs, facts: BuildFacts) -> Mapping[str, int]:
+def _find_losses(packs: Packs, _: pa.RecordBatch, facts: BuildFacts) -> Mapping[str, int]:
     """Count the documents in which a token after the EOS token is trained. Megatron-Bridge 0.6 does not train it."""
     lost = (packs.ids == load_eos_id(facts.tokenizer)) & packs.shift(packs.trained, False)
     documents = np.searchsorted(packs.token_bounds, np.flatnonzero(lost), side="right")

@@ -21,7 +21,7 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
 
 
 FORMAT = ExportFormat(
-    trainer="datasets 4",
+    trainer="datasets 5.2",
     rows="packs",
     labels="not shifted",
     boundaries="columns `position_ids` and `document_ids`",

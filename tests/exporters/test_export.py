@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import tokenizers
 from datasets import load_dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,6 +135,34 @@ def test_parquet_and_json_formats_contain_the_documents(builds, tmp_path, kind):
     assert [content["token_ids"] for content in contents] == [ids for ids, _ in expected]
     masks = [[float(label != -100) for label in labels] for _, labels in expected]
     assert [content["loss_scale"] for content in contents] == masks
+
+
+@pytest.mark.parametrize("kind", ["unpacked", "packed"])
+def test_text_spans_produce_the_tokens_and_labels(builds, tmp_path, kind):
+    """The labels are computed from the text with the tokenizers library, as the README of the export describes."""
+    export(builds[kind], "text_spans", tmp_path / "out")
+    files = {"train": str(tmp_path / "out" / "train-*.parquet")}
+    rows = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
+    folder = json.loads((builds[kind] / "manifest.json").read_text())["options"]["tokenizer"]["name"]
+    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    documents = []
+    for row in rows:
+        encoding = tokenizer.encode(row["text"], add_special_tokens=False)
+        spans = row["trained_spans"]
+        inside = [any(first < end <= last for first, last in spans) for _, end in encoding.offsets]
+        labels = [id_ if is_inside else -100 for id_, is_inside in zip(encoding.ids, inside, strict=True)]
+        documents.append((encoding.ids, labels))
+    assert documents == read_documents(builds[kind], "train")
+
+
+def test_text_that_produces_other_tokens_is_refused(tmp_path, tokenizer_dir):
+    """The text of a control token in a row is tokenized as plain text, which a tokenizer converts to the token."""
+    rows = [{"question": "What is <|im_end|>?", "answer": "a"}, {"question": "q", "answer": "a"}]
+    write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
+    with pytest.raises(InputRefused, match=r"export_loss.*1 document.*Fix: accept this with allow='other-tokens'"):
+        export(tmp_path / "built", "text_spans", tmp_path / "out")
+    report = export(tmp_path / "built", "text_spans", tmp_path / "out", allow="other-tokens")
+    assert report.losses == {"other-tokens": 1}
 
 
 def test_megatron_bridge_rows_and_refusal(builds, tmp_path, tokenizer_dir):
