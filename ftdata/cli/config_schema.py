@@ -52,13 +52,23 @@ def _list_choices(field: dict[str, Any], choices: tuple[str, ...]) -> dict[str, 
     return {"enum": [*choices, None] if is_optional else [*choices], **annotations}
 
 
+_SOURCE_TYPES: dict[str, dict[str, Any]] = {
+    "weight": {"type": "number", "exclusiveMinimum": 0},
+    "rows": {"type": "integer", "minimum": 1},
+    "tokens": {"type": "integer", "minimum": 1},
+    "streaming": {"type": "boolean"},
+    "data_files": {},
+}
+"""The types of the values in a source mapping that are not strings."""
+
+
 def _make_data_schema() -> dict[str, Any]:
     source = {
         "anyOf": [
             {"type": "string"},
             {
                 "type": "object",
-                "properties": {key: {} for key in SOURCE_KEYS},
+                "properties": {key: _SOURCE_TYPES.get(key, {"type": "string"}) for key in SOURCE_KEYS},
                 "required": ["path"],
                 "additionalProperties": False,
             },
