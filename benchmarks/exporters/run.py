@@ -130,10 +130,11 @@ def confirm(
         "documents": expected.total(),
         "missing": (expected - documents).total(),
         "unexpected": (documents - expected).total(),
-        "loss_difference": max(
-            (abs(batch["loss"] - reference.loss(batch["documents"])) for batch in about["losses"]), default=None
-        ),
+        "loss_difference": None,
     }
+    if documents == expected:
+        differences = (abs(batch["loss"] - reference.loss(batch["documents"])) for batch in about["losses"])
+        result["loss_difference"] = max(differences, default=None)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from ftdata.cli.options import (
 )
 from ftdata.cli.output import print_json_or_text, print_value, progress_bar, resumable, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
+from ftdata.progress import Progress
 
 cache_app = typer.Typer(cls=CompactGroup, invoke_without_command=True)
 config_app = typer.Typer(
@@ -122,7 +124,10 @@ def verify(
 
 def export(
     build_dir: Annotated[
-        str | None, typer.Argument(help="Folder or URL of the build", metavar="[BUILD]", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Folder or URL of the build, or a configuration file", metavar="[BUILD]", show_default=False
+        ),
     ] = None,
     to: Annotated[str | None, typer.Option(help="Export format; see --list", show_default=False)] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output folder")] = None,
@@ -137,6 +142,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a build to the input format of a trainer."""
+    from ftdata.config import is_config_file
     from ftdata.exporters.export import describe_formats
     from ftdata.exporters.export import export as export_build
 
@@ -152,8 +158,33 @@ def export(
         missing = [name for name, value in values.items() if not value]
         raise UsageError("missing_option", f"an export needs {' and '.join(missing)}", hint="see: ftdata export --list")
     with resumable(), progress_bar() as progress:
-        report = export_build(build_dir, to, output_dir, allow=allow or (), overwrite=overwrite, progress=progress)
+        folder = _build_configuration(build_dir, progress) if is_config_file(build_dir) else build_dir
+        report = export_build(folder, to, output_dir, allow=allow or (), overwrite=overwrite, progress=progress)
     print_value(report, as_json=as_json)
+
+
+def _build_configuration(path: str, progress: Progress) -> str:
+    """Return the folder with the build of a configuration file. Like `ftdata train`, build its data if necessary."""
+    from ftdata.build.dataset import write_build
+    from ftdata.build.remote import find_build
+
+    request = read_request([path], None, {})
+    if build := find_build(request.sources):
+        return str(build)
+    for name, value in (("tokenizer", request.tokenizer), ("output_dir", request.output_dir)):
+        if not value:
+            raise UsageError("missing_option", f"{path} needs the field {name}")
+    folder = f"{request.output_dir}/data"
+    report = write_build(
+        request.sources,
+        request.tokenizer,
+        folder,
+        workers=os.cpu_count(),
+        progress=progress,
+        **request.settings,
+    )
+    print(escape_unprintable(str(report)), file=sys.stderr)
+    return folder
 
 
 def push(

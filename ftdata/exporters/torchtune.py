@@ -21,6 +21,8 @@ dataset:
 collate_fn: torchtune.data.{collator}
 """
 
+import pathlib
+
 import torch
 from datasets import load_from_disk
 
@@ -31,7 +33,7 @@ class PackedTokens(torch.utils.data.Dataset):
     packed = {is_packed}
 
     def __init__(self, split):
-        self.rows = load_from_disk({folder!r})[split]
+        self.rows = load_from_disk(pathlib.Path(__file__).parent)[split]
 
     def __len__(self):
         return len(self.rows)
@@ -59,7 +61,7 @@ def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     collator = "padded_collate_packed" if facts.is_packed else "padded_collate_sft"
-    text = _SCRIPT.format(folder=str(facts.folder), is_packed=facts.is_packed, collator=collator)
+    text = _SCRIPT.format(is_packed=facts.is_packed, collator=collator)
     return {"ftdata_tokens.py": text}
 
 

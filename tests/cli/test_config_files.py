@@ -63,6 +63,12 @@ def test_commands_read_a_configuration(folder):
     )
     assert len((folder / "out.jsonl").read_text().splitlines()) == 40
     run("diff", config, "--set", "train_on=assistant", code=1)
+    exported = run("export", config, "--to", "trl", "-o", folder / "exported")
+    assert "train    " in exported.stderr  # the report of the build
+    assert "exported" in exported.stdout
+    (folder / "short.yaml").write_text("data: a.json")
+    refused = run("export", folder / "short.yaml", "--to", "trl", "-o", folder / "refused", code=2)
+    assert "short.yaml needs the field tokenizer" in refused.stderr
 
 
 def test_configuration_is_not_combined_with_other_data(folder):

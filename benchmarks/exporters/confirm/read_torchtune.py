@@ -67,10 +67,10 @@ def split_row(ids: list[int], targets: list[int], positions: list[int], mask: An
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         assert torch.equal(mask[start:end, start:end], torch.ones(end - start, end - start, dtype=torch.bool).tril())
         assert not mask[start:end, :start].any()
-        if end == len(ids) and not any(positions[start:]):
-            assert set(targets[start:]) == {common.IGNORE_INDEX}  # The document that pads the row.
-            continue
         assert positions[start:end] == list(range(end - start))
+        # The last document of a row can be padding: untrained tokens 0.
+        if end == len(ids) and not any(ids[start:]) and set(targets[start:]) == {common.IGNORE_INDEX}:
+            continue
         assert targets[end - 1] == common.IGNORE_INDEX, "the first token of the next document is a target"
         yield ids[start:end], targets[start : end - 1]
 

@@ -32,7 +32,7 @@ from ftdata.types import Conversation
     "duplicate",
     "warning",
     "the row is an exact duplicate of an earlier row",
-    "remove duplicates: build with dedup",
+    "remove duplicates: set dedup=True",
     contradicts=("no row is duplicated",),
 )
 def _check_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
@@ -47,7 +47,7 @@ def _check_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     "near_duplicate",
     "warning",
     "the row is a near-duplicate of an earlier row",
-    "remove near-duplicates: build with dedup and near_duplicate_threshold",
+    "remove near-duplicates: set dedup=True and near_duplicate_threshold=0.8",
     enabled_by="near_duplicate_threshold",
 )
 def _check_near_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
