@@ -230,7 +230,7 @@ def _export(
 ) -> ExportReport:
     """Write all files of an export, except the manifest, to a folder."""
     totals = {split: Counter(rows=0, documents=0, tokens=0, trained=0) for split in facts.splits}
-    losses, resumed, done = Counter[str](), 0, 0
+    losses, resumed, done = Counter[str](), 0, Counter[str]()
     for part in parts:
         result = atomic.read_sealed(part.folder)
         resumed += result is not None
@@ -239,7 +239,7 @@ def _export(
             result = _write_part(part, export_format, facts, allowed, progress, done)
         totals[part.split].update(result["counts"])
         losses.update(result["losses"])
-        done += result["counts"]["tokens"]
+        done.update(result["counts"])
     if resumed:
         _log.info("resumed: %d of %d parts of the build were already exported", resumed, len(parts))
     disk.mkdir(target)
@@ -267,7 +267,7 @@ def _write_part(
     facts: BuildFacts,
     allowed: frozenset[str],
     progress: Progress | None,
-    tokens_before: int,
+    done: Mapping[str, int],
 ) -> dict[str, Any]:
     """Write the files of a part, seal their folder, and return the counts and losses.
 
@@ -288,7 +288,8 @@ def _write_part(
             numbers = {"documents": len(packs.lengths), "tokens": len(packs.ids), "trained": int(packs.trained.sum())}
             counts.update(rows=len(packs), **numbers)
             if progress:
-                progress(ProgressUpdate("export", counts["documents"], tokens_before + counts["tokens"]))
+                documents, tokens = (done.get(name, 0) + counts[name] for name in ("documents", "tokens"))
+                progress(ProgressUpdate("export", documents, tokens, documents / sum(facts.splits.values())))
 
     with atomic.publish_folder(part.folder) as scratch:
         try:

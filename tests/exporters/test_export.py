@@ -242,6 +242,15 @@ def test_export_is_repeated_only_if_something_changed(builds, tmp_path):
     assert not (tmp_path / "out" / "train.py").exists()
 
 
+def test_progress_counts_the_documents_of_all_parts(builds, tmp_path):
+    updates = []
+    report = export(builds["packed"], "trl", tmp_path / "out", progress=updates.append)
+    totals = [sum(split[name] for split in report.splits.values()) for name in ("documents", "tokens")]
+    assert [updates[-1].rows, updates[-1].tokens, updates[-1].share] == [*totals, 1.0]
+    assert len(updates) > 1
+    assert sorted(update.rows for update in updates) == [update.rows for update in updates]
+
+
 def test_export_of_an_older_version_is_written_again(builds, tmp_path, monkeypatch):
     export(builds["packed"], "trl", tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").read_bytes()
