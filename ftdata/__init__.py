@@ -16,6 +16,7 @@ from ftdata._version import __version__
 if TYPE_CHECKING:
     from ftdata.build.convert import convert
     from ftdata.build.dataset import build_sft_dataset
+    from ftdata.build.preference import build_preference_dataset
     from ftdata.build.remote import verify
     from ftdata.errors import FtdataError
     from ftdata.exporters.export import export
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "FtdataError": "ftdata.errors",
     "audit": "ftdata.inspection.audit",
+    "build_preference_dataset": "ftdata.build.preference",
     "build_sft_dataset": "ftdata.build.dataset",
     "check_template": "ftdata.pipeline.recipe",
     "convert": "ftdata.build.convert",
@@ -43,8 +45,8 @@ _MODULES = {
 }
 
 __all__ = [
-    "FtdataError", "__version__", "audit", "build_sft_dataset", "check_template", "convert", "diff", "encode",
-    "export", "preview", "read", "stats", "verify",
+    "FtdataError", "__version__", "audit", "build_preference_dataset", "build_sft_dataset", "check_template", "convert",
+    "diff", "encode", "export", "preview", "read", "stats", "verify",
 ]  # fmt: skip
 
 

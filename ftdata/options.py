@@ -18,8 +18,8 @@ class Option:
     """An option of a build.
 
     Attributes:
-        group: `"rendering"` (the template), `"rows"` (the conversion of rows to examples), `"selection"` (the rows to
-            read), `"layout"` (splits and packing) or `"rejects"` (the handling of bad rows).
+        group: `"task"` (the kind of data), `"rendering"` (the template), `"rows"` (the conversion of rows to examples),
+            `"selection"` (the rows to read), `"layout"` (splits and packing) or `"rejects"` (the handling of bad rows).
         name: the name in signatures, configuration files and the manifest.
         type: the type in a configuration file.
         default: the default value.
@@ -40,6 +40,8 @@ class Option:
 _OPTIONS = (
     Option("rendering", "template", str | None, None,
            "Template: name, .jinja file or Jinja source (default: the tokenizer's)"),
+    Option("task", "task", str, "sft",
+           "Data to build: sft (conversations) or preference (pairs of answers)", ("sft", "preference")),
     Option("rows", "schema", str, "auto",
            "Schema of the rows: a name, ./file.py:function, or 'auto' to detect it"),
     Option("rows", "columns", dict[str, str] | None, None,

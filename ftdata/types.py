@@ -155,6 +155,7 @@ class Conversation:
         notes: notes for the report on how the row was read, such as ignored columns and mapped roles.
         schema: name of the schema that the row matches.
         source: the origin of the row.
+        sides: the conversations of a preference pair, in the order of `SIDES`; empty for other rows.
     """
 
     messages: tuple[Message, ...]
@@ -167,6 +168,20 @@ class Conversation:
     notes: frozenset[str] = frozenset()
     schema: str = "messages"
     source: Source = UNKNOWN_SOURCE
+    sides: tuple[Conversation, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Conversation, ...]:
+        """The sides of a preference pair, or the conversation itself."""
+        return self.sides or (self,)
+
+    def part(self, number: int) -> Conversation:
+        """Return the conversation of a text: the side with this number, or the conversation itself."""
+        return self.sides[number] if self.sides else self
+
+
+SIDES = ("chosen", "rejected")
+"""The sides of a preference pair, and the names of their columns."""
 
 
 class Part(StrEnum):

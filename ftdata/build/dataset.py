@@ -30,7 +30,7 @@ from ftdata.build.dataset_card import render_dataset_card
 from ftdata.build.executors import check_engine
 from ftdata.build.ledger import Report, report_notes
 from ftdata.build.merge_shards import MergedShards
-from ftdata.build.pack import plan_packs, plan_unpacked
+from ftdata.build.pack import plan_packs, plan_pairs, plan_unpacked
 from ftdata.build.reject_limit import RejectLimit
 from ftdata.build.request import BuildRequest, check_same_options, describe_data, read_current_report
 from ftdata.build.run_tasks import TaskRunner, check_all_rereadable
@@ -195,8 +195,10 @@ def write_build(
     """
     for option in options:
         check_choice("option", option, OPTIONS)
-    bound = make_recipe(tokenizer, **select_options(options, "rendering", "rows"))
+    bound = make_recipe(tokenizer, **select_options(options, "task", "rendering", "rows"))
     layout = Layout(max_length=bound.max_length, **select_options(options, "layout"))
+    if bound.task == "preference" and layout.packing:
+        raise UsageError("packing", "preference pairs cannot be packed", hint="remove packing")
     if layout.near_duplicate_threshold is not None:
         near_duplicates.require_rensa()
     row_filter = RowFilter(**select_options(options, "selection"))
@@ -319,7 +321,7 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     disk.mkdir(folder)
     written, splits = list[store.WrittenFile](), dict[str, dict[str, Any]]()
     for name, members in plan.splits.items():
-        splits[name], files = _write_split(folder, name, merged, members, layout, runner)
+        splits[name], files = _write_split(folder, name, merged, members, layout, runner, recipe.task)
         written += files
     sources = [{"split": source.split, **source.share._asdict()} for source in merged.sources]
     options = {**request.options, "sources": sources}
@@ -384,17 +386,27 @@ def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
 
 
 def _write_split(
-    folder: Path, name: str, merged: MergedShards, members: NDArray[np.int64], layout: Layout, runner: TaskRunner
+    folder: Path,
+    name: str,
+    merged: MergedShards,
+    members: NDArray[np.int64],
+    layout: Layout,
+    runner: TaskRunner,
+    task: str,
 ) -> tuple[dict[str, Any], list[store.WrittenFile]]:
     examples = merged.examples
     lengths = examples.lengths[members]
-    if layout.packing and layout.max_length:
+    has_pairs, fill = task == "preference", None
+    if has_pairs:
+        plan = plan_pairs(len(members))
+    elif layout.packing and layout.max_length:
         plan = plan_packs(lengths, layout.max_length)
         fill = float(lengths.sum() / (len(plan) * layout.max_length)) if len(plan) else 0.0
     else:
-        plan, fill = plan_unpacked(len(members)), None
+        plan = plan_unpacked(len(members))
     disk.mkdir(folder / name)
-    written = runner.run(store.write_packs, None, list(store.plan_pack_files(folder, name, examples, members, plan)))
+    files = list(store.plan_pack_files(folder, name, examples, members, plan, has_pairs=has_pairs))
+    written = runner.run(store.write_packs, None, files)
     store.write_split(folder, name, examples, members, plan, [file.path for file in written])
     trained = examples.column("trained")[members]
     sources = np.asarray(merged.source_numbers)[examples.shard[members]]

@@ -235,6 +235,8 @@ class Report:
                 count_noun(split[key], noun)
                 for key, noun in (("examples", "example"), ("rows", "pack"), ("tokens", "token"))
             )
+            if self.options.get("task") == "preference":
+                examples = count_noun(split["rows"], "pair")
             fill = f"{packs}, {split['fill']:.1%} full, " if split["fill"] is not None else ""
             lines.append(f"{name:8} {examples}, {fill}{tokens}, {share:.1%} trained")
             if len(self.sources) > 1:

@@ -42,6 +42,11 @@ def plan_unpacked(count: int) -> PackPlan:
     return PackPlan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
+def plan_pairs(count: int) -> PackPlan:
+    """Return an assignment of the two sides of each preference pair, which are consecutive, to one pack."""
+    return PackPlan(np.arange(count, dtype=np.int64), np.arange(0, count + 1, 2, dtype=np.int64))
+
+
 WINDOW = 1 << 22
 """Number of examples that are packed together. A larger window would not fill packs better, and would make writing
 slower, because the tokens of a pack would come from more places."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ftdata.types import IGNORE_INDEX
+from ftdata.types import IGNORE_INDEX, SIDES
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -123,6 +123,9 @@ def read_pack_file(path: Path) -> Iterator[Packs]:
         for batch in stream:
             # Reading inconsistent buffers could crash the process.
             batch.validate(full=True)
+            if "prompt_ids" in batch.schema.names:
+                yield _read_pairs(batch)
+                continue
             ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
             token_bounds = np.append(0, np.cumsum(lengths, dtype=np.int64))
             document_bounds = np.append(0, np.cumsum(_sizes(batch["seq_lengths"]), dtype=np.int64))
@@ -132,6 +135,25 @@ def read_pack_file(path: Path) -> Iterator[Packs]:
             if len(ids) != len(labels):
                 raise ValueError("the number of labels does not match the number of tokens")
             yield Packs(ids, labels, token_bounds, document_bounds)
+
+
+def _read_pairs(batch: pa.RecordBatch) -> Packs:
+    """Return packs of two documents from the rows of a build of preference pairs: the chosen and the rejected side."""
+    prompts = _lists(batch["prompt_ids"])
+    ids, labels = list[NDArray[np.int32]](), list[NDArray[np.int32]]()
+    sides = [(_lists(batch[f"{side}_ids"]), _lists(batch[f"{side}_labels"])) for side in SIDES]
+    for number, prompt in enumerate(prompts):
+        for side_ids, side_labels in sides:
+            if len(side_ids[number]) != len(side_labels[number]):
+                raise ValueError("the number of labels does not match the number of tokens")
+            ids.append(np.concatenate((prompt, side_ids[number])))
+            labels.append(np.concatenate((np.full(len(prompt), IGNORE_INDEX, np.int32), side_labels[number])))
+    token_bounds = np.append(0, np.cumsum([len(document) for document in ids]))
+    return Packs(np.concatenate(ids), np.concatenate(labels), token_bounds, np.arange(0, len(ids) + 1, len(SIDES)))
+
+
+def _lists(column: pa.ListArray) -> list[NDArray[np.int32]]:
+    return np.split(_values(column), np.cumsum(_sizes(column))[:-1])
 
 
 def _sizes(column: pa.ListArray) -> NDArray[np.int32]:

@@ -34,7 +34,7 @@ from ftdata.build.shard_files import ExampleTable, MappedArray
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import build_records, disk
-from ftdata.storage.arrow_arrays import int32_array, int64_array
+from ftdata.storage.arrow_arrays import int32_array, int64_array, list_offsets
 from ftdata.types import IGNORE_INDEX, Reject
 
 FORMAT, _SEAL = 4, "sha256"
@@ -59,6 +59,14 @@ _PACKS = pa.schema(
 )
 
 
+_PAIRS = pa.schema(
+    [
+        (name, pa.list_(pa.int32()))
+        for name in ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
+    ]
+)
+
+
 @dataclass(frozen=True)
 class PackFile:
     """The plan for one Arrow file of packed sequences: which examples it contains, and in which order.
@@ -71,6 +79,7 @@ class PackFile:
         lengths: int32 `[examples]`, the number of tokens of each example.
         bounds: int64 `[packs + 1]`, the index of the first example of each pack, and the number of examples.
         batches: the index of the first pack of each record batch, and the number of packs.
+        has_pairs: whether each pack contains the two sides of a preference pair, which are written as one row.
     """
 
     path: Path
@@ -80,6 +89,7 @@ class PackFile:
     lengths: NDArray[np.int32] = field(repr=False)
     bounds: NDArray[np.int64] = field(repr=False)
     batches: Sequence[int] = field(repr=False)
+    has_pairs: bool = False
 
     def __str__(self) -> str:
         return str(self.path)
@@ -94,7 +104,13 @@ class WrittenFile(NamedTuple):
 
 
 def plan_pack_files(
-    folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan
+    folder: Path,
+    split: str,
+    examples: ExampleTable,
+    members: NDArray[np.int64],
+    plan: PackPlan,
+    *,
+    has_pairs: bool = False,
 ) -> Iterator[PackFile]:
     """Yield a plan for each pack file of a split. The files can be written in any order and by any process.
 
@@ -104,6 +120,7 @@ def plan_pack_files(
         examples: all examples.
         members: int64, the examples of this split; `plan` contains indices into it.
         plan: the packs.
+        has_pairs: whether each pack is a preference pair.
     """
     order, bounds = members[plan.order], plan.bounds
     sizes = np.diff(np.concatenate(([0], np.cumsum(examples.lengths[order])))[bounds])
@@ -123,12 +140,14 @@ def plan_pack_files(
             examples.lengths[file_examples].astype(np.int32),
             bounds[packs[0] : packs[-1] + 1] - bounds[packs[0]],
             (packs - packs[0]).tolist(),
+            has_pairs,
         )
 
 
 def write_packs(_: None, file: PackFile) -> WrittenFile:
     """Write one pack file. The label of a trained token is its id. The label of an untrained token is -100."""
-    with disk.create(file.path) as sink, pa.ipc.new_stream(sink, _PACKS) as writer:
+    schema = _PAIRS if file.has_pairs else _PACKS
+    with disk.create(file.path) as sink, pa.ipc.new_stream(sink, schema) as writer:
         for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
             writer.write_batch(_pack_batch(file, first, last))
     # The next build may have other shards with the same paths.
@@ -141,6 +160,8 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
     batch = slice(int(bounds[0]), int(bounds[-1]))
     lengths = file.lengths[batch]
     ids, trained = _gather_tokens(file.shards, file.shard[batch], file.start[batch], lengths)
+    if file.has_pairs:
+        return _pair_batch(ids, trained, lengths)
     example_bounds = int32_array(bounds - bounds[0])
     token_bounds = int32_array(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
     columns = [
@@ -149,6 +170,32 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
         pa.ListArray.from_arrays(example_bounds, int32_array(lengths)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
+
+
+def _pair_batch(ids: NDArray[np.int32], trained: NDArray[np.bool_], lengths: NDArray[np.int32]) -> pa.RecordBatch:
+    """Return one row per preference pair. `lengths` contains the lengths of the chosen and the rejected side in turn.
+
+    The prompt consists of the untrained tokens with which both sides begin.
+    """
+    labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
+    bounds = np.concatenate(([0], np.cumsum(lengths))).tolist()
+    columns: list[list[NDArray[np.int32]]] = [[] for _ in _PAIRS]
+    for start, middle, end in zip(bounds[:-2:2], bounds[1:-1:2], bounds[2::2], strict=True):
+        shorter = min(middle - start, end - middle)
+        differs = ids[start : start + shorter] != ids[middle : middle + shorter]
+        differs |= trained[start : start + shorter] | trained[middle : middle + shorter]
+        prompt = int(differs.argmax()) if differs.any() else shorter
+        chosen, rejected = slice(start + prompt, middle), slice(middle + prompt, end)
+        row = (ids[start : start + prompt], ids[chosen], labels[chosen], ids[rejected], labels[rejected])
+        for column, values in zip(columns, row, strict=True):
+            column.append(values)
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.ListArray.from_arrays(list_offsets(map(len, values)), int32_array(np.concatenate(values)))
+            for values in columns
+        ],
+        schema=_PAIRS,
+    )
 
 
 def _gather_tokens(

@@ -33,7 +33,7 @@ config_app = typer.Typer(
 templates_app = typer.Typer(cls=CompactGroup, no_args_is_help=True, help="List, show and check chat templates.")
 
 
-@add_options("rendering", "rows", "selection", "layout", "rejects", "source")
+@add_options("task", "rendering", "rows", "selection", "layout", "rejects", "source")
 def build(
     data: TrainingData,
     tokenizer: Tokenizer = None,

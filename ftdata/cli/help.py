@@ -10,6 +10,7 @@ import typer
 import typer.core
 
 GROUP_TITLES = {
+    "task": "Rows and masks",
     "rendering": "Template",
     "rows": "Rows and masks",
     "selection": "Rows to read",

@@ -25,7 +25,7 @@ from ftdata.cli.output import print_report, progress_bar, write_stdout
 from ftdata.errors import UsageError, count_noun
 
 
-@add_options("rendering", "rows", "packing", "selection", "source")
+@add_options("task", "rendering", "rows", "packing", "selection", "source")
 def preview(
     data: Data,
     tokenizer: Tokenizer = None,
@@ -67,7 +67,7 @@ def preview(
         raise typer.Exit(3)
 
 
-@add_options("rendering", "rows", "selection", "source")
+@add_options("task", "rendering", "rows", "selection", "source")
 def audit(
     data: DataList,
     tokenizer: Tokenizer = None,
@@ -117,7 +117,7 @@ def audit(
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
-@add_options("rendering", "rows", "selection", "source")
+@add_options("task", "rendering", "rows", "selection", "source")
 def stats(
     data: DataList,
     tokenizer: Tokenizer = None,

@@ -48,7 +48,7 @@ from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
 from ftdata.yaml12 import parse_yaml
 
-_RECIPE_OPTIONS = option_names("rendering", "rows", "selection")
+_RECIPE_OPTIONS = option_names("task", "rendering", "rows", "selection")
 """Options that select rows, or determine how rows are rendered and tokenized."""
 
 _CONTEXT, _MAX_COMPARED_TOKENS, _CAPTION_OPTIONS = 8, 4000, 3

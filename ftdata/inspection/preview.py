@@ -74,6 +74,7 @@ def preview(
     data: Any,
     tokenizer: Any = None,
     template: str | Path | None = None,
+    task: str = "sft",
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     train_on: str | Policy = "assistant",
@@ -140,7 +141,7 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
-    options = select_options(locals(), "rows")
+    options = select_options(locals(), "task", "rows")
     selection = RowSelection(n, _row_numbers(row), None if id is None else str(id), grep, odd, is_page=html is not None)
     if tokenizer is None and stored_builds.find_build_folder(data) is None:
         page = _make_text_page(

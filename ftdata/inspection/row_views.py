@@ -22,9 +22,10 @@ from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.pipeline.render_rows import add_row_flags, check_answers
 from ftdata.schemas import normalize
+from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
-from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
+from ftdata.types import SIDES, Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
 _LOSS_FLAGS = {
     "content": frozenset({"message_truncated", "message_dropped", "history_rewritten"}),
@@ -274,8 +275,10 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
     return RowView(
         conversation.source,
         conversation.schema,
-        tuple(_view_tokens(example, conversation, recipe) for example in outcome.examples),
-        tuple(_find_dropped_texts(conversation, outcome.examples)),
+        tuple(
+            _view_tokens(example, conversation.part(number), recipe) for number, example in enumerate(outcome.examples)
+        ),
+        tuple(_find_dropped_in_sides(conversation, outcome.examples)),
         why=tuple(why),
         dropped=outcome.dropped,
         number=int(conversation.fields["example"]) if is_document else None,
@@ -300,15 +303,20 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:
-        conversation = normalize(row, options.schema, options.columns)
-        check_answers(conversation)
+        conversation = normalize(row, options.schema, options.columns, options.task)
+        for part in conversation.parts:
+            check_answers(part)
         if conversation.tokens is not None:
             hint = "pass the tokenizer that produced the tokens"
             problem = "the row is pretokenized, so a tokenizer is needed to show its text"
             raise BadRow("no_tokenizer", problem, hint=hint)
         if conversation.kwargs:
             template = replace(template, kwargs={**template.kwargs, **conversation.kwargs})
-        texts = render_in_worker(conversation, template, options.turns, options.on_dropped_message)
+        texts = tuple(
+            text
+            for part in conversation.parts
+            for text in render_in_worker(part, template, options.turns, options.on_dropped_message)
+        )
         texts = add_row_flags(conversation, texts)
         if options.on_missing_stop == "append_eos":
             texts = tuple(append_missing_stop(rendered, template) for rendered in texts)
@@ -316,9 +324,19 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: the row is nested too deeply"
         return RowView(row.source, rejected=reason)
     examples = tuple(
-        _view_spans(rendered, options.policy(rendered, conversation), conversation, template) for rendered in texts
+        _view_spans(rendered, options.policy(rendered, conversation.part(number)), conversation.part(number), template)
+        for number, rendered in enumerate(texts)
     )
-    return RowView(row.source, conversation.schema, examples, tuple(_find_dropped_texts(conversation, texts)))
+    return RowView(row.source, conversation.schema, examples, tuple(_find_dropped_in_sides(conversation, texts)))
+
+
+def _find_dropped_in_sides(
+    conversation: Conversation, texts: Sequence[Example] | Sequence[Rendered]
+) -> Iterator[DroppedText]:
+    """Yield the texts of a row, or of both sides of a preference pair, that the template does not print."""
+    for number, part in enumerate(conversation.parts):
+        part_texts = texts[number : number + 1] if conversation.sides else texts
+        yield from _find_dropped_texts(part, part_texts)
 
 
 def _view_spans(
@@ -449,6 +467,8 @@ def row_heading(row: RowView) -> str:
 
 def describe_example(row: RowView, number: int) -> str:
     """Return the heading of an example of a row; an empty string if the row has only one example."""
+    if row.schema == PAIR_SCHEMA:
+        return SIDES[number]
     return f"example {number + 1} of {len(row.examples)}" if len(row.examples) > 1 else ""
 
 

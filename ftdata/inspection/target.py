@@ -94,7 +94,7 @@ def make_target(
         InputRefused: A source cannot be read. A damaged build is detected when its rows are read.
     """
     for name in options:
-        check_choice("option", name, option_names("rendering", "rows"))
+        check_choice("option", name, option_names("task", "rendering", "rows"))
     folder = stored_builds.find_build_folder(data)
     if folder is not None:
         stored_builds.refuse_build_options(

@@ -105,7 +105,7 @@ class Batch:
         if len(self.conversations) == len(self.texts):
             return self.conversations
         pairs = zip(self.conversations, self.counts, strict=True)
-        return [conversation for conversation, count in pairs for _ in range(count)]
+        return [conversation.part(number) for conversation, count in pairs for number in range(count)]
 
     @property
     def sources(self) -> list[Source]:

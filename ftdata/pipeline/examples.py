@@ -28,7 +28,7 @@ from ftdata.schemas import normalize
 from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import encode_rendered
-from ftdata.types import Conversation, Example, Message, Reject, RenderedRow, Row, RowTokens, Source
+from ftdata.types import SIDES, Conversation, Example, Message, Reject, RenderedRow, Row, RowTokens, Source
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
@@ -98,7 +98,9 @@ def _truncate_row(
             dropped.append(len(example))
     try:
         # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
-        if length_error is not None and (recipe.overlong != "drop_turns" or not fitting):
+        # Both sides of a preference pair are kept or rejected.
+        can_drop = recipe.overlong == "drop_turns" and not conversation.sides
+        if length_error is not None and not (can_drop and fitting):
             if fitting:
                 part = f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"
                 raise BadRow(length_error.code, f"{length_error.message}{part}", hint=length_error.hint)
@@ -131,6 +133,10 @@ def _trained_examples(
             raise example
         if example.trained.any():
             trained[number] = example
+        elif conversation.sides:
+            side = SIDES[[*encoded].index(number)]
+            problem = f"the {side} side has no trained token with train_on={policy_name(recipe.train_on)!r}"
+            raise BadRow("nothing_trained", problem, field=side)
         elif not any(span.generated for span in example.spans):
             # A split turn that is empty and has no stop token becomes no example, so another example has its flags.
             extra_flags |= example.flags & {"no_trained_stop", "missing_final_stop"}
@@ -207,8 +213,10 @@ def _trained_spans(recipe: Recipe, rows: Sequence[RenderedRow], rejected: Collec
         for index, text in enumerate(row.texts):
             if number in rejected:
                 yield [False] * len(text.spans)
+            elif row.trained_spans is None:
+                yield policy(text, row.conversation.part(index))
             else:
-                yield policy(text, row.conversation) if row.trained_spans is None else row.trained_spans[index]
+                yield row.trained_spans[index]
             number += 1
 
 

@@ -51,6 +51,7 @@ class Options:
         UsageError: an option has an invalid value.
     """
 
+    task: str = "sft"
     schema: str = "auto"
     columns: Mapping[str, str] | None = None
     train_on: str | Policy = "assistant"
@@ -64,7 +65,7 @@ class Options:
     overlong: str = "reject"
 
     def __post_init__(self) -> None:
-        check_choices(select_options(vars(self), "rows"))
+        check_choices(select_options(vars(self), "task", "rows"))
         if isinstance(self.reject_flags, str) or not isinstance(self.reject_flags, Iterable):
             raise UsageError("reject_flags", f"reject_flags is {self.reject_flags!r}, expected a list of flags")
         for flag in self.reject_flags:
@@ -143,7 +144,7 @@ class Recipe(Options):
                 "kwargs": dict(self.template.kwargs),
                 "date": self.template.date.isoformat(),
             },
-            **select_options(vars(self), "rows"),
+            **select_options(vars(self), "task", "rows"),
             "columns": dict(self.columns or {}),
             "train_on": policy_name(self.train_on),
             "train_parts": None if self.train_parts is None else list(self.train_parts),
@@ -172,7 +173,7 @@ class Recipe(Options):
         registered = {"schema": ["auto", *schemas.names()], "train_on": masks.names()}
         copied_options = {
             name: value
-            for name, value in select_options(options, "rows").items()
+            for name, value in select_options(options, "task", "rows").items()
             if name not in excluded and value in registered.get(name, [value])
         }
         return make_recipe(

@@ -25,7 +25,7 @@ from ftdata.schemas.training_fields import is_rejected_side
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.templates.worker.client import PendingTexts
-from ftdata.types import Conversation, Reject, Rendered, RenderedRow, Row, Spans
+from ftdata.types import SIDES, Conversation, Reject, Rendered, RenderedRow, Row, Spans
 
 BATCH, MAX_BATCH_CHARACTERS = 1024, 1 << 20
 """Limits of a batch that is tokenized together: rows, and characters."""
@@ -106,12 +106,13 @@ class _StartedRow(NamedTuple):
     Attributes:
         row: the row.
         conversation: the normalized row.
-        texts: the rendered texts, or a function that waits for them; `None` if rendering has not started.
+        texts: the rendered texts of each side, or functions that wait for them; empty if rendering has not started.
+            A row that is not a preference pair has one side.
     """
 
     row: Row
     conversation: Conversation
-    texts: PendingTexts | None
+    texts: Sequence[PendingTexts]
 
 
 _Group = list[_StartedRow | Reject]
@@ -202,16 +203,18 @@ def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
     if isinstance(row, Reject):
         return row
     try:
-        conversation = normalize(row, recipe.schema, recipe.columns)
-        check_answers(conversation)
+        conversation = normalize(row, recipe.schema, recipe.columns, recipe.task)
+        for part in conversation.parts:
+            check_answers(part)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
         return _reject_too_deep(row)
     # Rows with token ids are not rendered, and rows with template variables need another template.
     if conversation.tokens is not None or conversation.kwargs:
-        return _StartedRow(row, conversation, None)
-    texts = submit_render(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
+        return _StartedRow(row, conversation, ())
+    options = recipe.template, recipe.turns, recipe.on_dropped_message
+    texts = [submit_render(part, *options) for part in conversation.parts]
     return _StartedRow(row, conversation, texts)
 
 
@@ -220,12 +223,36 @@ def _finish_row(recipe: Recipe, started: _StartedRow, policy: Policy | None) -> 
     row, conversation, pending = started
     cross_check = row.source.row < CHECKED_FIRST or row.source.row % CHECK_INTERVAL == 0
     try:
-        texts = render_conversation(recipe, conversation, pending, cross_check=cross_check)
+        texts = _render_sides(recipe, conversation, pending, cross_check=cross_check)
         return apply_policy(conversation, texts, policy)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
         return _reject_too_deep(row)
+
+
+def _render_sides(
+    recipe: Recipe, conversation: Conversation, pending: Sequence[PendingTexts], *, cross_check: bool
+) -> tuple[Rendered, ...]:
+    """Render a conversation, or both sides of a preference pair, which must have one text each.
+
+    Raises:
+        BadRow: as for `render_conversation`, or `pair_split`.
+    """
+    if not conversation.sides:
+        return render_conversation(recipe, conversation, pending[0] if pending else None, cross_check=cross_check)
+    texts = list[Rendered]()
+    for index, (name, side) in enumerate(zip(SIDES, conversation.sides, strict=True)):
+        side_texts = render_conversation(recipe, side, pending[index] if pending else None, cross_check=cross_check)
+        if len(side_texts) > 1:
+            problem = (
+                f"the {name} side has {len(side_texts)} turns, and the template renders earlier turns differently than "
+                "the model wrote them, so no single text is correct for all turns"
+            )
+            hint = "use rows whose sides differ only in the last turn, or set turns='joint'"
+            raise BadRow("pair_split", problem, field=name, hint=hint)
+        texts += side_texts
+    return tuple(texts)
 
 
 def _reject_too_deep(row: Row) -> Reject:
@@ -238,7 +265,11 @@ def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy
     is_single_text = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
     if conversation.tokens is not None:
         return RenderedRow(conversation, texts, ((),), is_single_text)
-    trained_spans = None if policy is None else tuple([policy(text, conversation) for text in texts])
+    trained_spans = (
+        None
+        if policy is None
+        else tuple([policy(text, conversation.part(number)) for number, text in enumerate(texts)])
+    )
     return RenderedRow(conversation, texts, trained_spans, is_single_text)
 
 

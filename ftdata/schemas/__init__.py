@@ -40,6 +40,7 @@ from ftdata.schemas.messages import (
     read_messages,
     read_tools,
 )
+from ftdata.schemas.preference import PAIR_SCHEMA, read_pair
 from ftdata.schemas.shapes import (
     ALIASES,
     Convert,
@@ -82,7 +83,9 @@ _RESERVED_VARIABLES = {
 """Template variables that a row must not set: ftdata sets them, or they would replace the template."""
 
 
-def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:
+def normalize(
+    row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None, task: str = "sft"
+) -> Conversation:
     """Convert a row to a `Conversation`, according to its schema.
 
     Args:
@@ -90,6 +93,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         schema: `"auto"`, the name of a schema, or `./file.py:function` for a function that converts a row to a
             `Conversation`.
         columns: canonical column name -> name in the data, e.g. `{"instruction": "q", "output": "a"}`.
+        task: `"preference"` reads both sides of a preference pair.
 
     Raises:
         BadRow: the schema is unknown or ambiguous, or a value is invalid; `field` is the path of the value.
@@ -107,7 +111,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
             kind = classify_row(schema, data)
             if kind.guarded:
                 check_training_fields(data, kind.guarded)
-            conversation = kind.convert(data)
+            conversation = read_pair(data) if task == "preference" else kind.convert(data)
         except BadRow as error:
             raise missing or error from None
     except BadRow as error:
@@ -116,7 +120,10 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     conversation.kwargs = kwargs
     notes = _collect_notes(kind, data, conversation.messages)
     conversation.notes = notes | row.notes if row.notes else notes
-    conversation.schema, conversation.source = kind.name, row.source
+    conversation.schema, conversation.source = PAIR_SCHEMA if conversation.sides else kind.name, row.source
+    for side in conversation.sides:
+        side.kwargs, side.notes = conversation.kwargs, conversation.notes
+        side.schema, side.source = conversation.schema, conversation.source
     return conversation
 
 

@@ -83,7 +83,8 @@ def _get_column(data: Mapping[str, Any], column: str) -> Any:
     return data.get(find_column(data, column))
 
 
-def _has_columns(*required: str) -> Callable[[Mapping[str, Any]], bool]:
+def has_columns(*required: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a predicate for rows that have all required columns, with values other than null."""
     return lambda data: all(_get_column(data, name) is not None for name in required)
 
 
@@ -177,24 +178,35 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
 
 def _preference(data: Mapping[str, Any]) -> Conversation:
     """Convert a preference pair to a conversation with the chosen answer. The rejected answer is ignored."""
-    answer, prompt = _read_chat_column(data, "chosen", "assistant"), _get_column(data, "prompt")
+    return read_preferred_side(data, "chosen")
+
+
+def read_preferred_side(data: Mapping[str, Any], column: str) -> Conversation:
+    """Convert one side of a preference pair to a conversation.
+
+    Args:
+        data: the row.
+        column: the column with the answer, `chosen` or `rejected`. It contains a text, or messages, which may include
+            the prompt.
+    """
+    answer, prompt = _read_chat_column(data, column, "assistant"), _get_column(data, "prompt")
     after_system = _split_system(answer)[1]
     has_question = after_system[:1] != () and after_system[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         if not has_question:
             message = "the conversation has no question, and the row has no prompt column"
-            raise BadRow("no_prompt", message, field="chosen")
+            raise BadRow("no_prompt", message, field=column)
         messages = answer
     elif has_question:
         # Some data sets repeat the question in both answers.
-        messages = _merge_prompt(_read_chat_column(data, "prompt", "user"), answer)
+        messages = _merge_prompt(_read_chat_column(data, "prompt", "user"), answer, column)
     else:
         messages = _read_chat_column(data, "prompt", "user") + answer
     messages = _add_context(data, messages, _read_history(data))
     return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer_index(messages))
 
 
-def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]) -> tuple[Message, ...]:
+def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...], column: str) -> tuple[Message, ...]:
     """Merge a prompt with a conversation that repeats the prompt.
 
     The result contains the system message of the conversation, or else of the prompt.
@@ -211,9 +223,10 @@ def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]
     joined, joined_question = ("".join(f"\0{text!r}\0" for text in group) for group in (texts, question_texts))
     if joined_question not in joined:
         problem = "the conversation does not contain the prompt"
-        raise BadRow("prompt_differs", problem, field="chosen", hint="remove the prompt, or the question in chosen")
+        hint = f"remove the prompt, or the question in {column}"
+        raise BadRow("prompt_differs", problem, field=column, hint=hint)
     if prompt_system and system and prompt_system[0].get("content") != system[0].get("content"):
-        raise BadRow("two_systems", "the system message differs from the system message of the prompt", field="chosen")
+        raise BadRow("two_systems", "the system message differs from the system message of the prompt", field=column)
     return (system or prompt_system) + dialog
 
 
@@ -291,7 +304,7 @@ def _read_token_row(data: Mapping[str, Any]) -> Conversation:
 
 def _is_prompt_completion(data: Mapping[str, Any]) -> bool:
     # `instruction` and `response` are columns of Alpaca data, not of prompt and completion.
-    return "instruction" not in data and _has_columns("prompt", "completion")(data)
+    return "instruction" not in data and has_columns("prompt", "completion")(data)
 
 
 def _is_plain_text(data: Mapping[str, Any]) -> bool:
@@ -305,9 +318,9 @@ for _name, _columns, _matches, _convert in (
     ("messages", ("messages",), _has_list("messages"), _convert_messages("messages")),
     ("sharegpt", ("conversations",), _has_list("conversations"), _convert_messages("conversations")),
     ("prompt_completion", ("prompt", "completion", "history"), _is_prompt_completion, _prompt_completion),
-    ("preference", ("prompt", "chosen", "rejected", "history"), _has_columns("chosen", "rejected"), _preference),
-    ("alpaca", ("instruction", "output", "input", "history"), _has_columns("instruction", "output"), _alpaca),
-    ("question_answer", ("question", "answer", "history"), _has_columns("question", "answer"), _question_answer),
+    ("preference", ("prompt", "chosen", "rejected", "history"), has_columns("chosen", "rejected"), _preference),
+    ("alpaca", ("instruction", "output", "input", "history"), has_columns("instruction", "output"), _alpaca),
+    ("question_answer", ("question", "answer", "history"), has_columns("question", "answer"), _question_answer),
 ):
     schemas.register(_name)(Schema((*_columns, *COMMON_COLUMNS), _matches, _convert))
 schemas.register("text")(Schema(("text",), _is_plain_text, _plain_text))

@@ -73,6 +73,9 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
         UsageError: the build has no split for training, or several.
     """
     manifest = read_manifest(build)
+    if manifest["options"].get("task") == "preference":
+        problem = f"{build} contains preference pairs, but training supports only supervised fine-tuning"
+        raise UsageError("task", problem, hint="train with TRL's DPOTrainer, or build again with task='sft'")
     check_intact(build)
     expected = manifest["options"]["tokenizer"]
     if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:

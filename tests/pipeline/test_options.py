@@ -22,7 +22,7 @@ from ftdata.readers.row_filter import RowFilter
 
 COMPLETE = {
     ftdata.build_sft_dataset: option_names("rendering", "rows", "selection", "layout", "rejects"),
-    ftdata.preview: option_names("rendering", "rows", "packing", "selection"),
+    ftdata.preview: option_names("task", "rendering", "rows", "packing", "selection"),
     ftdata.encode: tuple(
         name
         for name in option_names("rendering", "rows")
@@ -33,7 +33,7 @@ COMPLETE = {
     ftdata.stats: option_names("template", "selection"),
     make_target: option_names("template", "selection"),
     make_recipe: option_names("rendering"),
-    Options: option_names("rows"),
+    Options: option_names("task", "rows"),
     Layout: option_names("layout"),
     RowFilter: option_names("selection"),
     RejectLimit: option_names("rejects"),
@@ -91,8 +91,8 @@ SPELLINGS = {"columns": "--column", "template_kwargs": "--template-kwarg"}
     [
         ("build", tuple(OPTIONS)),
         ("preview", COMPLETE[ftdata.preview]),
-        ("audit", option_names("rendering", "rows", "selection")),
-        ("stats", option_names("rendering", "rows", "selection")),
+        ("audit", option_names("task", "rendering", "rows", "selection")),
+        ("stats", option_names("task", "rendering", "rows", "selection")),
         ("convert", COMPLETE[ftdata.convert]),
         ("diff", ("template", "template_kwargs")),
         ("init", ("template", "limit")),
@@ -124,8 +124,8 @@ def test_options_of_train_have_no_defaults():
 def test_manifest_contains_every_option_of_the_recipe(tokenizer_dir, tmp_path):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"))
     described = recipe.describe()
-    assert list(described) == ["tokenizer", "template", *option_names("rows")]
-    defaults = {name: OPTIONS[name].default for name in option_names("rows")}
+    assert list(described) == ["tokenizer", "template", *option_names("task", "rows")]
+    defaults = {name: OPTIONS[name].default for name in option_names("task", "rows")}
     assert {**described, "columns": described["columns"] or None, "reject_flags": ()} == {**described, **defaults}
     assert type(recipe).from_manifest(described, recipe.tokenizer).describe() == described
 

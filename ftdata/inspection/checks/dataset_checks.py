@@ -201,7 +201,7 @@ def _check_template_drift(data: CheckedTemplate) -> Iterator[str]:
         variables = Template("tokenizer", recipe.tokenizer.chat_template).variables
         kwargs = {name: value for name, value in recipe.template.kwargs.items() if name in variables}
         rendering: dict[str, Any] = {"date": recipe.template.date, "template_kwargs": kwargs}
-        tokenizer_recipe = make_recipe(recipe.tokenizer, **rendering, **select_options(vars(recipe), "rows"))
+        tokenizer_recipe = make_recipe(recipe.tokenizer, **rendering, **select_options(vars(recipe), "task", "rows"))
     except TemplateRefused as error:
         yield f"the tokenizer's chat template cannot be used: {error}"
         return

@@ -1,0 +1,166 @@
+"""Preference pairs: the masks of both sides, rows that are not pairs, and steps that act on the pair."""
+
+import numpy as np
+import pytest
+from chat_templates import HEAD, TURN, template
+from datasets import load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_makers import CHATML
+
+from ftdata import build_preference_dataset, encode, export, preview
+from ftdata.build.dataset import write_build
+from ftdata.build.read_packs import list_pack_files, read_pack_file
+from ftdata.errors import BadRows, InputRefused, UsageError
+from ftdata.testing import byte_tokenizer
+
+
+def talk(*contents):
+    """Return messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+
+
+def sides_of(row):
+    """Return the ids and labels of both sides of a built pair."""
+    prompt = row["prompt_ids"]
+    return [
+        (prompt + row[f"{side}_ids"], [-100] * len(prompt) + row[f"{side}_labels"]) for side in ("chosen", "rejected")
+    ]
+
+
+def expected_side(messages, first, source=CHATML):
+    """Return the ids and labels of one side: those of supervised fine-tuning, from message `first` on."""
+    earlier = [
+        {**message, "train": False} if message["role"] == "assistant" else message for message in messages[:first]
+    ]
+    (example,) = encode([*earlier, *messages[first:]], byte_tokenizer(), source)
+    return example.input_ids.tolist(), example.labels.tolist()
+
+
+texts = st.text("ab<|im_end>\n é", min_size=1, max_size=8).filter(lambda text: text.strip())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(texts, min_size=1, max_size=3), texts, texts, st.lists(texts, max_size=2))
+def test_sides_equal_supervised_fine_tuning_from_the_first_difference(before, chosen, rejected, after):
+    prompt = before if len(before) % 2 else before[:-1]
+    left, right = talk(*prompt, chosen, *after[: len(after) // 2 * 2]), talk(*prompt, rejected)
+    if chosen == rejected:
+        return
+    ds = build_preference_dataset([{"chosen": left, "rejected": right}], byte_tokenizer(), CHATML)
+    first = len(prompt)
+    assert sides_of(ds["train"][0]) == [expected_side(left, first), expected_side(right, first)]
+
+
+def test_collator_of_trl_reads_the_rows(tokenizer_dir):
+    """In single turns, the mask of TRL is the whole completion. The labels exclude only the text after the stop token."""
+    dpo = pytest.importorskip("trl.trainer.dpo_trainer")
+    rows = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad answer {n}"} for n in range(4)]
+    ds = build_preference_dataset(rows, tokenizer_dir("tiny_bpe"), CHATML)["train"]
+    batch = dpo.DataCollatorForPreference(pad_token_id=0)(ds.to_list())
+    for number, row in enumerate(ds.to_list()):
+        for place, (ids, labels) in zip((number, number + 4), sides_of(row), strict=True):
+            assert batch["input_ids"][place][: len(ids)].tolist() == ids
+            completion = np.flatnonzero(batch["completion_mask"][place].numpy())
+            assert completion.tolist() == list(range(len(row["prompt_ids"]), len(ids)))
+            trained = np.flatnonzero(np.array(labels) != -100)
+            assert trained.tolist() == completion.tolist()[:-1]  # the line break after <|im_end|>
+
+
+TOOLS = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": "look up"},
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+
+
+def test_tool_results_in_a_completion_are_not_trained():
+    """TRL trains the tool result, because everything after the prompt is trained."""
+    rejected = [TOOLS[0], {"role": "assistant", "content": "It is raining."}]
+    row = build_preference_dataset([{"chosen": TOOLS, "rejected": rejected}], byte_tokenizer(), CHATML)["train"][0]
+    trained = [token for token in row["chosen_labels"] if token != -100]
+    assert bytes(min(token, 255) for token in trained) == b"look up\xffIt is sunny.\xff"  # 257 is <|im_end|>
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "identical_sides"),
+        ({"chosen": talk("q", "a"), "rejected": talk("other", "a")}, "prompt_differs"),
+        ({"chosen": talk("q", "a", "b", "c"), "rejected": talk("q", "a")}, "no_answer"),
+        ({"question": "q", "answer": "a"}, "not_a_pair"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "missing_column"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty_answer"),
+        ({"prompt": "q", "chosen": "a", "rejected": " \n"}, "empty_answer"),
+        ({"prompt": "q", "chosen": "a", "rejected": 5}, "type"),
+        ({"prompt": "q", "chosen": [], "rejected": []}, "no_messages|unknown_schema"),
+        ({"chosen": talk("q", "a"), "rejected": [*talk("q", "b"), {"role": "alien", "content": "x"}]}, "unknown_role"),
+        ({"chosen": "a", "rejected": "b"}, "no_prompt"),
+        ({"messages": talk("q", "a")}, "not_a_pair"),
+        ({"prompt": "q", "chosen": talk("other", "a"), "rejected": talk("q", "b")}, "prompt_differs"),
+    ],
+)
+def test_rows_that_are_not_pairs_are_rejected(row, code):
+    with pytest.raises(BadRows, match=rf"\[({code}|\w*_{code})\]"):
+        build_preference_dataset([row], byte_tokenizer(), CHATML)
+
+
+def test_both_sides_are_rejected_if_one_side_is_too_long():
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b" * 100}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    for overlong in ("reject", "drop_turns"):
+        ds = build_preference_dataset(rows, byte_tokenizer(), CHATML, max_length=60, overlong=overlong)
+        assert len(ds["train"]) == 1
+        assert ds.report.total("rejected") == 1
+    (first, _) = build_preference_dataset(rows, byte_tokenizer(), CHATML, max_length=60, overlong="truncate")["train"]
+    assert [len(ids) for ids, _ in sides_of(first)] == [23, 60]
+
+
+def test_pairs_whose_earlier_turns_are_rewritten_are_rejected():
+    """The template prints "thought" only in the last answer, so no single text is correct for two trained turns."""
+    source = template(HEAD + "{% if m.role == 'assistant' and loop.last %}thought {% endif %}" + TURN)
+    both = {"chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "c", "r", "d")}
+    with pytest.raises(BadRows, match="pair_split.*2 turns"):
+        build_preference_dataset([both], byte_tokenizer(), source)
+    last = {"chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "a", "r", "d")}
+    row = build_preference_dataset([last], byte_tokenizer(), source)["train"][0]
+    assert sides_of(row) == [expected_side(last[side], 3, source) for side in ("chosen", "rejected")]
+
+
+def test_pairs_stay_together_in_splits_and_files(tokenizer_dir, tmp_path):
+    rows = [{"prompt": f"q {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(30)]
+    rows += rows[:5]
+    options = {"template": "chatml", "task": "preference", "test_size": 6, "dedup": True, "shuffle": True}
+    write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", **options)
+    ds = load_from_disk(tmp_path / "built")
+    assert (len(ds["train"]), len(ds["test"])) == (24, 6)
+    (path,) = list_pack_files(tmp_path / "built", "train")
+    (packs,) = read_pack_file(path)
+    documents = [
+        (packs.ids[start:end].tolist(), packs.labels[start:end].tolist())
+        for start, end in zip(packs.token_bounds[:-1], packs.token_bounds[1:], strict=True)
+    ]
+    assert documents == [side for row in ds["train"].to_list() for side in sides_of(row)]
+    assert packs.document_bounds.tolist() == list(range(0, 49, 2))
+    shown = str(preview(tmp_path / "built", n=2))
+    assert "example 0" in shown
+
+
+def test_preview_names_the_sides():
+    rows = [{"prompt": "q", "chosen": "good", "rejected": "bad"}]
+    shown = str(preview(rows, byte_tokenizer(), "chatml", task="preference"))
+    assert "── chosen ──" in shown
+    assert "── rejected ──" in shown
+    assert "rejected_side_dropped" not in shown
+    assert "── rejected ──" in str(preview(rows, task="preference"))
+
+
+def test_unsupported_uses_of_pairs_are_refused(tokenizer_dir, tmp_path):
+    rows = [{"prompt": "q", "chosen": "good", "rejected": "bad"}]
+    write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml", task="preference")
+    with pytest.raises(InputRefused, match="export_task"):
+        export(tmp_path / "built", "trl", tmp_path / "out")
+    with pytest.raises(UsageError, match="cannot be packed"):
+        build_preference_dataset(rows, byte_tokenizer(), "chatml", max_length=64, packing="bfd")
+    with pytest.raises(UsageError, match="task is 'preferences'"):
+        write_build(rows, byte_tokenizer(), tmp_path / "other", template="chatml", task="preferences")
