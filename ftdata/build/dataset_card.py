@@ -34,9 +34,14 @@ def render_dataset_card(report: Report, recipe: Recipe, files: Mapping[str, Sequ
     facts = "".join(f"| {name} | {_cell(value)} |\n" for name, value in _facts(report, recipe))
     title = _escape_markdown(", ".join(Path(ledger.source).name for ledger in report.sources))
     fence = _fence(str(report), 3)
+    columns = (
+        "preference pairs with the token ids and labels of both sides"
+        if recipe.task == "preference"
+        else "token ids, labels (-100 for tokens without loss) and document lengths"
+    )
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{paths}---\n\n# {title}\n\n"
-        f"Built by ftdata: token ids, labels (-100 for tokens without loss) and document lengths.\n\n"
+        f"Built by ftdata: {columns}.\n\n"
         f"| | |\n|---|---|\n{facts}\n{fence}\n{report}\n{fence}\n"
     )
 

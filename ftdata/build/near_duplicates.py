@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def _hash_context(conversation: Conversation) -> int:
 def _texts(conversation: Conversation) -> Iterator[str]:
     if conversation.text is not None:
         yield conversation.text
-    for message in conversation.messages:
+    for message in chain.from_iterable(part.messages for part in conversation.parts):
         if message["role"] not in _SYSTEM:
             yield from _texts_of_value([message.get(key) for key in ("reasoning_content", "content", "tool_calls")])
     if conversation.tokens is not None:

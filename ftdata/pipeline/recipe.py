@@ -78,6 +78,9 @@ class Options:
             raise UsageError("max_length", f"max_length is {self.max_length!r}, expected an integer of at least 2")
         check_columns(self.columns)
         resolve_policy(self.train_on, self.train_parts)
+        if self.task == "preference" and self.train_on == "all":
+            problem = "train_on='all' would train the prompts of preference pairs"
+            raise UsageError("train_on", problem, hint="use train_on='assistant'")
 
     @property
     def policy(self) -> Policy:

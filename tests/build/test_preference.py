@@ -146,6 +146,17 @@ def test_pairs_stay_together_in_splits_and_files(tokenizer_dir, tmp_path):
     assert "example 0" in shown
 
 
+def test_near_duplicates_compare_both_sides():
+    pytest.importorskip("rensa")
+    words = [f"{word} {number}" for number in range(40) for word in ("one", "two", "three")]
+    question, left, right = " ".join(words[:40]), " ".join(words[40:80]), " ".join(words[80:])
+    rows = [{"prompt": question, "chosen": left, "rejected": text} for text in (left + " end", left + " end.", right)]
+    ds = build_preference_dataset(
+        rows, byte_tokenizer(), CHATML, dedup=True, near_duplicate_threshold=0.8, max_length=4096
+    )
+    assert len(ds["train"]) == 2
+
+
 def test_preview_names_the_sides():
     rows = [{"prompt": "q", "chosen": "good", "rejected": "bad"}]
     shown = str(preview(rows, byte_tokenizer(), "chatml", task="preference"))
@@ -160,6 +171,9 @@ def test_unsupported_uses_of_pairs_are_refused(tokenizer_dir, tmp_path):
     write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml", task="preference")
     with pytest.raises(InputRefused, match="export_task"):
         export(tmp_path / "built", "trl", tmp_path / "out")
+    assert "preference pairs with the token ids" in (tmp_path / "built" / "README.md").read_text()
+    with pytest.raises(UsageError, match="would train the prompts"):
+        build_preference_dataset(rows, byte_tokenizer(), "chatml", train_on="all")
     with pytest.raises(UsageError, match="cannot be packed"):
         build_preference_dataset(rows, byte_tokenizer(), "chatml", max_length=64, packing="bfd")
     with pytest.raises(UsageError, match="task is 'preferences'"):
