@@ -25,7 +25,7 @@ def main() -> None:
     report = export(build, name, folder)
     seconds = time.monotonic() - start
     tokens = sum(split["tokens"] for split in report.splits.values())
-    print(json.dumps({"tokens_per_second": round(tokens / seconds), "losses": dict(report.losses)}))
+    print(json.dumps({"tokens_per_second": round(tokens / seconds), "limitations": dict(report.limitations)}))
 
 
 if __name__ == "__main__":

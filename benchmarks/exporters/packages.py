@@ -2,8 +2,8 @@
 
     python benchmarks/exporters/packages.py DIR
 
-The folders contain what the extra `train` of ftdata does not install. The version of Megatron-Bridge that reads the
-export is not on PyPI: check out its repository, with its Megatron-LM commit, into DIR/megatron_bridge.
+The folders contain only packages that the extra `train` of ftdata does not install. The version of Megatron-Bridge that
+reads the export is not on PyPI: check out its repository, with its Megatron-LM commit, into DIR/megatron_bridge.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = {
     "verl": "verl==0.9.1 tensordict==0.10.0 pyvers==0.2.3 cloudpickle==3.1.3 omegaconf==2.3.0 "
     "hydra-core==1.3.2 antlr4-python3-runtime==4.9.3 codetiming==1.4.0",
 }
-"""The packages of each format. `parquet`, `pytorch`, `transformers` and `trl` need no further packages."""
+"""The packages of each format. The other formats need no further packages."""
 
 
 def main() -> None:

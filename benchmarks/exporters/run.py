@@ -1,10 +1,10 @@
-"""Confirm the export formats: compare what each trainer's own loader and collator read with the build.
+"""Confirm the export formats: read each export with the loader of its trainer, and compare it with the build.
 
     python benchmarks/exporters/run.py --tokenizer FOLDER --data chats.jsonl --packages DIR --json results.json
 
 The data is built unpacked and packed, and exported to each format. `confirm/read_FORMAT.py` reads the export with the
 code of the trainer, in a process of its own with the packages in DIR/FORMAT. All documents, targets and document
-boundaries must be equal to those of the build. Where the trainer can compute a loss on a CPU, it must be equal to the
+boundaries must be equal to those of the build. Where the trainer can compute a loss on a CPU, it must match the
 loss that PyTorch computes for each document separately.
 """
 

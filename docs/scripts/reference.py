@@ -113,26 +113,26 @@ EXPORTS = """# Export formats
 see [Export](../trainers/export.md). The column *rows* states whether a row is a packed sequence (`packs`) or a
 document. The last column names the code of the trainer that reads the labels.
 
-| format | tested with | rows | labels | boundaries of documents | padding | cannot express | read by |
+| format | tested with | rows | labels | document boundaries | padding | limitations | reader (source code) |
 |---|---|---|---|---|---|---|---|
 {properties}
 
-## Confirmed by the trainers
+## Verification with the loaders of the trainers
 
 For each format, the trainer's own loader and collator read an export of 1,000 conversations. The token ids, the targets
 of the loss and the boundaries of all documents are the same as in the build. Where a loss can be computed on a CPU, the
 loss of two batches was compared with the loss that PyTorch computes for each document separately; the table contains
 the largest difference. `make exporters` repeats the comparison.
 
-| format | version | build | documents | different | loss difference | million tokens per second |
+| format | version | build | documents | mismatches | loss difference | million tokens per second |
 |---|---|---|---:|---:|---:|---:|
 {confirmations}
 
-{unconfirmed}These trainers have no format:
+{unconfirmed}ftdata has no export format for these trainers:
 
 - OpenRLHF reads only text (OpenRLHF 0.11.2, `openrlhf/datasets/sft_dataset.py`).
-- slime reads text. It takes tokens only from Python code of the user, the function of `--rollout-function-path`. This
-  function can read the format `parquet`, and return `Sample` objects with `tokens`, `loss_mask` and `response_length`.
+- slime reads text. To pass tokens, write a Python function and set it with `--rollout-function-path`. The function can
+  read the format `parquet`, and return `Sample` objects with `tokens`, `loss_mask` and `response_length`.
 """
 
 
@@ -286,7 +286,7 @@ def export_page():
     properties, confirmations = [], []
     for name in exporters.registered():
         one = exporters.get(name)
-        limits = "; ".join(f"`{loss}`: {text}" for loss, text in one.losses.items())
+        limits = "; ".join(f"`{loss}`: {text}" for loss, text in one.limitations.items())
         cells = (f"`{name}`", one.trainer, one.rows, one.labels, one.boundaries, one.padding, limits, one.source)
         properties.append(f"| {' | '.join(cells)} |")
         for kind, result in results.get(name, {}).items():

@@ -132,9 +132,7 @@ def export(
     to: Annotated[str | None, typer.Option(help="Export format; see --list", show_default=False)] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output folder")] = None,
     *,
-    allow: Annotated[
-        list[str] | None, typer.Option(help="Accept a loss that the format cannot avoid (repeatable)")
-    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Accept a limitation of the format (repeatable)")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an export of another build or format")
     ] = False,

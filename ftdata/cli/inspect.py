@@ -80,7 +80,7 @@ def audit(
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
     ignore: Annotated[str | None, typer.Option(help="Names of checks to skip, e.g. duplicate,script")] = None,
-    fail_on: Annotated[str, typer.Option(help="Severity for exit code 1: note, warning, error, never")] = "note",
+    fail_on: Annotated[str, typer.Option(help="Lowest severity for exit code 1: note, warning, error, never")] = "note",
     output_format: Annotated[
         str, typer.Option("--output-format", help="Output format: text, json, sarif or github")
     ] = "text",

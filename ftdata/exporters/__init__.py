@@ -2,8 +2,8 @@
 
     ftdata export BUILD --to FORMAT -o DIR
 
-An export reads the packed sequences of a build. It renders and tokenizes nothing, so the tokens and labels are the same
-for every trainer. Each format is one module with one `ExportFormat`, registered under the name of its trainer.
+An export reads the packed sequences of a build. It does not render or tokenize rows, so the tokens and labels are the
+same for every trainer. Each format is one module with one `ExportFormat`, registered under the name of its trainer.
 """
 
 from __future__ import annotations

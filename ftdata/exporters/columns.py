@@ -42,7 +42,7 @@ def pad_packs(packs: Packs, multiple: int, values: NDArray[Any], fill: Any) -> t
     """Append `fill` to the values of each pack until its length is a multiple of `multiple`.
 
     Returns:
-        The padded values, and the index of the first value of each pack, with the number of values at the end.
+        The padded values, and the bounds: the values of pack `i` are `values[bounds[i]:bounds[i + 1]]`.
     """
     sizes = np.diff(packs.pack_bounds)
     padded_sizes = -(-sizes // multiple) * multiple
@@ -54,7 +54,7 @@ def pad_packs(packs: Packs, multiple: int, values: NDArray[Any], fill: Any) -> t
 
 
 def ones(packs: Packs) -> NDArray[np.int32]:
-    """Return a one for each token: int32 `[tokens]`."""
+    """Return an int32 array of ones, `[tokens]`."""
     return np.ones(len(packs.ids), np.int32)
 
 

@@ -20,8 +20,8 @@ Read each row with datatrove:
     from datatrove.utils.dataset import DatatroveFolderDataset
     DatatroveFolderDataset("{folder}/train", seq_len={window}, return_positions=True, token_size=4)
 
-Each row has {longest} tokens, so that no document is cut: shorter packs are padded with untrained tokens 0, which
-form a document of their own. Element i of a `.ds.loss` file is 1 if token i is trained.
+All rows have {longest} tokens, so no document is split across rows. Shorter rows are padded with token id 0. The
+padding is a separate document and is not trained. Element i of a `.ds.loss` file is 1 if token i is trained.
 """
 
 
@@ -65,7 +65,7 @@ FORMAT = ExportFormat(
     rows="packs",
     labels="`.ds.loss`: a byte for each token, not shifted",
     boundaries="`.ds.index`; each row is padded to the longest row",
-    padding="in the export: untrained tokens 0",
+    padding="in the export: token id 0, not trained",
     source="`datatrove/utils/dataset.py`; the trainer must read `.ds.loss`",
     files=TokenizedFiles(),
     convert=_convert,

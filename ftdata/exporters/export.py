@@ -35,7 +35,7 @@ class ExportReport:
         trainer: the trainer, with the version whose loader was tested.
         output_dir: the folder of the export.
         splits: the numbers of `rows`, `documents`, `tokens` and `trained` tokens of each split.
-        losses: the number of documents with each loss that the user accepted.
+        limitations: the number of affected documents for each limitation that the user accepted.
         files: text files of the export that configure the trainer.
     """
 
@@ -43,7 +43,7 @@ class ExportReport:
     trainer: str
     output_dir: str
     splits: Mapping[str, Mapping[str, int]]
-    losses: Mapping[str, int]
+    limitations: Mapping[str, int]
     files: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,13 +56,13 @@ class ExportReport:
             f"{count_noun(split['tokens'], 'token')}, {split['trained'] / max(split['tokens'], 1):.1%} trained"
             for name, split in self.splits.items()
         ]
-        lines += [f"loss     {loss}: {count_noun(count, 'document')}" for loss, count in self.losses.items()]
+        lines += [f"limited  {name}: {count_noun(count, 'document')}" for name, count in self.limitations.items()]
         lines += [f"exported {self.output_dir} for {self.trainer}"]
         return "\n".join([*lines, *(f"see      {self.output_dir}/{name}" for name in self.files)])
 
 
 def describe_formats() -> dict[str, dict[str, str]]:
-    """Return the properties of all export formats: the trainer, and what a format can and cannot express.
+    """Return the properties of all export formats: trainer, rows, labels, document boundaries, padding and limitations.
 
     >>> describe_formats()["axolotl"]["rows"]
     'documents'
@@ -73,13 +73,13 @@ def describe_formats() -> dict[str, dict[str, str]]:
         formats[name] = {
             key: getattr(export_format, key) for key in ("trainer", "rows", "labels", "boundaries", "padding")
         }
-        if export_format.losses:
-            formats[name]["cannot"] = "; ".join(f"{loss}: {text}" for loss, text in export_format.losses.items())
+        if limits := export_format.limitations:
+            formats[name]["limitations"] = "; ".join(f"{limitation}: {text}" for limitation, text in limits.items())
     return formats
 
 
 class _Part(NamedTuple):
-    """A file of a build, and the folder with the exported files of this part."""
+    """A pack file of a build, and the folder for its exported files."""
 
     split: str
     source: Path
@@ -97,14 +97,15 @@ def export(
 ) -> ExportReport:
     """Write the tokens and labels of a build in the input format of a trainer.
 
-    Nothing is rendered or tokenized. An interrupted export can be resumed with the same arguments, and never leaves
-    a partial export. Memory does not depend on the size of the build.
+    The tokens and labels of the build are copied. No row is rendered or tokenized. An interrupted export can be
+    resumed with the same arguments, and never leaves a partial export. Memory does not depend on the size of the build.
 
     Args:
         build: the folder or URL of a build.
         to: the name of a format, see `ftdata export --list`.
         output_dir: a folder for the export.
-        allow: the names of losses that are accepted, if the format cannot express everything in the build.
+        allow: the names of limitations of the format to accept. Without this, an export that would change labels is
+            refused.
         overwrite: replace an existing export of another build or format.
         progress: called with a `ProgressUpdate` after each batch.
 
@@ -113,7 +114,7 @@ def export(
 
     Raises:
         UsageError: an option is invalid, or the output folder contains other files.
-        InputRefused: the build is damaged, or the format cannot express it (`export_loss`).
+        InputRefused: the build is damaged, or the format cannot represent all labels (`export_limitation`).
         MissingDependency: the package that writes the format is not installed.
         StorageError: the export cannot be written.
 
@@ -129,8 +130,8 @@ def export(
     """
     export_format = exporters.get(to)
     allowed = frozenset([allow] if isinstance(allow, str) else allow)
-    for loss in allowed:
-        check_choice("loss", loss, export_format.losses)
+    for limitation in allowed:
+        check_choice("limitation", limitation, export_format.limitations)
     if not str(output_dir).strip():
         raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
     folder = remote.local_build(build)
@@ -174,7 +175,7 @@ def _find_longest(provenance: Path) -> tuple[int, int]:
         packs, tokens = batch["pack"].to_numpy(), batch["tokens"].to_numpy()
         starts = np.flatnonzero(np.diff(packs, prepend=-1))
         sums = np.add.reduceat(tokens, starts)
-        # The first pack of a batch may have begun in the batch before.
+        # The first pack of a batch may continue a pack of the previous batch.
         sums[0] += last_tokens if packs[0] == last_pack else 0
         last_pack, last_tokens = packs[-1], sums[-1]
         longest_pack = max(longest_pack, int(sums.max()))
@@ -209,7 +210,7 @@ def _check_target(target: Path, request: Mapping[str, Any], *, overwrite: bool) 
         problem = f"{target} contains files that are not part of the export: {', '.join(unknown[:3])}"
         raise UsageError("target_exists", problem, hint=hint)
     if not overwrite and any(present.get(key) != value for key, value in request.items()):
-        problem = f"{target} contains an export of another build, or with other options"
+        problem = f"{target} contains an export with a different build, format or options"
         raise UsageError("target_exists", problem, hint=f"{hint}, or set overwrite=True to replace it")
 
 
@@ -233,7 +234,7 @@ def _export(
 ) -> ExportReport:
     """Write all files of an export, except the manifest, to a folder."""
     totals = {split: Counter(rows=0, documents=0, tokens=0, trained=0) for split in facts.splits}
-    losses, resumed, done = Counter[str](), 0, Counter[str]()
+    affected, resumed, done = Counter[str](), 0, Counter[str]()
     for part in parts:
         result = atomic.read_sealed(part.folder)
         resumed += result is not None
@@ -241,7 +242,7 @@ def _export(
             disk.remove(part.folder)
             result = _write_part(part, export_format, facts, allowed, progress, done)
         totals[part.split].update(result["counts"])
-        losses.update(result["losses"])
+        affected.update(result["affected"])
         done.update(result["counts"])
     if resumed:
         _log.info("resumed: %d of %d parts of the build were already exported", resumed, len(parts))
@@ -254,7 +255,7 @@ def _export(
         disk.write(target / file, text.encode())
     return ExportReport(
         name, export_format.trainer, str(facts.folder), {key: dict(value) for key, value in totals.items()},
-        dict(losses), tuple(texts),
+        dict(affected), tuple(texts),
     )  # fmt: skip
 
 
@@ -272,21 +273,21 @@ def _write_part(
     progress: Progress | None,
     done: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Write the files of a part, seal their folder, and return the counts and losses.
+    """Write the files of a part, seal their folder, and return its counts.
 
     Raises:
-        InputRefused: `export_loss`: the format cannot express the data, and the user did not accept the loss.
+        InputRefused: `export_limitation`: the format cannot represent all labels, and the user did not accept this.
         MissingDependency: the package that writes the files is not installed.
     """
-    counts, losses = Counter[str](rows=0, documents=0, tokens=0, trained=0), Counter[str]()
+    counts, affected = Counter[str](rows=0, documents=0, tokens=0, trained=0), Counter[str]()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in _read(part.source):
             packs = batch.without_first_labels()
             packs = packs.split_documents() if export_format.rows == "documents" else packs
             converted = export_format.convert(packs, facts)
-            losses.update(export_format.find_losses(packs, converted, facts))
-            _check_losses(export_format, losses, allowed, part.source)
+            affected.update(export_format.count_affected(packs, converted, facts))
+            _check_limitations(export_format, affected, allowed, part.source)
             yield converted
             numbers = {"documents": len(packs.lengths), "tokens": len(packs.ids), "trained": int(packs.trained.sum())}
             counts.update(rows=len(packs), **numbers)
@@ -302,17 +303,18 @@ def _write_part(
                 raise
             problem = f"this format needs the package {export_format.package}: {error}"
             raise MissingDependency("missing_package", problem, hint=f"pip install {export_format.package}") from None
-        result = {"counts": dict(counts), "losses": {loss: count for loss, count in losses.items() if count}}
+        result = {"counts": dict(counts), "affected": {name: count for name, count in affected.items() if count}}
         atomic.seal_folder(scratch, result)
     return result
 
 
-def _check_losses(
-    export_format: ExportFormat, losses: Mapping[str, int], allowed: frozenset[str], source: Path
+def _check_limitations(
+    export_format: ExportFormat, affected: Mapping[str, int], allowed: frozenset[str], source: Path
 ) -> None:
-    """Check that the user accepts all losses."""
-    for loss, count in losses.items():
-        if count and loss not in allowed:
+    """Check that the user accepts all limitations that affect documents."""
+    for name, count in affected.items():
+        if count and name not in allowed:
             documents = count_noun(count, "document")
-            problem = f"{export_format.trainer} cannot express {documents}: {export_format.losses[loss]}"
-            raise InputRefused("export_loss", problem, where=str(source), hint=f"accept this with allow={loss!r}")
+            problem = f"the format cannot represent all labels of {documents}: {export_format.limitations[name]}"
+            hint = f"to export anyway, pass allow={name!r}"
+            raise InputRefused("export_limitation", problem, where=str(source), hint=hint)

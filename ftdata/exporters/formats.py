@@ -19,13 +19,13 @@ from ftdata.tokenizing.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """Facts about the exported build that formats use.
+    """Properties of the exported build that the formats need.
 
     Attributes:
         folder: the folder of the finished export.
         tokenizer: the name or folder of the tokenizer.
         splits: the number of documents of each split.
-        is_packed: whether a pack contains several documents.
+        is_packed: whether at least one packed sequence contains several documents.
         longest_pack: the number of tokens of the longest pack.
         longest_document: the number of tokens of the longest document.
         fingerprint: the hash of the contents of the build.
@@ -46,7 +46,7 @@ class BuildFacts:
 
 
 class ExportFiles(Protocol):
-    """The type of the files of a format, such as JSON Lines."""
+    """Writes the files of an export, for example as JSON Lines."""
 
     def write(self, folder: Path, batches: Iterator[pa.RecordBatch]) -> None:
         """Write a part of a split to files in an empty folder."""
@@ -64,15 +64,15 @@ class ExportFormat:
         rows: `packs` if a row of the export is a packed sequence, or `documents` if each row is one document.
         labels: how labels are stored, for the table of formats.
         boundaries: how the documents of a pack are separated, for the table of formats.
-        padding: who pads rows, and how padding is excluded from the loss, for the table of formats.
+        padding: the component that pads rows, and how padding is excluded from the loss, for the table of formats.
         source: the file and line of the trainer that reads or shifts the labels, for the table of formats.
         files: the type of the files.
         convert: converts packs to a record batch with the columns of the format. With `rows="documents"`, it receives
             packs of one document each.
-        package: the package that writes the files, if ftdata does not require it.
+        package: the optional package that writes the files, or `""`.
         configure: returns the text files that the export also contains, such as a configuration of the trainer.
-        losses: what the format cannot express, by the name that the user passes to accept the loss.
-        find_losses: counts the documents that the format cannot express, by loss. It receives the packs, and the
+        limitations: the name of each limitation of the format -> its description. Users pass the name to `allow`.
+        count_affected: returns the number of documents that each limitation affects. It receives the packs, and the
             record batch that `convert` returned for them.
     """
 
@@ -86,8 +86,8 @@ class ExportFormat:
     convert: Callable[[Packs, BuildFacts], pa.RecordBatch]
     package: str = ""
     configure: Callable[[BuildFacts], Mapping[str, str]] = field(default=lambda _: {})
-    losses: Mapping[str, str] = field(default_factory=dict)
-    find_losses: Callable[[Packs, pa.RecordBatch, BuildFacts], Mapping[str, int]] = field(default=lambda *_: {})
+    limitations: Mapping[str, str] = field(default_factory=dict)
+    count_affected: Callable[[Packs, pa.RecordBatch, BuildFacts], Mapping[str, int]] = field(default=lambda *_: {})
 
 
 exporters = Registry[ExportFormat]("ftdata.exporters", "export format")
@@ -112,7 +112,7 @@ for _module in _MODULES:
 
 @lru_cache(maxsize=1)
 def load_build_tokenizer(name: str) -> Tokenizer:
-    """Load the tokenizer of a build, which is kept for the next batch."""
+    """Load the tokenizer of a build. The last tokenizer is cached."""
     return load_tokenizer(name)
 
 

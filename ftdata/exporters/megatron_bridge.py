@@ -13,17 +13,18 @@ from ftdata.exporters.files import ParquetFiles
 from ftdata.exporters.formats import BuildFacts, ExportFormat, load_eos_id
 from ftdata.storage.arrow_arrays import int32_array
 
-_LOSS = "untrained-after-eos"
-# Megatron-Bridge pads batches to a multiple of this number, if that is not longer than a packed sequence may be.
+_LIMITATION = "untrained-after-eos"
+# Megatron-Bridge pads batches to a multiple of this number, unless the result would exceed packed_sequence_size.
 _MULTIPLE = 16
 
 _SCRIPT = '''\
 """The data set of a fine-tuning run.
 
-In `ConfigContainer`, set `dataset` to `dataset`, `model.seq_length` to {longest}, and `train.micro_batch_size` to 1.
+In `ConfigContainer`, set `dataset` to the variable `dataset` of this module, `model.seq_length` to {longest}, and
+`train.micro_batch_size` to 1.
 The documents are not padded for context parallelism.
 
-Megatron-Bridge 0.4 and 0.5 have other names: `FinetuningDatasetConfig` of `megatron.bridge.training.config` with
+Megatron-Bridge 0.4 and 0.5 use different names: `FinetuningDatasetConfig` of `megatron.bridge.training.config` with
 `packed_sequence_specs` instead of `enable_offline_packing` and `offline_packing_specs`, and `PackedSequenceSpecs` of
 `megatron.bridge.data.datasets.packed_sequence`.
 """
@@ -73,23 +74,23 @@ def _configure(facts: BuildFacts) -> Mapping[str, str]:
     return {"ftdata_dataset.py": text}
 
 
-def _find_losses(packs: Packs, _: pa.RecordBatch, facts: BuildFacts) -> Mapping[str, int]:
+def _count_affected(packs: Packs, _: pa.RecordBatch, facts: BuildFacts) -> Mapping[str, int]:
     """Count the documents in which a token after the EOS token is trained. Megatron-Bridge 0.6 does not train it."""
     lost = (packs.ids == load_eos_id(facts.tokenizer)) & packs.shift(packs.trained, False)
     documents = np.searchsorted(packs.token_bounds, np.flatnonzero(lost), side="right")
-    return {_LOSS: len(np.unique(documents))}
+    return {_LIMITATION: len(np.unique(documents))}
 
 
 FORMAT = ExportFormat(
     trainer="Megatron-Bridge 0.6.0",
     rows="packs",
-    labels="`loss_mask` of the next token",
+    labels="`loss_mask`, shifted: element i is for token i + 1",
     boundaries="column `seq_start_id`",
     padding="by the collator of Megatron-Bridge: loss mask 0",
     source="`megatron/bridge/data/packing/gpt_sft.py:177`, `data/packing/parquet.py:451`",
     files=ParquetFiles(".idx.parquet"),
     convert=_convert,
     configure=_configure,
-    losses={_LOSS: "a token that follows the EOS token inside a document is not trained"},
-    find_losses=_find_losses,
+    limitations={_LIMITATION: "a token that follows the EOS token inside a document is not trained"},
+    count_affected=_count_affected,
 )

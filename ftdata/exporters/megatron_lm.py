@@ -20,7 +20,7 @@ _COLUMNS = {"tokens": np.int32, "loss_mask": np.uint8}
 _LINES = """\
 Data prefixes: {folder}/train-00000-tokens, and for the loss mask {folder}/train-00000-loss_mask.
 
-Each document of both data sets has the same length. Element i of the loss mask is 1 if token i is trained; it is not
+Document i has the same length in both data sets. Element i of the loss mask is 1 if token i is trained; it is not
 shifted. `GPTDataset` of Megatron-LM reads the tokens, but ignores loss masks, joins documents, and cuts them at the
 sequence length. Read the documents with `megatron.core.datasets.indexed_dataset.IndexedDataset` instead.
 """

@@ -9,7 +9,7 @@ from ftdata.exporters.files import JsonLines
 from ftdata.exporters.formats import BuildFacts, ExportFormat
 
 _SCRIPT = '''\
-"""Functions for the trainer of mlx-lm, whose own functions cannot express several trained turns.
+"""Batching and loss functions for the mlx-lm trainer. The built-in functions cannot train several turns of a document.
 
 Run this example with this folder on PYTHONPATH:
 
@@ -51,7 +51,7 @@ def iterate_batches(dataset, batch_size, max_seq_length, loop=False, seed=None, 
     if batch_size > len(dataset) or batch_size % ranks:
         limits = f"at most {{len(dataset)}} (documents), and a multiple of {{ranks}} (processes)"
         raise ValueError(f"batch_size is {{batch_size}}, expected {{limits}}")
-    # All processes use the same order, and each reads a part of every batch.
+    # All processes use the same order. Each process reads a slice of every batch.
     random = np.random.default_rng(seed or 0)
     while True:
         order = random.permutation(len(dataset)) if loop else range(len(dataset))
@@ -62,7 +62,7 @@ def iterate_batches(dataset, batch_size, max_seq_length, loop=False, seed=None, 
 
 
 def _pad(rows):
-    # mlx-lm compiles the training step for each width. With multiples of 32, there are few widths.
+    # mlx-lm compiles the training step for each width. Rounding to multiples of 32 limits the number of widths.
     width = 1 + -(-max(len(ids) for ids, _ in rows) // 32) * 32
     ids = [list(ids) + [0] * (width - len(ids)) for ids, _ in rows]
     labels = [list(labels) + [-100] * (width - len(labels)) for _, labels in rows]

@@ -14,7 +14,7 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat
 from ftdata.storage.arrow_arrays import int32_array
 
 _SCRIPT = '''\
-"""Link this export to the place where SkyRL looks for tokenized data, then start the training with the same options:
+"""Create a link to this export in SkyRL's cache folder, then start training with the same options:
 
     python {folder}/link_cache.py OPTIONS
     python -m skyrl.train.main_sft OPTIONS
@@ -23,8 +23,8 @@ OPTIONS are the options of the training. They must contain these options:
 
     {options}
 
-Run the script again if the model, max_length, cache_dir or another option of the data changes: SkyRL looks in another
-place then. Set max_length to {longest} or more, or leave it out. Do not set force_recache or disable_cache.
+Run the script again if the model, max_length, cache_dir or another data option changes, because the cache path depends
+on these options. Set max_length to at least {longest}, or do not set it. Do not set force_recache or disable_cache.
 """
 
 import pathlib
@@ -37,7 +37,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 def link(split, config):
-    """Link the folder of a split into the cache, and return the name of the link."""
+    """Link the folder of a split into the cache, and return the path of the link."""
     key = _compute_cache_key(
         dataset_name="ftdata",
         dataset_split=split,

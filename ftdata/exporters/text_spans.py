@@ -17,14 +17,14 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat, load_build_tokeni
 from ftdata.storage.arrow_arrays import int32_array, list_offsets, string_array
 from ftdata.tokenizing.token_text import token_texts
 
-_LOSS = "other-tokens"
+_LIMITATION = "tokens-differ"
 
 _LINES = """\
 Each row contains the column `text`, and the column `trained_spans` with lists [start, end]: the model is trained on
 text[start:end]. Indices count characters (Unicode code points), and the end is exclusive.
 
 Tokenize the text without adding special tokens: the text contains the control tokens of the template. A token is
-trained if it ends inside a span. Do not compare the start of a token, because some tokenizers exclude spaces from it:
+trained if it ends inside a span. Do not test the start offset, because some tokenizers exclude leading spaces from it:
 
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
@@ -71,7 +71,7 @@ def _convert(packs: Packs, facts: BuildFacts) -> pa.RecordBatch:
     )
 
 
-def _find_losses(packs: Packs, batch: pa.RecordBatch, facts: BuildFacts) -> Mapping[str, int]:
+def _count_affected(packs: Packs, batch: pa.RecordBatch, facts: BuildFacts) -> Mapping[str, int]:
     """Count the documents whose text and spans do not produce the tokens and labels of the build."""
     texts, spans = batch["text"].to_pylist(), batch["trained_spans"].to_pylist()
     tokens = load_build_tokenizer(facts.tokenizer).encode(texts)
@@ -83,7 +83,7 @@ def _find_losses(packs: Packs, batch: pa.RecordBatch, facts: BuildFacts) -> Mapp
         first = tokens.text_bounds[number]
         trained = _end_inside(tokens.ends[start:end] - first, spans[number])
         different += not (np.array_equal(tokens.ids[start:end], ids) and np.array_equal(trained, labels))
-    return {_LOSS: different}
+    return {_LIMITATION: different}
 
 
 def _end_inside(ends: NDArray[np.int32], spans: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
@@ -114,7 +114,7 @@ FORMAT = ExportFormat(
     files=ParquetFiles(),
     convert=_convert,
     configure=_configure,
-    losses={_LOSS: "the tokenizer converts the text to other tokens, for example if the text of a row contains the "
-            "text of a control token"},
-    find_losses=_find_losses,
+    limitations={_LIMITATION: "the tokenizer produces different tokens for the text, for example if the text of a row "
+                 "contains the text of a control token"},
+    count_affected=_count_affected,
 )  # fmt: skip

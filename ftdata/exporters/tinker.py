@@ -59,7 +59,7 @@ def _configure(_: BuildFacts) -> Mapping[str, str]:
 FORMAT = ExportFormat(
     trainer="tinker 0.38.0",
     rows="documents",
-    labels="shifted: `target_tokens` and `weights` of the next token",
+    labels="`target_tokens` and `weights`, shifted: element i is for token i + 1",
     boundaries="one document per row",
     padding="none",
     source="the loss `cross_entropy` multiplies by `weights`",

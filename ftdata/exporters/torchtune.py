@@ -28,7 +28,10 @@ from datasets import load_from_disk
 
 
 class PackedTokens(torch.utils.data.Dataset):
-    """Rows with `tokens` and `labels` (shifted by the recipe), and `input_pos` and `seq_lens` if rows are packed."""
+    """Rows with `tokens` and `labels`, and with `input_pos` and `seq_lens` if rows are packed.
+
+    Labels are not shifted; the recipe shifts them.
+    """
 
     packed = {is_packed}
 

@@ -1,4 +1,4 @@
-"""verl: documents with a loss mask, which a data set class of the user reads."""
+"""verl: documents with a loss mask, and a data set class that reads them."""
 
 from __future__ import annotations
 

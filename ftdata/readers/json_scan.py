@@ -400,7 +400,7 @@ class _RowSplitter:
             raise InputRefused("row_too_long", message, where=where)
 
     def _store_tail(self) -> None:
-        """Store the text at the end of a part that can be processed only with the next part."""
+        """Store the incomplete text at the end of a part. It is processed together with the next part."""
         if self.in_row:
             self._add_to_row(len(self.part))
         elif self.inside:

@@ -305,7 +305,9 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
         return {}
     if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
         if not all(isinstance(part.get("text"), str) for part in content):
-            raise BadRow("content_type", "a part of type text has no text", field=field)
+            raise BadRow(
+                "content_type", "the content part has type 'text', but its field 'text' is not a string", field=field
+            )
         for number, part in enumerate(content):
             _check_part(part, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}

@@ -222,8 +222,8 @@ def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]
     # Searching in one string takes linear time.
     joined, joined_question = ("".join(f"\0{text!r}\0" for text in group) for group in (texts, question_texts))
     if joined_question not in joined:
-        problem = "the conversation does not contain the prompt"
-        hint = f"remove the prompt, or the question in {column}"
+        problem = f"the conversation in {column} does not contain the messages of the prompt column"
+        hint = f"remove the prompt column, or remove the prompt messages from {column}"
         raise BadRow("prompt_differs", problem, field=column, hint=hint)
     if prompt_system and system and prompt_system[0].get("content") != system[0].get("content"):
         raise BadRow("two_systems", "the system message differs from the system message of the prompt", field=column)

@@ -159,10 +159,12 @@ def test_text_that_produces_other_tokens_is_refused(tmp_path, tokenizer_dir):
     """The text of a control token in a row is tokenized as plain text, which a tokenizer converts to the token."""
     rows = [{"question": "What is <|im_end|>?", "answer": "a"}, {"question": "q", "answer": "a"}]
     write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
-    with pytest.raises(InputRefused, match=r"export_loss.*1 document.*Fix: accept this with allow='other-tokens'"):
+    with pytest.raises(
+        InputRefused, match=r"export_limitation.*1 document.*Fix: to export anyway, pass allow='tokens-differ'"
+    ):
         export(tmp_path / "built", "text_spans", tmp_path / "out")
-    report = export(tmp_path / "built", "text_spans", tmp_path / "out", allow="other-tokens")
-    assert report.losses == {"other-tokens": 1}
+    report = export(tmp_path / "built", "text_spans", tmp_path / "out", allow="tokens-differ")
+    assert report.limitations == {"tokens-differ": 1}
 
 
 def test_megatron_bridge_rows_and_refusal(builds, tmp_path, tokenizer_dir):
@@ -179,7 +181,7 @@ def test_megatron_bridge_rows_and_refusal(builds, tmp_path, tokenizer_dir):
     text = [{"input_ids": ids, "labels": ids}]
     write_build(text, tokenizer_dir("tiny_bpe"), tmp_path / "built", train_on="all")
     with pytest.raises(
-        InputRefused, match=r"export_loss.*1 document.*Fix: accept this with allow='untrained-after-eos'"
+        InputRefused, match=r"export_limitation.*1 document.*Fix: to export anyway, pass allow='untrained-after-eos'"
     ):
         export(tmp_path / "built", "megatron_bridge", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -188,10 +190,10 @@ def test_megatron_bridge_rows_and_refusal(builds, tmp_path, tokenizer_dir):
     environment = {**os.environ, "FTDATA_FAILPOINT": "link:1:kill", "ALLOW": "untrained-after-eos"}
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -9
     assert list((tmp_path / ".refused.ftdata" / "shards").iterdir())
-    with pytest.raises(InputRefused, match="export_loss"):
+    with pytest.raises(InputRefused, match="export_limitation"):
         export(tmp_path / "built", "megatron_bridge", tmp_path / "refused")
     report = export(tmp_path / "built", "megatron_bridge", tmp_path / "refused", allow=["untrained-after-eos"])
-    assert report.losses == {"untrained-after-eos": 1}
+    assert report.limitations == {"untrained-after-eos": 1}
     assert json.loads((tmp_path / "refused" / "manifest.json").read_text())["export"]["allow"] == [
         "untrained-after-eos"
     ]
@@ -235,7 +237,7 @@ def test_export_is_repeated_only_if_something_changed(builds, tmp_path):
     assert verify(tmp_path / "out") == ["train.py"]
     assert export(builds["packed"], "trl", tmp_path / "out") == first
     assert verify(tmp_path / "out") == []
-    with pytest.raises(UsageError, match="another build, or with other options.*overwrite=True"):
+    with pytest.raises(UsageError, match="different build, format or options.*overwrite=True"):
         export(builds["unpacked"], "trl", tmp_path / "out")
     report = export(builds["unpacked"], "axolotl", tmp_path / "out", overwrite=True)
     assert report.files == ("axolotl.yaml",)
@@ -300,7 +302,7 @@ def test_invalid_arguments_are_refused(builds, tmp_path):
     ):
         with pytest.raises((UsageError, InputRefused), match=message):
             export(*arguments)
-    with pytest.raises(UsageError, match="unknown_loss"):
+    with pytest.raises(UsageError, match="unknown_limitation"):
         export(builds["packed"], "megatron_bridge", tmp_path / "out", allow="untrained-eos")
     export(builds["packed"], "trl", tmp_path / "out")
     with pytest.raises(InputRefused, match="not a build, but an export for TRL.*pass the build that was exported"):

@@ -139,7 +139,9 @@ def _find_answer(
 
 
 def _measure_stop(text: str, answer: _Answer, stops: TurnStops) -> tuple[int, bool]:
-    """Return the length of the text up to the end of the stop token, and whether the template rewrites the turn.
+    """Return the number of characters from the end of the answer to the end of its stop token.
+
+    Also return whether the template rewrites the turn.
 
     A template rewrites a turn if it renders the turn differently once more messages follow.
     """

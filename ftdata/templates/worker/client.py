@@ -240,7 +240,7 @@ def _request_report(template: Template) -> Mapping[str, Any]:
     try:
         return dict(call_worker("examine", template)["report"])
     except RecursionError:
-        problem = f"template {template.name!r} contains loops, macros or expressions that are nested too deep"
+        problem = f"template {template.name!r} contains loops, macros or expressions that are nested too deeply"
         hint = "use another template or simplify this template"
         raise TemplateRefused("template_too_deep", problem, hint=hint) from None
 
