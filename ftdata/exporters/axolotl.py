@@ -14,13 +14,15 @@ _LINES = """\
 datasets:
   - path: {train}
     type:
-{test_datasets}# Axolotl reuses prepared data of the same path, even if the data has changed.
+{test_datasets}# Axolotl caches prepared data by path, even if the data has changed.
 dataset_prepared_path: last_run_prepared/{fingerprint}
 shuffle_merged_datasets: false
 sequence_len: {longest}
 excess_length_strategy: raise
 # Documents are packed by Axolotl. Without packing, set sample_packing: false.
 sample_packing: true
+# With this setting, packed documents do not attend to each other. flash_attention_2 has the same effect.
+attn_implementation: sdpa
 eval_sample_packing: false
 """
 
@@ -43,7 +45,7 @@ FORMAT = ExportFormat(
     trainer="Axolotl 0.19.0",
     rows="documents",
     labels="not shifted",
-    boundaries="one document per row; `sample_packing` packs them",
+    boundaries="one document per row; `sample_packing` packs them, `attn_implementation` isolates them",
     padding="by the collator of Axolotl: label -100",
     source="`axolotl/utils/data/wrappers.py:93`",
     files=ArrowFiles(),

@@ -19,11 +19,10 @@ SETTINGS = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-4,
     "optimizer": "adamw_torch",
-    "attn_implementation": "sdpa",
     "dataset_num_proc": 1,
     "seed": 0,
 }
-"""What a user writes in addition to `axolotl.yaml`."""
+"""The settings that a user adds to `axolotl.yaml`."""
 
 
 def main() -> None:
@@ -38,6 +37,7 @@ def main() -> None:
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump({**SETTINGS, **folders, **lines}))
     config = load_cfg(str(file))
+    assert config.attn_decontaminates_packing, "packed documents attend to each other"
     tokenizer = load_tokenizer(config)
     data = prepare_datasets(config, tokenizer)[0]
     documents = read_packed(config, tokenizer, data)
