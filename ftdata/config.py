@@ -171,7 +171,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(message)
 
     def build_options(self) -> dict[str, Any]:
-        """Return the arguments for `build_sft_dataset`, except `data`, `tokenizer` and `output_dir`."""
+        """Return the values of all options of a build: the arguments for `ftdata.build.dataset.write_build`."""
         return {name: getattr(self, name) for name in OPTIONS}
 
 

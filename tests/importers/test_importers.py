@@ -377,7 +377,9 @@ def test_pretraining_of_llama_factory_trains_all_of_each_text(tmp_path, tokenize
     (tmp_path / "data" / "texts.json").write_text(json.dumps([{"body": "one text"}, {"body": "another"}]))
     config = import_config(path).config
     assert (config.schema, config.columns, config.packing) == ("text", {"text": "body"}, "bfd")
-    dataset = build_sft_dataset(config.data, tokenizer_dir("tiny_bpe"), **config.build_options())
+    options = config.build_options()
+    assert options.pop("task") == "sft"
+    dataset = build_sft_dataset(config.data, tokenizer_dir("tiny_bpe"), **options)
     counts = dataset.report.splits["train"]
     # Nothing precedes the first token of a text, so no model can predict it.
     assert counts["trained"] == counts["tokens"] - 2
