@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from ftdata.errors import UsageError, describe_exception, shorten, suggest_names
+from ftdata.errors import UsageError, describe_exception, shorten, suggest_names, suggest_path
 from ftdata.options import OPTIONS, check_source_keys
 from ftdata.redaction import drop_redacted, is_redacted, is_secret_name, redact, redact_text
 from ftdata.yaml12 import check_plain_values, dump_yaml, parse_yaml
@@ -247,7 +247,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         values = _parse_toml(text) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError("config_file", f"{path} cannot be read: {_describe_problem(error)}") from None
+        problem = f"{path} cannot be read: {_describe_problem(error)}"
+        raise UsageError("config_file", problem, hint=suggest_path(path)) from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} contains a {type(values).__name__}, expected keys and values")
     return values

@@ -24,6 +24,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 
 class FtdataError(Exception):
@@ -213,6 +215,16 @@ def suggest_similar(name: str, candidates: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(candidates), n=1)
     return f"did you mean {matches[0]!r}?" if matches else ""
+
+
+def suggest_path(path: str | Path) -> str:
+    """Return a hint with a file or folder of a similar name, or `""` if `path` exists or no name is similar."""
+    path = Path(path)
+    siblings = list[str]()
+    with suppress(OSError):
+        if not path.exists():
+            siblings = [sibling.name for sibling in path.parent.iterdir()]
+    return suggest_similar(path.name, siblings)
 
 
 def count_noun(count: int, noun: str) -> str:

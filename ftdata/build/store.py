@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ftdata.build.pack import PackPlan
 from ftdata.build.shard_files import ExampleTable, MappedArray
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, suggest_path
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import build_records, disk
 from ftdata.storage.arrow_arrays import int32_array, int64_array, list_offsets
@@ -47,6 +47,8 @@ _BUILD_FILE = re.compile(
     r"|[^/]+/(data-\d+\.arrow|state\.json|dataset_info\.json|provenance\.parquet)"
 )
 """Matches the relative paths of the files of a build."""
+
+_REMOVE_HINT = "remove the folder, then build the data set again"
 
 _REJECT_KEYS = {"file", "code", "reason", "fix", "raw"}
 
@@ -307,8 +309,11 @@ def check_target(target: Path) -> None:
     hint = "choose another output folder"
     try:
         build_files = {*read_manifest(target)["files"], "manifest.json"}
-    except (InputRefused, KeyError, TypeError):
+    except (InputRefused, KeyError, TypeError) as error:
         problem = f"{target} exists and is not a data set that ftdata built"
+        names = [name for name, _ in list_files(target)] if target.is_dir() else []
+        if "report.json" in names and all(map(_BUILD_FILE.fullmatch, names)):
+            problem, hint = f"{target} contains a damaged build: {error}", f"remove {target}, then build again"
         raise UsageError("target_exists", problem, hint=hint) from None
     unknown = [
         name
@@ -401,8 +406,9 @@ def read_any_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        problem = f"{folder} is not a data set that ftdata built: it has no manifest.json"
-        raise InputRefused("not_a_build", problem, hint="create a build with `ftdata build`")
+        reason = "it has no manifest.json" if folder.exists() else "it does not exist"
+        problem = f"{folder} is not a data set that ftdata built: {reason}"
+        raise InputRefused("not_a_build", problem, hint=suggest_path(folder) or "create a build with `ftdata build`")
     return parse_manifest(path.read_bytes(), str(path))
 
 
@@ -420,10 +426,10 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f"the manifest {path} is damaged: {error}"
-        raise InputRefused("damaged_build", problem, hint="build the data set again") from None
+        raise InputRefused("damaged_build", problem, hint=_REMOVE_HINT) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         problem = f"{path} does not have format {FORMAT}, the only format that this version of ftdata reads"
-        raise InputRefused("build_format", problem, hint="build the data set again")
+        raise InputRefused("build_format", problem, hint=_REMOVE_HINT)
     manifest.pop(_SEAL, None)
     files = manifest.get("files")
     names = list(files) if isinstance(files, dict) else [".."]
@@ -431,7 +437,7 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     outside = any(PurePosixPath(name).is_absolute() or {"", ".", ".."} & {*name.split("/")} for name in names)
     if outside or _encode_manifest(manifest) != text:
         problem = f"the manifest {path} is damaged: its hash does not match"
-        raise InputRefused("damaged_build", problem, hint="build the data set again")
+        raise InputRefused("damaged_build", problem, hint=_REMOVE_HINT)
     return manifest
 
 
@@ -458,7 +464,8 @@ def check_intact(folder: Path) -> None:
     """
     if damaged := verify_files(folder):
         problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
-        raise InputRefused("damaged_build", problem, hint="build the data set again")
+        hint = _REMOVE_HINT if damaged[0] == "manifest.json" else "build the data set again"
+        raise InputRefused("damaged_build", problem, hint=hint)
 
 
 def _is_unchanged(path: Path, expected: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ datasets:
 {test_datasets}# Axolotl caches prepared data by path, even if the data has changed.
 dataset_prepared_path: last_run_prepared/{fingerprint}
 shuffle_merged_datasets: false
-sequence_len: {longest}
+sequence_len: {max_length}
 excess_length_strategy: raise
 # Documents are packed by Axolotl. Without packing, set sample_packing: false.
 sample_packing: true
@@ -36,7 +36,7 @@ def _configure(facts: BuildFacts) -> Mapping[str, str]:
             train=json.dumps(f"{facts.folder}/train"),
             test_datasets=lines if facts.test_split else "",
             fingerprint=facts.fingerprint,
-            longest=facts.longest_document,
+            max_length=facts.max_length,
         )
     }
 

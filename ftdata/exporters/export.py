@@ -130,6 +130,8 @@ def export(
     """
     export_format = exporters.get(to)
     allowed = frozenset([allow] if isinstance(allow, str) else allow)
+    if allowed and not export_format.limitations:
+        raise UsageError("unknown_limitation", f"the format {to} has no limitations to allow", hint="remove allow")
     for limitation in allowed:
         check_choice("limitation", limitation, export_format.limitations)
     if not str(output_dir).strip():
@@ -165,7 +167,8 @@ def _read_facts(folder: Path, manifest: Mapping[str, Any], target: Path) -> Buil
     content = disk.hash_bytes(disk.encode_json({"files": manifest["files"]}))
     longest = [_find_longest(folder / split / "provenance.parquet") for split, count in splits.items() if count]
     longest_pack, longest_document = (max(lengths) for lengths in zip(*longest, strict=True))
-    return BuildFacts(target, tokenizer, splits, is_packed, longest_pack, longest_document, content[:16])
+    max_length = manifest["options"].get("max_length") or longest_document
+    return BuildFacts(target, tokenizer, splits, is_packed, longest_pack, longest_document, max_length, content[:16])
 
 
 def _find_longest(provenance: Path) -> tuple[int, int]:

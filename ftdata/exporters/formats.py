@@ -28,6 +28,7 @@ class BuildFacts:
         is_packed: whether at least one packed sequence contains several documents.
         longest_pack: the number of tokens of the longest pack.
         longest_document: the number of tokens of the longest document.
+        max_length: the option `max_length` of the build, or `longest_document` if the build has no `max_length`.
         fingerprint: the hash of the contents of the build.
     """
 
@@ -37,6 +38,7 @@ class BuildFacts:
     is_packed: bool
     longest_pack: int
     longest_document: int
+    max_length: int
     fingerprint: str
 
     @property

@@ -11,7 +11,7 @@ from ftdata.exporters.formats import BuildFacts, ExportFormat
 _SCRIPT = '''\
 """The data module for LitGPT, with this folder on PYTHONPATH:
 
-litgpt finetune_lora MODEL --data ftdata_tokens.TokenData --train.max_seq_length {longest}
+litgpt finetune_lora MODEL --data ftdata_tokens.TokenData --train.max_seq_length {max_length}
 """
 
 import pathlib
@@ -79,7 +79,8 @@ class TokenData(DataModule):
 
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
-    text = _SCRIPT.format(longest=facts.longest_document, validation=facts.test_split or "train")
+    validation = facts.test_split or "train"
+    text = _SCRIPT.format(longest=facts.longest_document, max_length=facts.max_length, validation=validation)
     return {"ftdata_tokens.py": text}
 
 

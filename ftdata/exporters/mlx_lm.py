@@ -22,7 +22,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 model, _ = mlx_lm.load("MODEL")
 model.freeze()
 linear_to_lora_layers(model, len(model.layers), {{"rank": 8, "scale": 20.0, "dropout": 0.0}})
-args = TrainingArgs(batch_size=4, iters=1000, max_seq_length={longest})
+args = TrainingArgs(batch_size=4, iters=1000, max_seq_length={max_length})
 train(model, Adam(1e-5), load("train"), {validation}, args=args, loss=loss, iterate_batches=iterate_batches)
 """
 
@@ -81,7 +81,7 @@ def loss(model, ids, labels):
 
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     validation = f'load("{facts.test_split}")' if facts.test_split else "None"
-    return {"ftdata_tokens.py": _SCRIPT.format(validation=validation, longest=facts.longest_document)}
+    return {"ftdata_tokens.py": _SCRIPT.format(validation=validation, max_length=facts.max_length)}
 
 
 FORMAT = ExportFormat(

@@ -26,7 +26,7 @@ _COMMAND = """\
 swift sft --model MODEL \\
     --custom_register_path {template} --template ftdata_tokens \\
     --cached_dataset {train} {evaluation}\\
-    --max_length {longest} --loss_scale default --strict true
+    --max_length {max_length} --loss_scale default --strict true
 """
 
 
@@ -45,7 +45,7 @@ def _convert(packs: Packs, _: BuildFacts) -> pa.RecordBatch:
 def _configure(facts: BuildFacts) -> Mapping[str, str]:
     template, train, test = (quote(f"{facts.folder}/{name}") for name in ("template.py", "train", facts.test_split))
     evaluation = f"--cached_val_dataset {test} " if facts.test_split else ""
-    command = _COMMAND.format(template=template, train=train, evaluation=evaluation, longest=facts.longest_document)
+    command = _COMMAND.format(template=template, train=train, evaluation=evaluation, max_length=facts.max_length)
     return {"template.py": _TEMPLATE, "train.sh": command}
 
 

@@ -182,6 +182,8 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
     _convert_datasets(values, selection, draft)
     _convert_adapter(values, draft)
     _convert_overlong(values, draft)
+    if values.get("wandb_project"):
+        draft.add_note("wandb_project sets report_to only; set the project with the environment variable WANDB_PROJECT")
     for name in ("eval", "save"):
         if times := values.get(f"{name}s_per_epoch"):
             if times * values["num_epochs"] <= 0:
@@ -225,11 +227,10 @@ def _convert_overlong(values: Mapping[str, Any], draft: Draft) -> None:
     check_setting("", "excess_length_strategy", strategy, ("drop", "truncate", "raise"))
     if strategy == "truncate":
         draft.set_field("overlong", "truncate")
-    elif strategy == "drop":
-        draft.set_field("on_bad_rows", "quarantine")
-        draft.set_field("max_rejects", "100%")
+    else:
         draft.add_note(
-            "rows that are too long are rejected and counted, as all bad rows are; max_rejects limits their number"
+            "rows that are too long are rejected and counted; invalid rows stop the build, "
+            "unless you set on_bad_rows: quarantine and max_rejects"
         )
 
 

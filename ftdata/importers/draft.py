@@ -82,16 +82,24 @@ def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, skip
     used = {key: value for key, value in values.items() if key not in skip and value not in (None, False, "", [], {})}
     if unsupported := [f"{key}: {keys.unsupported[key]}" for key in used if key in keys.unsupported]:
         raise conversion_error(f"the file contains unsupported settings: {'; '.join(unsupported)}")
+    default = list[str]()
     for key, value in values.items():
         rule = keys.rules.get(key, f"train.{key}" if key in keys.same_name else None)
         if key in skip or value is None or rule is None:
             continue
-        for name, field_value in ({rule: value} if isinstance(rule, str) else rule(value)).items():
+        fields = {rule: value} if isinstance(rule, str) else rule(value)
+        for name, field_value in fields.items():
             draft.set_field(name, field_value)
+        if key in used and not fields:
+            default.append(f"{key}: {value}")
+    if default:
+        draft.add_note(f"left out, because the default of ftdata is used: {', '.join(default)}")
     for key in used:
         if key in keys.notes:
             draft.add_note(f"{key}: {keys.notes[key]}")
-    if ignored := [key for key in used if key in keys.ignored]:
+    if ignored := [
+        key for key, value in values.items() if key in keys.ignored and key not in skip and value is not None
+    ]:
         draft.add_note(f"left out, without effect on the trained model: {', '.join(ignored)}")
     _note_unknown(used, {*keys.rules, *keys.same_name, *keys.ignored, *keys.notes, *keys.unsupported, *skip}, draft)
 

@@ -40,7 +40,7 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
         raise BadRow(
             "overlong",
             f"{problem}, and no answer{' begins' if policy == 'truncate' else ' fits completely'} within that length",
-            hint="raise max_length" + (", or set overlong='drop_turns'" if policy == "truncate" else ""),
+            hint="raise max_length",
         )
     is_answer_cut = bool(example.trained[keep - 1] and example.trained[keep])
     flags = example.flags | ({"answer_truncated"} if is_answer_cut else set()) | {"truncated"}

@@ -70,7 +70,7 @@ class RowFilter:
         columns = _columns(row)
         variables = {"row": columns} | {str(name): value for name, value in columns.items()}
         try:
-            is_match = _compile_expression(self.where)(variables)
+            is_match = bool(_compile_expression(self.where)(variables))
         except jinja2.UndefinedError:
             self.missing_columns.update(_find_names(self.where) - variables.keys())
             return None
@@ -127,7 +127,7 @@ def _compile_expression(where: str) -> Callable[..., Any]:
         UsageError: The expression is invalid.
     """
     try:
-        return _environment().compile_expression(where)
+        return _environment().compile_expression(where, undefined_to_none=False)
     except jinja2.TemplateSyntaxError as error:
         hint = "e.g. lang == 'en' and messages | length > 2"
         raise UsageError("where", f"where={where!r} is not a valid expression: {error.message}", hint=hint) from None

@@ -160,8 +160,13 @@ def _check_preference(name: str, value: Any, where: str) -> None:
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
     if is_false and not is_class:
         message = f"is {describe_value(value)}, which marks the answer as undesirable (KTO data)"
-        hint = f"to keep only rows with a true value, pass where='{name}'; or remove the field"
+        hint = _leave_out_hint(name, value)
         raise BadRow("row_not_trained", message, field=where, hint=hint)
+
+
+def _leave_out_hint(name: str, value: Any) -> str:
+    """Return how to leave out the rows that have a value in a column. Rows without the column are kept."""
+    return f'to leave out these rows, pass where="{name} | default(1) != {value!r}"; or remove the field'
 
 
 def _read_row_flag(value: Any, where: str) -> bool:
@@ -173,7 +178,7 @@ def _read_row_flag(value: Any, where: str) -> bool:
     flag = read_flag(value, where) if isinstance(value, str | int | float) else None
     if flag is False:
         message = f"is {describe_value(value)}, which excludes the row from training"
-        hint = f"to keep only rows with a true or non-zero value, pass where='{where}'"
+        hint = _leave_out_hint(where, value)
         raise BadRow("row_not_trained", message, field=where, hint=hint)
     return flag is True
 

@@ -64,6 +64,12 @@ def test_build_with_a_damaged_report_is_replaced(options, tokenizer_dir, tmp_pat
     assert len(build()["train"]) == 1
 
 
+def test_only_a_larger_max_length_helps_if_no_answer_begins_within_it(tokenizer_dir):
+    rows = [{"question": "word " * 100, "answer": "4"}, {"question": "2+2?", "answer": "4"}]
+    report = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate").report
+    assert "1 row longer than max_length (raise max_length)" in str(report)
+
+
 def test_selected_rows_are_counted(tokenizer_dir, tmp_path):
     """Weights and deduplication change which built rows are trained; the report says how many."""
     rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(10)]
@@ -87,6 +93,9 @@ def test_rows_without_a_column_of_where_are_noted(tokenizer_dir, tmp_path):
     where = "lang == 'en' or langg == 'de'"
     report = write_build(path, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml", where=where)
     assert "rows excluded because they lack a column that where= uses: langg (2 rows)" in report.notes
+    marked = [{**rows[0], "keep": 1}, *rows]
+    report = write_build(marked, tokenizer_dir("tiny_bpe"), tmp_path / "bare", template="chatml", where="keep")
+    assert "rows excluded because they lack a column that where= uses: keep (3 rows)" in report.notes
     path.write_text('{"question": "x"\n' * 2 + "".join(json.dumps(row) + "\n" for row in rows))
     options = {"where": "langg == 'de'", "on_bad_rows": "quarantine", "max_rejects": 1, "template": "chatml"}
     with pytest.raises(TooManyRejects, match=r"(?s)2 rows: .* at the end of the line.*no row has the column 'langg'"):

@@ -262,7 +262,7 @@ def test_export_of_an_older_version_is_written_again(builds, tmp_path, monkeypat
 
 
 def test_reported_lengths_and_paths(builds, tmp_path):
-    """The settings contain the longest row, and a path with characters that YAML would interpret."""
+    """The settings contain the length of rows or the option `max_length`, and a path with characters that YAML would interpret."""
     folder = tmp_path / "a: b #c"
     report = export(builds["packed"], "llamafactory", folder)
     settings = parse_yaml((folder / "llamafactory.yaml").read_text())
@@ -273,7 +273,10 @@ def test_reported_lengths_and_paths(builds, tmp_path):
     export(builds["packed"], "axolotl", tmp_path / "x: y #z")
     settings = parse_yaml((tmp_path / "x: y #z" / "axolotl.yaml").read_text())
     assert settings["datasets"] == [{"path": f"{tmp_path}/x: y #z/train", "type": None}]
-    longest = max(len(ids) for split in ("train", "test") for ids, _ in read_documents(builds["packed"], split))
+    assert settings["sequence_len"] == 512
+    export(builds["unpacked"], "axolotl", tmp_path / "unpacked")
+    settings = parse_yaml((tmp_path / "unpacked" / "axolotl.yaml").read_text())
+    longest = max(len(ids) for split in ("train", "test") for ids, _ in read_documents(builds["unpacked"], split))
     assert settings["sequence_len"] == longest
 
 

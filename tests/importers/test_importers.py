@@ -78,7 +78,7 @@ def test_axolotl_configuration_is_imported(tmp_path):
         16,
         "all-linear",
     )
-    assert (config.test_size, config.seed, config.on_bad_rows) == (0.1, 7, "quarantine")
+    assert (config.test_size, config.seed, config.on_bad_rows, config.max_rejects) == (0.1, 7, "error", None)
     assert config.data == [{"path": "data.jsonl"}]
     assert config.attn_implementation == "flash_attention_2"
     assert config.train == {
@@ -87,6 +87,7 @@ def test_axolotl_configuration_is_imported(tmp_path):
         "eval_strategy": "steps", "eval_steps": 1 / 8,
     }  # fmt: skip
     assert any("dataset_prepared_path" in note for note in found.notes)
+    assert "left out, because the default of ftdata is used: bf16: auto" in found.notes
     path = tmp_path / "run.yaml"
     path.write_text(str(found))
     assert load_config(path) == config

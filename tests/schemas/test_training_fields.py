@@ -9,6 +9,7 @@ from schema_helpers import ASSISTANT, USER, convert
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows
+from ftdata.readers.row_filter import RowFilter
 from ftdata.schemas import normalize
 from ftdata.schemas.training_fields import TRAIN_FIELDS, is_mask_name
 from ftdata.types import UNKNOWN_SOURCE, Part, Row
@@ -88,6 +89,10 @@ def test_untrained_rows_are_rejected(shape, name):
         with pytest.raises(BadRow, match="row_not_trained") as caught:
             convert({**ROWS[shape], name: value})
         assert caught.value.field == name
+        where = caught.value.hint.partition('"')[2].partition('"')[0]
+        rows = [{name: value}, {name: True}, {}]
+        kept = RowFilter(where=where).filter_rows(Row(row, UNKNOWN_SOURCE) for row in rows)
+        assert [row.data for row in kept] == rows[1:]
     for value in (*ON, "1", "true", None, ""):
         assert convert({**ROWS[shape], name: value}).messages == convert(ROWS[shape]).messages
     with pytest.raises(BadRow, match="weight_value"):
