@@ -78,10 +78,12 @@ def main(out):
         given = ("data.json", "MODEL", "chatml.jinja")
         options = {"max_length": 96, "overlong": "truncate"}
         seen = preview(*given, n=1)
-        odd = preview(*given, odd=True, **options)
+        outliers = preview(*given, outliers=True, **options)
         terminal(out / "preview.svg", "ftdata preview data.json -t MODEL -n 1", seen.print)
         terminal(
-            out / "odd.svg", "ftdata preview data.json -t MODEL --odd --max-length 96 --overlong truncate", odd.print
+            out / "outliers.svg",
+            "ftdata preview data.json -t MODEL --outliers --max-length 96 --overlong truncate",
+            outliers.print,
         )
         found = audit(*given)
         terminal(out / "audit.svg", "ftdata audit data.json -t MODEL", found.print)

@@ -32,15 +32,15 @@ def preview(
     *,
     n: Annotated[
         int | None,
-        typer.Option("-n", help="Number of rows to show (default: 3; with --odd: 1 per kind of outlier)", min=1),
+        typer.Option("-n", help="Number of rows to show (default: 3; with --outliers: 1 per kind of outlier)", min=1),
     ] = None,
     row: Annotated[str | None, typer.Option(help="Show the rows with these indices, e.g. 7 or 3,8-11")] = None,
     id_: Annotated[
         str | None, typer.Option("--id", help="Show the rows whose id, uuid or similar column has this value")
     ] = None,
     grep: Annotated[str | None, typer.Option(help="Show rows with text that matches this regular expression")] = None,
-    odd: Annotated[
-        bool, typer.Option("--odd", help="Show outliers, such as very long, duplicate and rejected rows")
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Show outliers, such as very long, duplicate and rejected rows")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report to this file")] = None,
     pager: Pager = True,
@@ -52,12 +52,12 @@ def preview(
 
     from_command_line = options.get("packing") is not None
     request = read_request([data], tokenizer, options)
-    is_overview = html is not None and not odd and row is id_ is grep is None
+    is_overview = html is not None and not outliers and row is id_ is grep is None
     if not is_overview and not from_command_line:
         # The packing of a configuration applies to an overview page, not to selected rows.
         options["packing"] = None
-    selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "odd": odd}
-    with progress_bar() if odd or html else nullcontext() as progress:
+    selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "outliers": outliers}
+    with progress_bar() if outliers or html else nullcontext() as progress:
         result = preview_rows(request.sources, request.tokenizer, **selection, **options, html=html, progress=progress)
     if html and not as_json:
         write_stdout(f"{html}: {count_noun(len(result.rows), 'row')}, {html.stat().st_size:,} bytes")

@@ -90,7 +90,7 @@ def preview(
     row: int | Iterable[int] | None = None,
     id: str | int | None = None,  # noqa: A002  (the name of the column)
     grep: str | None = None,
-    odd: bool = False,
+    outliers: bool = False,
     packing: str | None = None,
     where: str | None = None,
     limit: int | None = None,
@@ -101,24 +101,24 @@ def preview(
 ) -> Preview:
     """Show rows with the tokens and labels that training would use. No build is created.
 
-    Only the rows that are shown are read; `odd` and an HTML overview read all rows.
+    Only the rows that are shown are read; `outliers` and an HTML overview read all rows.
 
     Args:
         data: As for `build_sft_dataset`, as are all options that are not listed here. Or the folder of a build: then
             the stored tokens and labels are shown, and recipe options are invalid.
         tokenizer: `None` shows the text and its trained spans, without tokens.
         template: The default without a tokenizer is `chatml`.
-        n: Number of rows to show (3). With `odd`: the number of each kind (1).
+        n: Number of rows to show (3). With `outliers`: the number of each kind (1).
         row: Show the rows with these numbers, from 0.
         id: Show the rows with this `id` (or `uuid`, `conversation_id`, ...).
         grep: Show the rows with text that matches this regular expression.
-        odd: Show the outliers: the longest, shortest and least trained rows, rows without a stop token, with control
+        outliers: Show the longest, shortest and least trained rows, and rows without a stop token, with control
             tokens in the text, truncated, rewritten or not fully printed by the template, duplicates, rejected rows.
         packing: With `html`: show the packed sequences that a build would have.
         html: Write a self-contained HTML page to this file. Unless you select rows, the page is an overview of all
             data: the first `n` rows (100), the outliers, a histogram of lengths, the effect of `max_length`, packed
             sequences, and rejected rows.
-        progress: With `odd` or `html`: called with a `ProgressUpdate` after each batch of rows.
+        progress: With `outliers` or `html`: called with a `ProgressUpdate` after each batch of rows.
 
     Returns:
         The rows. Use `.print(console)` for styled output, `str` for plain text, and `.as_dict()` for JSON.
@@ -142,7 +142,9 @@ def preview(
     <BLANKLINE>
     """
     options = select_options(locals(), "task", "rows")
-    selection = RowSelection(n, _row_numbers(row), None if id is None else str(id), grep, odd, is_page=html is not None)
+    selection = RowSelection(
+        n, _row_numbers(row), None if id is None else str(id), grep, outliers, is_page=html is not None
+    )
     if tokenizer is None and stored_builds.find_build_folder(data) is None:
         page = _make_text_page(
             data, template, Options(**options), selection, RowFilter(where, limit), date, template_kwargs, packing
@@ -155,7 +157,7 @@ def preview(
     if html is not None and not selection.is_explicit:
         page = make_overview(target, n, packing, progress)
     else:
-        if odd:
+        if outliers:
             rows = _view_outliers(target, selection.limit, progress)
         elif target.folder is not None:
             rows = _view_documents(target, selection)
@@ -175,7 +177,7 @@ class RowSelection:
         numbers: Row numbers.
         id: The id of a row.
         grep: A regular expression.
-        odd: Whether outliers are selected.
+        outliers: Whether outliers are selected.
         is_page: Whether the rows are shown on an HTML page, which has room for more rows.
 
     Raises:
@@ -186,11 +188,11 @@ class RowSelection:
     numbers: frozenset[int] | None = None
     id: str | None = None
     grep: str | None = None
-    odd: bool = False
+    outliers: bool = False
     is_page: bool = False
 
     def __post_init__(self) -> None:
-        options = [name for name in ("numbers", "id", "grep", "odd") if getattr(self, name) not in (None, False)]
+        options = [name for name in ("numbers", "id", "grep", "outliers") if getattr(self, name) not in (None, False)]
         options += ["n"] if self.numbers is not None and self.n is not None else []
         if len(options) > 1:
             names = " and ".join("row" if name == "numbers" else name for name in options)
@@ -207,12 +209,12 @@ class RowSelection:
     @property
     def is_explicit(self) -> bool:
         """Whether the options select specific rows instead of the first rows."""
-        return self.numbers is not None or self.id is not None or self.grep is not None or self.odd
+        return self.numbers is not None or self.id is not None or self.grep is not None or self.outliers
 
     @property
     def limit(self) -> int:
         """The maximum number of rows to show. If outliers are selected, it is the maximum for each kind of outlier."""
-        return self.n if self.n is not None else 1 if self.odd else DEFAULT_ROWS if self.is_page else 3
+        return self.n if self.n is not None else 1 if self.outliers else DEFAULT_ROWS if self.is_page else 3
 
     def select(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
         """Yield the selected rows, and stop reading after the last selected row."""
@@ -286,7 +288,7 @@ def _make_text_page(
 ) -> HtmlPage:
     """Create a page that shows rows as text instead of tokens, because no tokenizer was passed."""
     token_options = {
-        "odd": selection.odd,
+        "outliers": selection.outliers,
         "max_length": options.max_length,
         "reject_flags": options.reject_flags,
         "packing": packing,

@@ -62,7 +62,7 @@ FLAGS = {
     "message_truncated": Flag(
         "warning",
         "the template prints only part of a message",
-        "run `ftdata preview --odd` to see the missing text, and use a template that prints it",
+        "run `ftdata preview --outliers` to see the missing text, and use a template that prints it",
         _NOT_PRINTED,
         (_ALL_PRINTED,),
     ),

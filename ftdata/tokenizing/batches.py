@@ -169,7 +169,7 @@ class RenderedBatch:
 
     @cached_property
     def spans(self) -> tuple[Spans, ...]:
-        """The spans of each text. A span is a range of text with the same source."""
+        """The spans of each text: ranges of characters that come from the same field or from the template."""
         return tuple([spans if type(spans := text.spans) is Spans else Spans.from_spans(spans) for text in self.texts])
 
     @property

@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from laws import often
 from tokenizer_makers import tiny_bpe
 
-from ftdata import build_sft_dataset, verify
+from ftdata import build_sft_dataset
 from ftdata.build.store import read_manifest, verify_files
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError
 from ftdata.pipeline import render_rows
@@ -382,23 +381,6 @@ def test_folders_with_foreign_files_are_not_replaced(tiny, tmp_path):
         with pytest.raises(UsageError, match="target_exists.*choose another output folder"):
             build_sft_dataset(ROWS, tiny, output_dir=folder)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("manifest", [None, "{"])
-def test_build_without_a_readable_manifest_can_be_removed_and_built_again(tiny, tmp_path, manifest):
-    out = tmp_path / "out"
-    build_sft_dataset(ROWS, tiny, output_dir=out)
-    (out / "manifest.json").unlink() if manifest is None else (out / "manifest.json").write_text(manifest)
-    with pytest.raises(UsageError, match=f"contains a damaged build.*remove {out}, then build again"):
-        build_sft_dataset(ROWS, tiny, output_dir=out, overwrite=True)
-    shutil.rmtree(out)
-    assert len(build_sft_dataset(ROWS, tiny, output_dir=out)["train"])
-
-
-def test_similar_name_is_suggested_for_a_missing_build(tiny, tmp_path):
-    build_sft_dataset(ROWS, tiny, output_dir=tmp_path / "built")
-    with pytest.raises(InputRefused, match="it does not exist.*did you mean 'built'?"):
-        verify(tmp_path / "buil")
 
 
 def test_symlink_to_the_output_folder_is_followed(tiny, tmp_path):

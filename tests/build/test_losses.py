@@ -1,11 +1,12 @@
 """Builds are not replaced, and rows are not lost, without a word."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
 
-from ftdata import build_sft_dataset
+from ftdata import build_sft_dataset, verify
 from ftdata.build.dataset import write_build
 from ftdata.errors import InputRefused, TooManyRejects, UsageError
 
@@ -68,6 +69,24 @@ def test_only_a_larger_max_length_helps_if_no_answer_begins_within_it(tokenizer_
     rows = [{"question": "word " * 100, "answer": "4"}, {"question": "2+2?", "answer": "4"}]
     report = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate").report
     assert "1 row longer than max_length (raise max_length)" in str(report)
+
+
+@pytest.mark.parametrize("manifest", [None, "{"])
+def test_build_without_a_readable_manifest_can_be_removed_and_built_again(tokenizer_dir, tmp_path, manifest):
+    out, rows = tmp_path / "out", [{"question": "2+2?", "answer": "4"}]
+    build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), output_dir=out)
+    (out / "manifest.json").unlink() if manifest is None else (out / "manifest.json").write_text(manifest)
+    with pytest.raises(UsageError, match=f"contains a damaged build.*remove {out}, then build again"):
+        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), output_dir=out, overwrite=True)
+    shutil.rmtree(out)
+    assert len(build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), output_dir=out)["train"])
+
+
+def test_similar_name_is_suggested_for_a_missing_build(tokenizer_dir, tmp_path):
+    rows = [{"question": "2+2?", "answer": "4"}]
+    build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built")
+    with pytest.raises(InputRefused, match="it does not exist.*did you mean 'built'?"):
+        verify(tmp_path / "buil")
 
 
 def test_selected_rows_are_counted(tokenizer_dir, tmp_path):

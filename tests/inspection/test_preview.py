@@ -99,7 +99,7 @@ def test_outliers_have_reasons(tokenizer_dir):
         talk("empty", " "),
         {"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]},
     ]
-    shown = preview(given_rows, tokenizer_dir("tiny_bpe"), odd=True)
+    shown = preview(given_rows, tokenizer_dir("tiny_bpe"), outliers=True)
     why = {one.source.row: one.why for one in shown.rows}
     assert why[51] == ("longest",)
     assert "least trained" in why[52]
@@ -111,7 +111,7 @@ def test_outliers_have_reasons(tokenizer_dir):
     (lost,) = next(one.lost for one in shown.rows if one.source.row == 56)
     assert lost == ("messages[1].reasoning_content", "a thought")
     assert "not printed by the template: messages[1].reasoning_content: a thought" in str(shown)
-    more = preview(given_rows, tokenizer_dir("tiny_bpe"), odd=True, n=3)
+    more = preview(given_rows, tokenizer_dir("tiny_bpe"), outliers=True, n=3)
     assert sum("longest" in one.why for one in more.rows) == 3
 
 
@@ -202,7 +202,7 @@ def test_preview_of_a_build_shows_its_tokens_and_labels(tokenizer_dir, tmp_path)
         shown.rows[5].source,
     ]
     assert len(preview(tmp_path / "built", grep="question 7").rows) == 1
-    assert any("longest" in one.why for one in preview(tmp_path / "built", odd=True).rows)
+    assert any("longest" in one.why for one in preview(tmp_path / "built", outliers=True).rows)
 
 
 def test_build_options_are_refused_for_a_build(tokenizer_dir, tmp_path):
@@ -349,7 +349,7 @@ def test_control_tokens_in_row_text_are_plain_text_without_a_tokenizer():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_length": 9}, {"reject_flags": ["no_trained_stop"]}, {"packing": "bfd"}, {"odd": True}]
+    "options", [{"max_length": 9}, {"reject_flags": ["no_trained_stop"]}, {"packing": "bfd"}, {"outliers": True}]
 )
 def test_token_options_need_a_tokenizer(options):
     with pytest.raises(UsageError, match="needs a tokenizer, but no tokenizer was passed"):
@@ -437,7 +437,7 @@ def test_missing_text_is_searched_in_its_own_message(tokenizer_dir):
 def test_examples_of_one_row_are_distinguished_in_a_build(tokenizer_dir, tmp_path):
     options = {"turns": "split", "packing": "bfd", "max_length": 300}
     build_sft_dataset([LONG, *ROWS[:2]], tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built", **options)
-    why = {one.number: (len(one.examples[0]), one.why) for one in preview(tmp_path / "built", odd=True).rows}
+    why = {one.number: (len(one.examples[0]), one.why) for one in preview(tmp_path / "built", outliers=True).rows}
     every = [len(one.examples[0]) for one in preview(tmp_path / "built", n=99).rows]
     assert [length for length, kinds in why.values() if "longest" in kinds] == [max(every)]
     assert [length for length, kinds in why.values() if "shortest" in kinds] == [min(every)]

@@ -63,7 +63,7 @@ _MIN_TRAINED_SHARE, _LONG_ROW = 0.005, 400
     "label_share",
     "note",
     "almost none of a long row is trained, or all of a pretokenized row is trained",
-    "run `ftdata preview --odd`: a short answer to a long text can be intended, a missing answer is an error",
+    "run `ftdata preview --outliers`: a short answer to a long text can be intended, a missing answer is an error",
 )
 def _check_label_share(row: CheckedRow) -> Iterator[str]:
     token_count = sum(len(example) for example in row.examples)
