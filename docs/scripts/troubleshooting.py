@@ -26,8 +26,8 @@ SECTIONS = (
     (
         "Rows are rejected",
         "`ftdata preview FILE --outliers -t MODEL` shows outliers, and one rejected row for each error code. To "
-        "continue without the rejected rows, set `--on-bad-rows quarantine`; `--max-rejects` limits their number. See [invalid "
-        "rows](howto/bad-rows.md).",
+        "continue without the rejected rows, set `--on-bad-rows quarantine`; `--max-rejects` limits their number. See "
+        "[invalid rows](howto/bad-rows.md).",
         ("unknown_schema", "ambiguous_schema", "no_answer", "empty_answer", "no_labels", "overlong", "nothing_trained",
          "message_dropped", "template_raises", "content_type", "row_not_trained", "part_mask"),
     ),
