@@ -152,7 +152,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     quantization: str | dict[str, Any] | None = None
     """`nf4` (QLoRA, Dettmers et al. 2023), `fp4`, `int8`, or fields of `BitsAndBytesConfig`; `None` for none."""
     train: dict[str, Any] = {}
-    """Fields of TRL's `SFTConfig`."""
+    """Fields of TRL's `SFTConfig`, or of `DPOConfig` for preference pairs."""
     early_stopping: int | None = None
     """Stop after this many evaluations without a lower loss; the best model is kept."""
     samples: int | list[str] = 3

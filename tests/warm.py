@@ -25,7 +25,7 @@ LIGHT = (
 HUB = (*LIGHT, "datasets", "huggingface_hub.hf_api", "huggingface_hub.hf_file_system", "ftdata.readers.remote_files")
 TRAINING = (
     *HUB, "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.pyplot",
-    "sacrebleu", "sacrebleu.tokenizers.tokenizer_13a", "transformers.models.llama.modeling_llama", "ftdata.train.runs.sft",
+    "sacrebleu", "sacrebleu.tokenizers.tokenizer_13a", "transformers.models.llama.modeling_llama", "ftdata.train.runs.train_model",
     "ftdata.train.inference.chat", "ftdata.train.inference.evaluation", "ftdata.train.inference.merge_adapter",
 )  # fmt: skip
 

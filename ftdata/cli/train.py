@@ -70,7 +70,19 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 @add_options(
-    *("template", "schema", "columns", "train_on", "turns", "max_length", "overlong", "packing", "test_size", "limit"),
+    *(
+        "task",
+        "template",
+        "schema",
+        "columns",
+        "train_on",
+        "turns",
+        "max_length",
+        "overlong",
+        "packing",
+        "test_size",
+        "limit",
+    ),
     *("on_bad_rows", "max_rejects"),
 )
 def train(

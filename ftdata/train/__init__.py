@@ -1,4 +1,4 @@
-"""Train models with TRL's `SFTTrainer`, then compare, prompt or merge the trained models.
+"""Train models with TRL's `SFTTrainer` or `DPOTrainer`, then compare, prompt or merge the trained models.
 
 Only this package uses torch, transformers, trl, peft and bitsandbytes. It imports them when a function is called,
 not when the package is imported. An example with a model that is created on the spot:
@@ -43,6 +43,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from ftdata.build.remote import find_build
 from ftdata.build.store import read_manifest
@@ -92,7 +94,8 @@ def run(
         model: folder or Hub id of the base model.
         output_dir: folder for the run: checkpoints, the model, `config.yaml`, `run.json`, the loss as an image and as
             numbers, `samples.jsonl`.
-        settings: fields of TRL's `SFTConfig`, as a mapping or as `["learning_rate=1e-4", "lora.r=8"]`.
+        settings: fields of TRL's `SFTConfig`, or of `DPOConfig` for preference pairs, as a mapping or as
+            `["learning_rate=1e-4", "lora.r=8"]`.
         resume: whether to resume from the last intact checkpoint in `output_dir`.
         overrides: further fields of `Config`.
 
@@ -109,10 +112,10 @@ def run(
     _check_installed()
     config, build = _resolve(source, model, output_dir, _merge_settings(overrides, settings), resume=resume)
     _silence_libraries()
-    from ftdata.train.runs import sft
+    from ftdata.train.runs import train_model
 
     notes = tuple(_describe_redacted_settings(source, config, resume=resume))
-    return sft.train_sft(config, build, resume=resume, notes=notes)
+    return train_model.train_model(config, build, resume=resume, notes=notes)
 
 
 def dry_run(
@@ -144,9 +147,9 @@ def dry_run(
     _check_installed()
     config, build = _resolve(source, model, output_dir, _merge_settings(overrides, settings))
     _silence_libraries()
-    from ftdata.train.runs import sft
+    from ftdata.train.runs import train_model
 
-    return sft.estimate_sft(config, build)
+    return train_model.estimate_training(config, build)
 
 
 def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options: Any) -> Comparison:
@@ -323,6 +326,21 @@ def _resolve(
     resume: bool = False,
 ) -> tuple[Config, Path | None]:
     """Return the configuration of a run, and the folder of its build. The folder is `None` if no build exists yet."""
+    config, build = _find_config_and_build(source, model, output_dir, overrides, resume=resume)
+    if build is not None:
+        # A finished build determines its task.
+        config = structs.replace(config, task=read_manifest(build)["options"].get("task", "sft"))
+    return config, build
+
+
+def _find_config_and_build(
+    source: str | Path,
+    model: str | None,
+    output_dir: str | Path | None,
+    overrides: dict[str, Any],
+    *,
+    resume: bool = False,
+) -> tuple[Config, Path | None]:
     is_path = isinstance(source, str | Path)
     path = Path(source if is_path else "")
     if (rank := overrides.pop("lora_r", None)) is not None:

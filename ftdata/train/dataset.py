@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,39 @@ class TrainingData:
     splits: datasets.DatasetDict
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether each row is a preference pair."""
+        return has_pairs(self.splits["train"])
+
+    @property
     def is_packed(self) -> bool:
         """Whether any row is a packed sequence that contains several examples."""
-        return any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values())
+        return not self.has_pairs and any(
+            _largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values()
+        )
 
     @property
     def longest_document(self) -> int:
-        """Number of tokens of the longest example."""
+        """Number of tokens of the longest example, or of the longest side of a pair with its prompt."""
+        if self.has_pairs:
+            return max(int(_longest_sides(batch).max()) for batch in self._batches())
         return max(_largest(split, "seq_lengths", pc.list_flatten) for split in self.splits.values())
 
     @property
     def vocabulary_size(self) -> int:
         """Number of embeddings that the data requires: the largest token id plus one."""
-        return 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in self.splits.values())
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids") if self.has_pairs else ("input_ids",)
+        return 1 + max(_largest(split, name, pc.list_flatten) for split in self.splits.values() for name in columns)
+
+    @property
+    def first_document(self) -> list[int]:
+        """The token ids of the first row of the train split. For a pair: the prompt and the chosen answer."""
+        row: dict[str, list[int]] = self.splits["train"][0]
+        return row["prompt_ids"] + row["chosen_ids"] if self.has_pairs else row["input_ids"]
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        for split in self.splits.values():
+            yield from split.data.to_batches()
 
     def find_stop_tokens(self, tokenizer: str) -> list[int]:
         """Return the ids of the control tokens, such as `<|im_end|>`, at the end of trained turns.
@@ -53,10 +73,16 @@ class TrainingData:
         loaded = load_tokenizer(tokenizer)
         template = self.manifest["options"]["template"]["source"] + (loaded.chat_template or "")
         last_tokens: NDArray[np.int64] = np.empty(0, np.int64)
+        ids_column, labels_column = ("chosen_ids", "chosen_labels") if self.has_pairs else ("input_ids", "labels")
         for batch in self.splits["train"].data.to_batches():
-            lengths, ids, labels = (
+            ids, labels = (
                 pc.list_flatten(batch.column(name)).to_numpy(zero_copy_only=False)
-                for name in ("seq_lengths", "input_ids", "labels")
+                for name in (ids_column, labels_column)
+            )
+            lengths = (
+                list_lengths(batch, ids_column)
+                if self.has_pairs
+                else pc.list_flatten(batch.column("seq_lengths")).to_numpy(zero_copy_only=False)
             )
             trained = labels != IGNORE_INDEX
             is_next_trained = np.append(trained[1:], False)
@@ -73,9 +99,6 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
         UsageError: the build has no split for training, or several.
     """
     manifest = read_manifest(build)
-    if manifest["options"].get("task") == "preference":
-        problem = f"{build} contains preference pairs, but training supports only supervised fine-tuning"
-        raise UsageError("task", problem, hint="train with TRL's DPOTrainer, or build again with task='sft'")
     check_intact(build)
     expected = manifest["options"]["tokenizer"]
     if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
@@ -88,7 +111,7 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
     """Select the splits for training and evaluation from a build. Return them under the names `train` and `test`.
 
-    Data sets use different split names, such as `train_sft` or `validation`. The evaluation uses a test split, or
+    Data sets use different split names, such as `train_model` or `validation`. The evaluation uses a test split, or
     else a validation split.
 
     Raises:
@@ -108,6 +131,22 @@ def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
     if "train" not in splits:
         raise UsageError("splits", f"none of the splits is a train split: {', '.join(build)}", hint=hint)
     return datasets.DatasetDict(splits)
+
+
+def has_pairs(split: datasets.Dataset) -> bool:
+    """Return whether the rows of a split are preference pairs."""
+    return "chosen_ids" in split.column_names
+
+
+def list_lengths(batch: pa.RecordBatch, column: str) -> NDArray[np.int64]:
+    """Return the length of each list in a column (int64 `[rows]`)."""
+    lengths: NDArray[Any] = pc.list_value_length(batch.column(column)).to_numpy(zero_copy_only=False)
+    return lengths.astype(np.int64)
+
+
+def _longest_sides(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    prompt, chosen, rejected = (list_lengths(batch, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
+    return np.asarray(prompt + np.maximum(chosen, rejected))
 
 
 def _largest(split: datasets.Dataset, column: str, compute: Any) -> int:

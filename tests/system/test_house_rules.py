@@ -28,7 +28,7 @@ ALLOWED = {
     ("registry.py", "exec_module"): "a plug-in file that the user names on the command line",
     ("templates/sandbox/environment.py", "exec"): "what Jinja's sandbox generated, as Jinja itself runs it",
     ("templates/worker/process.py", "subprocess"): "our own interpreter, with a list of arguments",
-    ("train/runs/sft.py", "pickle"): "the name of the error by which torch refuses one",
+    ("train/runs/train_model.py", "pickle"): "the name of the error by which torch refuses one",
 }
 
 

@@ -42,8 +42,15 @@ def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
 
 
 def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each example in a split, also inside packed sequences."""
+    """Yield the token ids and labels of each example in a split, also inside packed sequences.
+
+    For a preference pair, yield the prompt and the chosen answer.
+    """
     for row in split:
+        if "chosen_ids" in row:
+            prompt = row["prompt_ids"]
+            yield prompt + row["chosen_ids"], [IGNORE_INDEX] * len(prompt) + row["chosen_labels"]
+            continue
         start = 0
         for length in row["seq_lengths"]:
             yield row["input_ids"][start : start + length], row["labels"][start : start + length]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError, count_noun, describe_exception
+from ftdata.train.dataset import has_pairs, list_lengths
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
 from ftdata.train.model.load import weights_dtype
@@ -46,13 +47,15 @@ class SplitCounts:
         lengths: number of tokens of each row.
         tokens: number of all tokens.
         trained: number of trained tokens.
-        documents: number of documents.
+        documents: number of documents, or of preference pairs.
+        has_pairs: whether the rows are preference pairs, which need a reference model.
     """
 
     lengths: NDArray[np.int64]
     tokens: int
     trained: int
     documents: int
+    has_pairs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +156,21 @@ def check_adapter(config: Config, model_config: Any) -> None:
 
 
 def count_split(split: Any) -> SplitCounts:
-    """Count the rows, tokens and documents of a split. Read the split in chunks to save memory."""
+    """Count the rows, tokens and documents of a split. Read the split in chunks to save memory.
+
+    The prompt of a preference pair is counted twice, because it precedes both sides.
+    """
+    is_paired = has_pairs(split)
+    ids = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids") if is_paired else ("input_ids",)
     lengths, trained, documents = [np.empty(0, np.int64)], 0, 0
     for batch in split.data.to_batches():
-        lengths.append(pc.list_value_length(batch.column("input_ids")).to_numpy(zero_copy_only=False).astype(np.int64))
-        labels = pc.list_flatten(batch.column("labels"))
-        trained += pc.sum(pc.not_equal(labels, pa.scalar(IGNORE_INDEX, labels.type))).as_py() or 0
-        documents += pc.sum(pc.list_value_length(batch.column("seq_lengths"))).as_py() or 0
+        lengths.append(np.sum([list_lengths(batch, name) for name in ids], axis=0))
+        for name in ("chosen_labels", "rejected_labels") if is_paired else ("labels",):
+            labels = pc.list_flatten(batch.column(name))
+            trained += pc.sum(pc.not_equal(labels, pa.scalar(IGNORE_INDEX, labels.type))).as_py() or 0
+        documents += len(batch) if is_paired else int(list_lengths(batch, "seq_lengths").sum())
     joined = np.concatenate(lengths)
-    return SplitCounts(joined, int(joined.sum()), trained, documents)
+    return SplitCounts(joined, int(joined.sum()), trained, documents, is_paired)
 
 
 def estimate_run(
@@ -212,6 +221,10 @@ def estimate_run(
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
+    if rows.has_pairs and not arguments.precompute_ref_log_probs:
+        # The reference model also has a forward pass. With an adapter, it is the model without the adapter.
+        shares += 2
+        weights *= 1 if lora is not None else 2
     evaluation_flops = flops_per_token * test_tokens * count_evaluations(steps, len(rows.lengths), arguments)
     flops_per_second = device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION * device.process_count()
     state = OPTIMIZER_BYTES.get(str(getattr(arguments.optim, "value", arguments.optim)), 8)

@@ -68,8 +68,13 @@ class TrainingProgressCallback(TrainerCallback):
             self._status["loss"] = f"loss {loss:.4f}"
             self._update_speed(logs)
         if "eval_loss" in logs:
-            status = f"eval_loss {logs['eval_loss']:.4f}  perplexity {math.exp(min(logs['eval_loss'], 700)):.3f}"
-            self._status["eval"] = status
+            accuracy = logs.get("eval_rewards/accuracies")
+            measure = (
+                f"perplexity {math.exp(min(logs['eval_loss'], 700)):.3f}"
+                if accuracy is None
+                else f"reward accuracy {accuracy:.1%}"
+            )
+            self._status["eval"] = f"eval_loss {logs['eval_loss']:.4f}  {measure}"
             # The time for an evaluation does not count toward the training speed.
             self._last_log_time = time.perf_counter()
         self._bar.update(self._task, status="  ".join(self._status.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ftdata.train.model import device
 from ftdata.train.model.estimate import Estimate
 from ftdata.train.model.load import load_model_config, wants_adapter, weights_dtype
 from ftdata.train.runs.model_card import render_model_card
+from ftdata.train.runs.pair_trainer import PairTrainer
 from ftdata.train.runs.plots import draw_sparkline, write_loss_plot
 from ftdata.train.runs.trainer import BuildTrainer
 
@@ -25,7 +25,7 @@ _COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the model in memory."""
 
 
-def set_stop_tokens(trainer: BuildTrainer, config: Config, data: TrainingData) -> list[int]:
+def set_stop_tokens(trainer: BuildTrainer | PairTrainer, config: Config, data: TrainingData) -> list[int]:
     """Set the model's stop tokens to the control tokens that end the trained turns. Return the token ids.
 
     The trainer itself sets only the tokenizer's EOS token.
@@ -37,7 +37,12 @@ def set_stop_tokens(trainer: BuildTrainer, config: Config, data: TrainingData) -
 
 
 def finish_run(
-    trainer: BuildTrainer, config: Config, data: TrainingData, run: Path, console: Console, estimate: Estimate
+    trainer: BuildTrainer | PairTrainer,
+    config: Config,
+    data: TrainingData,
+    run: Path,
+    console: Console,
+    estimate: Estimate,
 ) -> Path:
     """Save, evaluate and reload the trained model, and mark the run as finished in `run.json`.
 
@@ -51,7 +56,7 @@ def finish_run(
     if router is not None:
         trainer.model.config.output_router_logits = router
     trainer.save_model(str(run / "model"))
-    loss = trainer.token_loss(trainer.eval_dataset)[0] if trainer.eval_dataset is not None else None
+    scores = trainer.test_scores()
     if not device.is_main_process():
         device.wait_for_processes()
         return run
@@ -75,8 +80,7 @@ def finish_run(
         "best_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
         "stopped_early": config.early_stopping if trainer.state.global_step < trainer.state.max_steps else None,
         "loss": losses,
-        "test_loss": loss,
-        "perplexity": None if loss is None else math.exp(min(loss, 700)),
+        **scores,
         "stops": [tokenizer.id_to_token(id_) for id_ in stop_ids],
         "estimate": estimate.as_dict(),
     }
@@ -91,9 +95,9 @@ def finish_run(
     return run
 
 
-def _read_back(trainer: BuildTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
+def _read_back(trainer: BuildTrainer | PairTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
     """Reload the saved model, and compare its logits with the logits of the model in memory."""
-    ids = data.splits["train"][0]["input_ids"][:_COMPARED_TOKENS]
+    ids = data.first_document[:_COMPARED_TOKENS]
     before = compute_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
     # Two models may not fit into memory together.
     trainer.release()
@@ -104,8 +108,14 @@ def _print_results(console: Console, run: Path, metadata: Mapping[str, Any], sta
     losses = metadata["loss"]
     if losses:
         console.print(f"loss {losses[0]:.3f} {draw_sparkline(losses)} {losses[-1]:.3f}", highlight=False)
-    if metadata["perplexity"] is not None:
+    if metadata.get("perplexity") is not None:
         console.print(f"perplexity {metadata['perplexity']:.3f} per trained token of the test split", highlight=False)
+    if metadata.get("reward_accuracy") is not None:
+        share, margin = metadata["reward_accuracy"], metadata["reward_margin"]
+        line = (
+            f"test split: the chosen answer has the higher reward in {share:.1%} of the pairs; mean margin {margin:.3f}"
+        )
+        console.print(line, highlight=False, soft_wrap=True)
     if metadata["best_step"] is not None and metadata["best_step"] != metadata["steps"]:
         console.print(f"best model: step {metadata['best_step']} of {metadata['steps']}", highlight=False)
     message = f"{status}: {run / 'model'}; loss plot: {run / 'loss.png'}"

@@ -27,8 +27,9 @@ def render_model_card(config: Config, metadata: Mapping[str, Any], manifest: Map
     facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(config, metadata, manifest))
     config_yaml = to_yaml(config, redacted=True)
     results = "".join(f"| {name} | {value} |\n" for name, value in _results(metadata))
+    method = "sft" if config.task == "sft" else "dpo"
     return (
-        f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n- sft\n- ftdata\n---\n\n"
+        f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n- {method}\n- ftdata\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n"
         f"{Path(config.model).name}, fine-tuned by ftdata.\n\n## Data and mask\n\n| | |\n|---|---|\n{facts}\n"
         f"## Results\n\n| | |\n|---|---|\n{results}\n"
@@ -56,8 +57,12 @@ def _results(metadata: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     if metadata["loss"]:
         yield "first and last training loss", f"{metadata['loss'][0]:.4f}, {metadata['loss'][-1]:.4f}"
     if metadata.get("test_loss") is not None:
-        yield "test loss per trained token", f"{metadata['test_loss']:.4f}"
+        yield f"test loss{' per trained token' if metadata.get('perplexity') else ''}", f"{metadata['test_loss']:.4f}"
+    if metadata.get("perplexity") is not None:
         yield "test perplexity", f"{metadata['perplexity']:.3f}"
+    if metadata.get("reward_accuracy") is not None:
+        yield "test reward accuracy", f"{metadata['reward_accuracy']:.1%}"
+        yield "test reward margin", f"{metadata['reward_margin']:.4f}"
 
 
 def _usage(config: Config, *, adapter: bool) -> str:

@@ -1,6 +1,6 @@
-"""A subclass of TRL's trainer with a loss per token, a reproducible row order, and verifiable checkpoints.
+"""Subclasses of TRL's trainers with a reproducible row order, verifiable checkpoints, and exact evaluations.
 
-The subclass writes no model card and sends no telemetry.
+The subclasses write no model card and send no telemetry.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 from trl import SFTTrainer
 
 from ftdata.errors import InputRefused
@@ -30,14 +30,14 @@ _POOL = 50
 """Number of batches whose rows are sorted by length together; a larger pool means less padding and less mixing."""
 
 
-class BuildTrainer(SFTTrainer):
-    """A subclass of `SFTTrainer` that trains on the labels of a build.
+class RunTrainer(Trainer):
+    """The base class of the trainers of ftdata: the order of the rows, and the checkpoints of a run.
 
     Args:
         seal: the identity of the run, which is written to each checkpoint.
         max_checkpoints: number of checkpoints to keep in addition to the best checkpoint; `None` keeps all.
         lengths: number of tokens of each row.
-        arguments: the arguments of `SFTTrainer`.
+        arguments: the arguments of the trainer of TRL.
     """
 
     def __init__(
@@ -52,49 +52,6 @@ class BuildTrainer(SFTTrainer):
         if arguments["args"].world_size > 1:
             arguments["train_dataset"] = add_filler_row(arguments["train_dataset"])
         super().__init__(**arguments)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate the model. Return the mean loss per trained token, the perplexity, and the number of trained tokens.
-
-        The parent class averages over batches instead, which gives more weight to the tokens of short batches.
-        """
-        del ignore_keys
-        started = time.perf_counter()
-        loss, tokens = self.token_loss(eval_dataset if eval_dataset is not None else self.eval_dataset)
-        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
-        self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def token_loss(self, dataset: Any) -> tuple[float, int]:
-        """Return a data set's mean loss per trained token and number of trained tokens. Combine all processes.
-
-        The loss is the plain cross-entropy, even if training uses another loss or adds terms to it.
-        """
-        size, rank, ranks = self.args.eval_batch_size, self.args.process_index, self.args.world_size
-        sums = torch.zeros(2, dtype=torch.float64)
-        model = self.model_wrapped
-        was_training = model.training
-        model.eval()
-        for start in range(0, len(dataset), size * ranks):
-            indices = range(start + rank * size, min(start + (rank + 1) * size, len(dataset)))
-            # Every process must call the model equally often, so a process without rows repeats the first row.
-            batch = self.data_collator([dataset[index] for index in indices or range(1)])
-            with torch.no_grad(), self.compute_loss_context_manager():
-                output = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
-            if indices:
-                sums += torch.stack([-output.log_probs.double().sum(), output.label_mask.double().sum()]).cpu()
-        model.train(was_training)
-        total, count = self.accelerator.reduce(sums.to(self._sum_device()), "sum").tolist()
-        return total / max(count, 1), int(count)
-
-    def _sum_device(self) -> Any:
-        # Metal does not support float64.
-        return "cpu" if self.args.device.type == "mps" else self.args.device
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         del train_dataset
@@ -145,7 +102,15 @@ class BuildTrainer(SFTTrainer):
         The trainer can no longer train, evaluate or save.
         """
         # The callback handler also references these objects, because it passes them to each callback.
-        for name in ("model", "model_wrapped", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
+        for name in (
+            "model",
+            "model_wrapped",
+            "ref_model",
+            "optimizer",
+            "lr_scheduler",
+            "train_dataloader",
+            "eval_dataloader",
+        ):
             for holder in (self, self.callback_handler):
                 if hasattr(holder, name):
                     setattr(holder, name, None)
@@ -169,6 +134,58 @@ class BuildTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+
+class BuildTrainer(RunTrainer, SFTTrainer):
+    """A subclass of `SFTTrainer` that trains on the labels of a build."""
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate the model. Return the mean loss per trained token, the perplexity, and the number of trained tokens.
+
+        The parent class averages over batches instead, which gives more weight to the tokens of short batches.
+        """
+        del ignore_keys
+        started = time.perf_counter()
+        loss, tokens = self.token_loss(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def token_loss(self, dataset: Any) -> tuple[float, int]:
+        """Return a data set's mean loss per trained token and number of trained tokens. Combine all processes.
+
+        The loss is the plain cross-entropy, even if training uses another loss or adds terms to it.
+        """
+        size, rank, ranks = self.args.eval_batch_size, self.args.process_index, self.args.world_size
+        sums = torch.zeros(2, dtype=torch.float64)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        for start in range(0, len(dataset), size * ranks):
+            indices = range(start + rank * size, min(start + (rank + 1) * size, len(dataset)))
+            # Every process must call the model equally often, so a process without rows repeats the first row.
+            batch = self.data_collator([dataset[index] for index in indices or range(1)])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                output = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+            if indices:
+                sums += torch.stack([-output.log_probs.double().sum(), output.label_mask.double().sum()]).cpu()
+        model.train(was_training)
+        total, count = self.accelerator.reduce(sums.to(self._sum_device()), "sum").tolist()
+        return total / max(count, 1), int(count)
+
+    def _sum_device(self) -> Any:
+        # Metal does not support float64.
+        return "cpu" if self.args.device.type == "mps" else self.args.device
+
+    def test_scores(self) -> dict[str, float | None]:
+        """Return the loss per trained token and the perplexity of the test split. Without a split, they are `None`."""
+        loss = self.token_loss(self.eval_dataset)[0] if self.eval_dataset is not None else None
+        return {"test_loss": loss, "perplexity": None if loss is None else math.exp(min(loss, 700))}
 
 
 @dataclass(eq=False)
@@ -225,7 +242,18 @@ class EpochSampler(torch.utils.data.Sampler):
 
 def add_filler_row(rows: Any) -> Any:
     """Append a row without trained tokens to the rows of a data set."""
-    first = rows[0]["input_ids"][:1]
-    filler = {"input_ids": [first * 2], "labels": [[IGNORE_INDEX] * 2], "seq_lengths": [[2]]}
+    row = rows[0]
+    first = (row.get("input_ids") or row["prompt_ids"])[:1]
+    untrained = [[IGNORE_INDEX] * 2]
+    filler = {
+        "input_ids": [first * 2],
+        "labels": untrained,
+        "seq_lengths": [[2]],
+        "prompt_ids": [first],
+        "chosen_ids": [first * 2],
+        "chosen_labels": untrained,
+        "rejected_ids": [first * 2],
+        "rejected_labels": untrained,
+    }
     columns = {name: filler[name] for name in rows.column_names}
     return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(columns, features=rows.features)])

@@ -24,7 +24,7 @@ from ftdata.train.model.adapter import FIXED, check_lora, make_lora_config  # no
 from ftdata.train.model.config_fields import fields_of  # noqa: E402
 from ftdata.train.model.load import count_parameters, load_model  # noqa: E402
 from ftdata.train.model.quantization import bytes_per_weight, quantization_config, quantization_name  # noqa: E402
-from ftdata.train.runs.sft_arguments import check_settings  # noqa: E402
+from ftdata.train.runs.trainer_arguments import check_settings  # noqa: E402
 
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
 REQUIRED = {"data": "d.json", "model": "m", "output_dir": "o"}
@@ -278,7 +278,7 @@ SWITCHES = [name for name, field in fields_of(SFTConfig).items() if field.expect
 
 def test_boolean_settings_accept_only_booleans():
     assert len(SWITCHES) > 40
-    from ftdata.train.runs.sft_arguments import FIXED as HANDED_OVER
+    from ftdata.train.runs.trainer_arguments import FIXED as HANDED_OVER
 
     for name in set(SWITCHES) - HANDED_OVER.keys():
         for wrong in ("maybe", "yes", "no", "on", "true", "", 1, 0, 1.0, [], {}):

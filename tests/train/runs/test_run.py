@@ -25,8 +25,8 @@ from ftdata.train import compare, dry_run, generate, init, run  # noqa: E402
 from ftdata.train.model import estimate as before  # noqa: E402
 from ftdata.train.model.isolation_probe import has_leaking_architecture  # noqa: E402
 from ftdata.train.model.load import load_model  # noqa: E402
-from ftdata.train.runs.sft import make_trainer  # noqa: E402
-from ftdata.train.runs.sft_arguments import make_sft_config  # noqa: E402
+from ftdata.train.runs.train_model import make_trainer  # noqa: E402
+from ftdata.train.runs.trainer_arguments import make_trainer_config  # noqa: E402
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ASKED = ["Write {} as a word.", "Spell {}.", "{}?", "What is {} in words?"]
@@ -442,17 +442,17 @@ def test_sections_and_flat_fields_are_equivalent(tmp_path):
 
 def test_trainer_settings_depend_on_device_and_data(llama, tmp_path):
     config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path)})
-    joined = make_sft_config(config, isolated=True, packed=True, evaluates=False)
-    padded = make_sft_config(config, isolated=False, packed=False, evaluates=True)
+    joined = make_trainer_config(config, isolated=True, packed=True, evaluates=False)
+    padded = make_trainer_config(config, isolated=False, packed=False, evaluates=True)
     assert (joined.padding_free, str(joined.train_sampling_strategy)) == (True, "random")
     assert (padded.padding_free, padded.eval_strategy.value) == (False, "epoch")
     assert "group" in str(padded.train_sampling_strategy)
     assert padded.save_strategy.value == "epoch"
     settings = {"save_steps": 7, "eval_steps": 5}
     steps = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": settings})
-    by_steps = make_sft_config(steps, isolated=False, packed=False, evaluates=True)
+    by_steps = make_trainer_config(steps, isolated=False, packed=False, evaluates=True)
     assert (by_steps.save_strategy.value, by_steps.save_steps) == ("steps", 7)
     assert (by_steps.eval_strategy.value, by_steps.eval_steps) == ("steps", 5)
-    assert make_sft_config(steps, isolated=False, packed=False, evaluates=False).eval_strategy.value == "no"
+    assert make_trainer_config(steps, isolated=False, packed=False, evaluates=False).eval_strategy.value == "no"
     assert joined.max_length is None
     assert (joined.bf16, joined.fp16) == ((True, False) if torch.cuda.is_available() else (False, False))

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 pytestmark = pytest.mark.train
 
 from ftdata.train import _resolve, checkpoints, run  # noqa: E402
-from ftdata.train.runs import sft  # noqa: E402
+from ftdata.train.runs import train_model  # noqa: E402
 
 SECRET = "hf_" + "aB3dE6" * 6
 WEB = "pa55word"
@@ -68,7 +68,9 @@ def test_run_resumes_without_its_token_or_with_a_new_one(finished, monkeypatch):
     assert config.train["max_steps"] == 2
     seen = []
     monkeypatch.setattr(
-        sft, "train_sft", lambda config, build, **how: seen.append((config.train.get("hub_token"), how["notes"]))
+        train_model,
+        "train_model",
+        lambda config, build, **how: seen.append((config.train.get("hub_token"), how["notes"])),
     )
     monkeypatch.delenv("HF_TOKEN", raising=False)
     run(folder, resume=True)

@@ -20,8 +20,8 @@ from ftdata.config import make_config, parse_settings  # noqa: E402
 from ftdata.train import compare, dry_run, run  # noqa: E402
 from ftdata.train.model.isolation_probe import measure_leak  # noqa: E402
 from ftdata.train.model.load import count_parameters, load_model  # noqa: E402
-from ftdata.train.runs.sft import make_trainer  # noqa: E402
-from ftdata.train.runs.sft_arguments import check_first_batch  # noqa: E402
+from ftdata.train.runs.train_model import make_trainer  # noqa: E402
+from ftdata.train.runs.trainer_arguments import check_first_batch  # noqa: E402
 
 ROWS = [
     {"question": f"What is {a}?", "answer": answer}

@@ -1,7 +1,8 @@
-"""Run supervised fine-tuning: build the data, load the model, check the data and the model, train, and save."""
+"""Run a training: build the data, load the model, check the data and the model, train, and save."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -34,11 +35,12 @@ from ftdata.train.model.load import fit_vocabulary, load_model, load_model_confi
 from ftdata.train.model.quantization import quantization_config
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
-from ftdata.train.runs.sft_arguments import check_devices, check_first_batch, check_settings, make_sft_config
+from ftdata.train.runs.pair_trainer import PairCollator, PairTrainer
 from ftdata.train.runs.trainer import BuildTrainer
+from ftdata.train.runs.trainer_arguments import check_devices, check_first_batch, check_settings, make_trainer_config
 
 
-def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
+def train_model(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
     """Train a model, save it, and plot the loss.
 
     Args:
@@ -68,12 +70,12 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
 def _train_in(
     run: Path, config: Config, model_config: Any, build: Path | None, console: Console, *, resume: bool
 ) -> Path:
-    """Train, save and plot in a run directory that this training has locked; see `train_sft`."""
+    """Train, save and plot in a run directory that this training has locked; see `train_model`."""
     before = checkpoints.check_run_folder(run, config, device.process_count(), resume=resume)
     for skipped in before.skipped if before else ():
         console.print(f"skipped {run.name}/{skipped}", style="yellow", highlight=False, markup=False)
     data = open_training_data(build or _build_data(config, run, before, console), str(config.tokenizer))
-    estimate = _estimate(config, model_config, data, isolated=True)
+    estimate = _estimate(config, model_config, data, isolated=not data.has_pairs)
     console.print(str(estimate), highlight=False, markup=False, soft_wrap=True)
     check_memory(estimate)
     if before and before.step > estimate.steps:
@@ -118,7 +120,7 @@ def _train_in(
     return finish_run(trainer, config, data, run, console, estimate)
 
 
-def _train(trainer: BuildTrainer, before: checkpoints.PreviousRun | None) -> None:
+def _train(trainer: BuildTrainer | PairTrainer, before: checkpoints.PreviousRun | None) -> None:
     """Train the model. Report an exception before the end of the first step as an invalid setting.
 
     Raises:
@@ -135,7 +137,7 @@ def _train(trainer: BuildTrainer, before: checkpoints.PreviousRun | None) -> Non
         raise UsageError("train_setting", message, hint="check the fields of train, lora and quantization") from error
 
 
-def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, list[str]]:
+def estimate_training(config: Config, build: Path | None) -> tuple[Estimate, list[str]]:
     """Estimate a run without loading the model or writing to the run directory. Return the estimate and notes.
 
     The notes say whether rows are padded, and whether the run directory must change before the training.
@@ -144,7 +146,7 @@ def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, list[str
 
     Raises:
         UsageError: a setting is not allowed.
-        InputRefused: see `train_sft`.
+        InputRefused: see `train_model`.
     """
     config = _resolve_paths(config)
     model_config = _check_config(config)
@@ -160,6 +162,7 @@ def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, list[str
             notes += (spell_options(note) for note in report.notes if note.startswith("left out"))
         data = open_training_data(build, str(config.tokenizer))
         leaks = has_leaking_architecture(model_config, config.attn_implementation)
+        leaks = leaks and not data.has_pairs
         if leaks and data.is_packed:
             raise _leak_error(config.model, model_config.model_type)
         estimate = _estimate(config, model_config, data, isolated=not leaks)
@@ -176,7 +179,7 @@ def make_trainer(
     *,
     isolated: bool,
     seal: checkpoints.CheckpointSeal | None = None,
-) -> BuildTrainer:
+) -> BuildTrainer | PairTrainer:
     """Create a trainer that trains on the labels of a build without changing them.
 
     Args:
@@ -194,15 +197,22 @@ def make_trainer(
     data = TrainingData(Path(), {}, splits)
     has_new_tokens = fit_vocabulary(model, data.vocabulary_size, tokenizer)
     packed = data.is_packed
-    settings = make_sft_config(config, isolated=isolated, packed=packed, evaluates="test" in splits)
+    settings = make_trainer_config(config, isolated=isolated, packed=packed, evaluates="test" in splits)
     lengths = count_split(splits["train"]).lengths
     max_checkpoints, settings.save_total_limit = settings.save_total_limit, None
-    if not isolated:
+    if not isolated and not data.has_pairs:
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
     lora = make_lora_config(config, model, grows=has_new_tokens)
+    kind: type[BuildTrainer | PairTrainer] = BuildTrainer
+    arguments: dict[str, Any] = {}
+    if data.has_pairs:
+        kind, arguments = PairTrainer, {"data_collator": PairCollator(tokenizer.pad_token_id)}
+        if lora is None and not settings.precompute_ref_log_probs:
+            # The embeddings of new tokens are random, so the reference model must be a copy.
+            arguments["ref_model"] = copy.deepcopy(model)
     try:
-        trainer = BuildTrainer(
+        trainer = kind(
             seal=seal or checkpoints.CheckpointSeal("", {}),
             max_checkpoints=max_checkpoints,
             lengths=lengths,
@@ -213,12 +223,13 @@ def make_trainer(
             processing_class=tokenizer,
             peft_config=lora,
             callbacks=callbacks,
+            **arguments,
         )
     except FtdataError:
         raise
     except Exception as error:
         # An invalid value can raise any exception in other libraries.
-        message = f"SFTTrainer rejects the settings: {describe_exception(error, 2_000)}"
+        message = f"the trainer of TRL rejects the settings: {describe_exception(error, 2_000)}"
         raise UsageError("train_setting", message) from error
     if not torch.cuda.is_available():
         for weight in trainer.model.parameters():
@@ -239,9 +250,9 @@ def _check_config(config: Config) -> Any:
         InputRefused: the model cannot be loaded.
     """
     quantization_config(config.quantization, torch.float32)
-    check_settings(config.train)
+    check_settings(config.train, config.task)
     # It is not known yet whether there is a test split. All other invalid settings are found here.
-    make_sft_config(config, isolated=False, packed=False, evaluates=True)
+    make_trainer_config(config, isolated=False, packed=False, evaluates=True)
     check_lora(config)
     # The tokenizer is loaded first because its error best explains a wrong model name.
     load_tokenizer(config.tokenizer)
@@ -291,7 +302,7 @@ def _build_data(config: Config, run: Path, before: checkpoints.PreviousRun | Non
 
 
 def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated: bool) -> Estimate:
-    settings = make_sft_config(config, isolated=isolated, packed=data.is_packed, evaluates="test" in data.splits)
+    settings = make_trainer_config(config, isolated=isolated, packed=data.is_packed, evaluates="test" in data.splits)
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions and data.longest_document > positions:
         raise InputRefused(
@@ -304,18 +315,18 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
     return estimate_run(config, model_config, train, settings, data.vocabulary_size, test_tokens)
 
 
-def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer:
+def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer | PairTrainer:
     set_seed(int(config.train.get("seed", 42)))
     trusts, attention = config.trust_remote_code, config.attn_implementation
     options: dict[str, Any] = {"dtype": weights_dtype(config), "attention": attention, "trust_remote_code": trusts}
     model = load_model(config.model, config.quantization, **options)
-    isolated = measure_leak(model) <= LEAK
+    isolated = not data.has_pairs and measure_leak(model) <= LEAK
     if data.is_packed and not isolated:
         raise _leak_error(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
     seal = checkpoints.CheckpointSeal(data.manifest["fingerprint"], checkpoints.read_run_json(run)["setup"])
     trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
     check_first_batch(trainer, padding_free=isolated)
-    if not isolated:
+    if not isolated and not data.has_pairs:
         note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
         console.print(note, highlight=False, markup=False)
     template = data.manifest["options"]["template"]

@@ -1,4 +1,4 @@
-"""Configure `SFTTrainer` so that it uses the tokens and labels of a build unchanged.
+"""Configure the trainers of TRL so that they use the tokens and labels of a build unchanged.
 
 SFTTrainer uses `input_ids`, `labels` and `seq_lengths` unchanged only if it skips its own data preparation and batches
 without padding. With other settings, it silently packs again, truncates at 1024 tokens, or lets packed documents attend
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, check_choice, describe_exception, suggest_names
@@ -25,7 +25,8 @@ from ftdata.redaction import redact
 from ftdata.train.model.config_fields import ConfigField, check_type, fields_of
 from ftdata.train.model.device import compute_dtype, process_count
 from ftdata.train.model.load import wants_adapter
-from ftdata.types import IGNORE_INDEX
+from ftdata.train.runs.pair_trainer import PAIR_METRICS
+from ftdata.types import IGNORE_INDEX, SIDES
 
 FIXED = {
     "dataset_kwargs": "the build is already prepared, and must not be prepared again",
@@ -65,31 +66,42 @@ METRICS = ("loss", "perplexity")
 """Metrics that an evaluation computes."""
 
 
+_LEARNING_RATES = {"sft": (2e-5, 2e-4), "preference": (1e-6, 1e-5)}
+"""Task -> default learning rates of full fine-tuning and of an adapter. Full fine-tuning changes pretrained weights, so
+it needs smaller steps than an adapter that starts at zero. The rate of full DPO is the default of TRL."""
+
 _NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check that each trainer setting is a field of `SFTConfig`, has a valid value, and does not change the data.
+def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
+    """Check that each trainer setting is a valid field of `SFTConfig` or `DPOConfig` that does not change the data.
 
     Raises:
         UsageError: a setting is fixed, unknown or invalid; the message contains the reason or similar names.
     """
-    fields = fields_of(SFTConfig)
+    kind = config_class(task)
+    fields = fields_of(kind)
+    metrics = METRICS if task == "sft" else PAIR_METRICS
     for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
         if name not in fields:
             suggestion = suggest_names(str(name), fields).partition("known: ")[0].strip()
-            hint = suggestion or "see the documentation of TRL's SFTConfig for its fields"
-            raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
+            hint = suggestion or f"see the documentation of TRL's {kind.__name__} for its fields"
+            raise UsageError("train_setting", f"{kind.__name__} has no field {name!r}", hint=hint)
         if name == "train_sampling_strategy":
             check_choice(name, value, STRATEGIES)
         if name == "metric_for_best_model" and value is not None:
-            check_choice(name, str(value).removeprefix("eval_"), METRICS)
+            check_choice(name, str(value).removeprefix("eval_"), metrics)
         if fields[name].is_number:
             _check_number(name, value, fields[name])
         else:
             check_type("train", name, value, fields[name])
+
+
+def config_class(task: str) -> Any:
+    """Return the class of TRL that configures the trainer of a task."""
+    return DPOConfig if task == "preference" else SFTConfig
 
 
 def _check_number(name: str, value: Any, field: ConfigField) -> None:
@@ -124,8 +136,8 @@ def check_devices(settings: Mapping[str, Any]) -> None:
         raise UsageError("several_gpus", f"{gpus} GPUs are visible to a single process", hint=hint)
 
 
-def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
-    """Create the trainer's `SFTConfig` from default settings, the user's settings and fixed settings.
+def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig | DPOConfig:
+    """Create the `SFTConfig` or `DPOConfig` from default settings, the user's settings and fixed settings.
 
     The user's settings override the defaults. The fixed settings override all other settings.
 
@@ -138,8 +150,9 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         evaluates: whether there is a test split.
 
     Raises:
-        UsageError: `SFTConfig` rejects a setting.
+        UsageError: TRL rejects a setting.
     """
+    kind = config_class(config.task)
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = compute_dtype(config.train)
     default_strategy = "steps" if "eval_steps" in config.train else "epoch"
@@ -173,8 +186,7 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         "activation_checkpointing": gpu,
         "disable_tqdm": True,
         **({"optim": "paged_adamw_32bit"} if gpu and config.quantization else {}),
-        # Full fine-tuning changes pretrained weights, so it needs smaller steps than an adapter that starts at zero.
-        "learning_rate": 2e-4 if wants_adapter(config) else 2e-5,
+        "learning_rate": _LEARNING_RATES[config.task][wants_adapter(config)],
         **best,
     }
     if str(config.train.get("metric_for_best_model", "")).endswith("perplexity"):
@@ -186,19 +198,21 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         "packing": False,
         "max_length": None,
         "shuffle_dataset": False,
-        "remove_unused_columns": True,
+        # `DPOTrainer` would remove the labels.
+        "remove_unused_columns": config.task == "sft",
         "output_dir": config.output_dir,
         "average_tokens_across_devices": True,
         # A resumed run must know for how many evaluations the metric has not improved.
         "restore_callback_states_from_checkpoint": stops_early,
     }
+    known = fields_of(kind).keys()
     try:
-        settings = SFTConfig(**{**defaults, **config.train, **fixed})
+        settings = kind(**{name: value for name, value in (defaults | config.train | fixed).items() if name in known})
         # Otherwise, a missing integration fails only when the trainer is created, after the model is loaded.
         get_reporting_integration_callbacks(settings.report_to)
         settings.get_process_log_level()
     except Exception as error:  # noqa: BLE001  (an invalid value can raise any exception in other libraries)
-        message = f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
+        message = f"{kind.__name__} rejects the train settings: {describe_exception(error, 2_000)}"
         raise UsageError("train_setting", message) from None
     return settings
 
@@ -213,7 +227,8 @@ def check_first_batch(trainer: Any, *, padding_free: bool) -> None:
         indices = list(iter(trainer._get_train_sampler()))[: trainer.args.train_batch_size]
         rows = [trainer.train_dataset[index] for index in indices]
         batch = trainer.data_collator([dict(row) for row in rows])
-    problems = list((_compare_concatenated if padding_free else _compare_padded)(batch, rows))
+    compare = _compare_concatenated if padding_free else _compare_pairs if "chosen_ids" in rows[0] else _compare_padded
+    problems = list(compare(batch, rows))
     if problems:
         raise InternalError("hand_over", f"the trainer's first batch has {'; '.join(problems)}")
 
@@ -242,6 +257,19 @@ def _compare_padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
             yield "unmasked padding"
         if bool((batch["labels"][index][size:] != IGNORE_INDEX).any()):
             yield "trained padding"
+
+
+def _compare_pairs(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for index, (side, row) in enumerate((side, row) for side in SIDES for row in rows):
+        ids = [*row["prompt_ids"], *row[f"{side}_ids"]]
+        trained = np.pad(np.asarray(row[f"{side}_labels"]) != IGNORE_INDEX, (len(row["prompt_ids"]), 0))
+        width = batch["input_ids"].shape[1]
+        mask = np.pad(trained, (0, width - len(ids)))
+        yield from _compare(f"{side} tokens", batch["input_ids"][index][: len(ids)], np.asarray(ids))
+        if not np.array_equal(batch["completion_mask"][index].numpy().astype(bool), mask):
+            yield f"{side} labels that differ from the build"
+        if not np.array_equal(batch["attention_mask"][index].numpy(), np.arange(width) < len(ids)):
+            yield "unmasked padding"
 
 
 def _compare(kind: str, actual: torch.Tensor, expected: NDArray[Any]) -> Iterator[str]:

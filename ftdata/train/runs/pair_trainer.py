@@ -1,0 +1,73 @@
+"""Train on preference pairs with TRL's `DPOTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import SequentialSampler
+from trl import DPOTrainer
+
+from ftdata.train.runs.trainer import RunTrainer
+from ftdata.types import IGNORE_INDEX, SIDES
+
+PAIR_METRICS = ("loss", "rewards/accuracies", "rewards/margins")
+"""Metrics of an evaluation that can select the best checkpoint."""
+
+
+class PairTrainer(RunTrainer, DPOTrainer):
+    """A subclass of `DPOTrainer` that trains on the labels of a build.
+
+    `DPOTrainer` always tokenizes the data again, and trains on all tokens after the prompt. This class does neither.
+    """
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # The sampler of the parent class groups rows by the length of `input_ids`, which pairs do not have.
+        return SequentialSampler(eval_dataset)
+
+    def test_scores(self) -> dict[str, float | None]:
+        """Return the loss, the reward accuracy and the mean reward margin of the test split, or `None` for each.
+
+        The reward of an answer is beta times the difference between its log-probabilities under the trained model and
+        under the reference model (Rafailov et al. 2023, equation 5). The accuracy is the share of pairs whose chosen
+        answer has the higher reward.
+        """
+        metrics = self.evaluate() if self.eval_dataset is not None else {}
+        names = {"test_loss": "loss", "reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
+        return {name: metrics.get(f"eval_{metric}") for name, metric in names.items()}
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Creates a batch of pairs: first all chosen sides, then all rejected sides, each with its prompt.
+
+    Attributes:
+        pad_id: the token id of the padding on the right.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return int64 tensors of shape `[2 * rows, tokens]`, and the log-probabilities of the reference model.
+
+        `completion_mask` is 1 for each trained token. The float tensors `ref_chosen_logps` and `ref_rejected_logps` of
+        shape `[rows]` exist if the rows contain them.
+        """
+        sides = [(row, side) for side in SIDES for row in rows]
+        ids = [torch.tensor([*row["prompt_ids"], *row[f"{side}_ids"]]) for row, side in sides]
+        labels = [
+            torch.tensor([IGNORE_INDEX] * len(row["prompt_ids"]) + [*row[f"{side}_labels"]]) for row, side in sides
+        ]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+            "completion_mask": pad_sequence([(one != IGNORE_INDEX).long() for one in labels], batch_first=True),
+        }
+        references = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]]
+        return batch | {name: torch.tensor([row[name] for row in rows]) for name in references}

@@ -1,0 +1,167 @@
+"""DPO on the labels of a build: the losses of TRL where its mask is right, exact resume, and a model that learns."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from ftdata import build_preference_dataset
+from ftdata.errors import UsageError
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+from ftdata.train import compare, dry_run, run  # noqa: E402
+from ftdata.train.runs.pair_trainer import PairCollator, PairTrainer  # noqa: E402
+
+# No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SETTINGS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": 2,
+}
+
+
+def make_pairs(count):
+    """Return pairs in which the chosen answer repeats the question, and the rejected answer does not."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(count)]
+    return [{"prompt": f"Say {word}", "chosen": f"yes {word}", "rejected": f"no {word}"} for word in words]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(48)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(llama, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = {"task": "preference", "test_size": 16, "lora": {"r": 4, "dropout": 0.1}}
+    settings = {**SETTINGS, "max_steps": 20, "save_steps": 5}
+    return run(data, model=llama, output_dir=folder, settings=settings, **options)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter):
+    rows = make_pairs(8)
+    config = DPOConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, max_length=None,
+        activation_checkpointing=False, remove_unused_columns=False, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    messages = [
+        {name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}] for name in row}
+        for row in rows
+    ]
+    built = build_preference_dataset(rows, llama, TEMPLATE, seed=0)["train"]
+    losses = []
+    for kind, data, more in (
+        (DPOTrainer, Dataset.from_list(messages), {}),
+        (PairTrainer, built, {"data_collator": PairCollator(tokenizer.pad_token_id)}),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        if kind is PairTrainer:
+            more |= {"seal": None, "max_checkpoints": None, "lengths": torch.ones(8).numpy()}
+        if adapter:
+            from peft import LoraConfig
+
+            more["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = kind(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_model_prefers_the_chosen_answers_of_held_out_pairs(trained):
+    about = json.loads((trained / "run.json").read_text())
+    assert about["reward_accuracy"] == 1.0
+    assert about["reward_margin"] > 0.1
+    assert about["loss"][0] == pytest.approx(0.6931, abs=1e-3)
+    assert about["loss"][-1] < 0.6
+    assert "dpo" in (trained / "model" / "README.md").read_text()
+    assert compare(trained, n=2, max_new_tokens=2).rows
+
+
+def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    about = json.loads((folder / "run.json").read_text())
+    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
+    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
+    shutil.rmtree(folder / "checkpoint-20")
+    shutil.rmtree(folder / "model")
+    run(folder, resume=True)
+    resumed = json.loads((folder / "run.json").read_text())
+    assert resumed["loss"] == about["loss"]
+    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_full_fine_tuning_keeps_the_reference_model(llama, data, tmp_path, precompute):
+    settings = {**SETTINGS, "precompute_ref_log_probs": precompute}
+    out = run(data, model=llama, output_dir=tmp_path / "run", task="preference", settings=settings)
+    losses = json.loads((out / "run.json").read_text())["loss"]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < 0.5
+
+
+def test_tool_results_of_an_answer_are_not_trained(llama, data):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    sides = {
+        name: [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "result"},
+            {"role": "assistant", "content": answer},
+        ]
+        for name, answer in (("chosen", "two"), ("rejected", "three"))
+    }
+    sides["rejected"][1] = {"role": "assistant", "content": "Let me guess."}
+    template = TEMPLATE.replace(
+        "{{ message.content }}",
+        "{{ message.content }}{% for c in message.tool_calls or [] %}{{ c | tojson }}{% endfor %}",
+    )
+    rows = build_preference_dataset([sides], llama, template)["train"].to_list()
+    batch = PairCollator(0)(rows)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    chosen = tokenizer.decode(batch["input_ids"][0][batch["completion_mask"][0].bool()])
+    assert "add" in chosen
+    assert "two" in chosen
+    assert "result" not in chosen
+    assert batch["completion_mask"].sum() == sum(label != -100 for row in rows for side in ("chosen", "rejected")
+                                                 for label in row[f"{side}_labels"])  # fmt: skip
+
+
+def test_estimate_and_settings_of_pairs(llama, data, tmp_path):
+    options = {"model": llama, "output_dir": str(tmp_path / "run"), "task": "preference"}
+    full, _ = dry_run(data, settings={"max_steps": 2}, **options)
+    without_reference, _ = dry_run(data, settings={"max_steps": 2, "precompute_ref_log_probs": True}, **options)
+    assert full.weights == 2 * without_reference.weights
+    assert full.examples == 48
+    for setting, problem in (
+        ({"betta": 1}, "DPOConfig has no field 'betta'.*did you mean 'beta'"),
+        ({"metric_for_best_model": "perplexity"}, "unknown_metric_for_best_model"),
+        ({"max_length": 10}, "train.max_length cannot be set"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            dry_run(data, settings=setting, **options)
