@@ -54,7 +54,7 @@ def main() -> None:
             for tool, found in results.items():
                 found.append(_child(tool, data, given.tokenizer, given.peers))
                 print(f"round {number + 1}: {tool} {found[-1]['cpu']:.2f} s", file=sys.stderr)
-    _table(results)
+    print_table(results)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -68,7 +68,8 @@ def _child(tool: str, data: Path, tokenizer: str, peers: Path) -> Counted:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _table(results: dict[str, list[Counted]]) -> None:
+def print_table(results: dict[str, list[Counted]]) -> None:
+    """Print the medians of each tool, and the ratios to ftdata."""
     ours = statistics.median(one["cpu"] for one in results["ftdata"])
     print("| tool | CPU s (min to max) | times ours | tokens | trained | equal | load s | peak MB |")
     print("|---|---:|---:|---:|---:|---|---:|---:|")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from html import escape
@@ -34,7 +34,7 @@ from ftdata.progress import Progress
 from ftdata.readers.streams import STDIN
 from ftdata.spelling import spell_options
 from ftdata.templates.worker.client import verify_template
-from ftdata.types import Conversation, Example, Part, Reject, Source
+from ftdata.types import SIDES, Conversation, Example, Part, Reject, Source
 
 MAX_LOCATIONS = 10
 """The number of rows that a finding lists."""
@@ -371,7 +371,7 @@ class Auditor:
                 if flag in self.flag_checks:
                     self._add_finding(self.flag_checks[flag], source)
             for check in self.row_checks:
-                for detail in islice(check.run(row), 1):
+                for detail in islice(_run_row_check(check, row), 1):
                     self._add_finding(check, source, detail)
             self.scripts.append(self._detect_scripts(built.examples))
             if len(self.samples) < _MAX_SAMPLES and built.conversation.messages:
@@ -397,7 +397,7 @@ class Auditor:
         for check in self.checks:
             if check.scope == "data":
                 for row, detail in check.run(data):
-                    self._add_finding(check, survey.source(row), detail)
+                    self._add_finding(check, None if row is None else survey.source(row), detail)
             elif check.scope == "template":
                 for detail in check.run(CheckedTemplate(self.recipe, frozenset(self.stops), self.samples)):
                     self._add_finding(check, None, detail)
@@ -445,6 +445,17 @@ class Auditor:
             for script in (text_detectors.detect_script(example.text[start:end]) for start, end in ranges):
                 script_bits |= 1 << script if script >= 0 else 0
         return script_bits
+
+
+def _run_row_check(check: Check, row: CheckedRow) -> Iterator[str]:
+    """Run a row check. On a preference pair, it runs on each side, unless it compares the sides."""
+    sides = row.conversation.sides
+    if check.compares_sides or not sides:
+        yield from check.run(row) if sides or not check.compares_sides else ()
+        return
+    for name, side, example in zip(SIDES, sides, row.examples, strict=True):
+        for detail in check.run(row._replace(conversation=side, examples=(example,))):
+            yield f"{name} side: {detail}"
 
 
 def _is_template_text(example: Example) -> NDArray[np.bool_]:

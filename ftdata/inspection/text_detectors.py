@@ -62,6 +62,25 @@ def is_placeholder_text(text: str) -> bool:
     return text == "nan" or text.casefold() in _PLACEHOLDER_ANSWERS or not text.strip(".…-–—_。・ ")
 
 
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i am|i'm|i’m) (?:really |very |so )?sorry\b.{0,40}?\b(?:can't|can’t|cannot|can not|unable|won't|won’t)"
+    r"|(?:sorry|unfortunately|i apologi[sz]e)\b.{0,40}?\bi (?:can't|can’t|cannot|can not|am unable|won't|won’t)"
+    r"|i (?:can't|can’t|cannot|can not|won't|won’t|will not|am not able to|am unable to) "
+    r"(?:help|assist|provide|create|write|generate|answer|comply|fulfill|do that|support|discuss|engage|give)\b"
+    r"|as an ai\b.{0,60}?\bi (?:can't|can’t|cannot|can not|don't|don’t|do not|am not able|am unable))",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_refusal(text: str) -> bool:
+    """Return whether an English answer begins with a refusal.
+
+    >>> [is_refusal(text) for text in ("I'm sorry, but I can't help with that.", "I can't believe it!", "Sorry, 5.")]
+    [True, False, False]
+    """
+    return _REFUSAL.match(text) is not None
+
+
 _CONTROL = "|".join(
     (
         *("im_start", "im_end", "im_sep", "eot_id", "eom_id", "eot", "begin_of_text", "end_of_text", "endoftext"),

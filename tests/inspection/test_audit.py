@@ -186,3 +186,15 @@ def test_packed_build_can_be_the_held_out_data(tokenizer, tmp_path):
     build_sft_dataset(rows, tokenizer(), output_dir=tmp_path / "built", **options)
     findings = audit(rows, tokenizer(), against=tmp_path / "built").findings
     assert {finding.code: finding.count for finding in findings}["leakage"] == 2
+
+
+def test_row_checks_inspect_both_sides_of_a_pair(tokenizer):
+    """Several pairs with one prompt are not contradictory."""
+    given = [
+        {"prompt": "a question", "chosen": "good", "rejected": "it was Ã©tÃ©"},
+        {"prompt": "a question", "chosen": "better", "rejected": "good"},
+    ]
+    report = audit(given, tokenizer(), CHATML, task="preference")
+    (finding,) = [one for one in report.findings if one.code == "mojibake"]
+    assert finding.locations[0].detail.startswith("rejected side: ")
+    assert "contradiction" not in {one.code for one in report.findings}

@@ -53,8 +53,31 @@ TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.descript
 TOOL = {"type": "function", "function": {"name": "find", "description": "finds", "parameters": {}}}
 
 
+PREFERENCE = {"task": "preference", "template": CHATML}
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 # code -> (what makes it fire, what nearly does)
 CASES = {
+    "stop_on_one_side": (
+        rows(pair("q", "a long answer " * 20, "no"), max_length=60, overlong="truncate", **PREFERENCE),
+        rows(pair("q", "a long answer " * 20, "no " * 99), max_length=60, overlong="truncate", **PREFERENCE),
+    ),
+    "refusal_on_one_side": (
+        rows(pair("q", "I cannot help with that.", "Sure."), **PREFERENCE),
+        rows(pair("q", "I cannot help with that.", "I'm sorry, I can't."), **PREFERENCE),
+    ),
+    "length_bias": (
+        rows(
+            *[pair(f"q{n}", "long answer", "no" if n % 3 else "a much longer answer") for n in range(60)], **PREFERENCE
+        ),
+        rows(
+            *[pair(f"q{n}", "long answer", "no" if n % 2 else "a much longer answer") for n in range(60)], **PREFERENCE
+        ),
+    ),
     "no_trained_stop": (rows({"input_ids": [1, 40, 41], "labels": [-100, 40, 41]}), rows({"text": "a stop<|im_end|>"})),
     "answer_truncated": (
         rows(talk("q", "a long answer " * 20), max_length=30, overlong="truncate"),

@@ -8,6 +8,7 @@ reported as findings, under the code of their error.
 # Importing the modules registers their checks, in the order in which findings of equal severity are printed.
 # isort: off
 from ftdata.inspection.checks import row_checks
+from ftdata.inspection.checks import pair_checks
 from ftdata.inspection.checks import dataset_checks
 
 # isort: on
@@ -20,5 +21,6 @@ __all__ = [
     "CheckedTemplate",
     "checks",
     "dataset_checks",
+    "pair_checks",
     "row_checks",
 ]

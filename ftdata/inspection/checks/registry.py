@@ -26,11 +26,14 @@ class Check:
         message: A description of the problem.
         fix: The fix, in the imperative.
         run: The function that runs the check. A row check takes a `CheckedRow` and yields details. A data check takes a
-            `CheckedDataset` and yields pairs of row number and detail. A template check takes a `CheckedTemplate` and
+            `CheckedDataset` and yields pairs of row number and detail; the number is `None` for a finding about the
+            whole data. A template check takes a `CheckedTemplate` and
             yields details.
         enabled_by: The option that enables the check; empty if the check always runs.
         needs_messages: Whether the check needs messages, or options that are fixed when a build is made. Such checks do
             not run on builds.
+        compares_sides: Whether a row check compares the sides of a preference pair. It runs only on pairs; the other
+            row checks run on each side.
         contradicts: Statements about the data that are false if the check finds a problem.
     """
 
@@ -42,6 +45,7 @@ class Check:
     run: Callable[[Any], Iterator[Any]] = field(repr=False)
     enabled_by: str = ""
     needs_messages: bool = False
+    compares_sides: bool = False
     contradicts: tuple[str, ...] = ()
 
 
@@ -117,7 +121,7 @@ def register_check(
         severity: `"error"`, `"warning"` or `"note"`.
         message: A description of the problem.
         fix: The fix, in the imperative.
-        options: Further fields of `Check`: `enabled_by`, `needs_messages`, `contradicts`.
+        options: Further fields of `Check`: `enabled_by`, `needs_messages`, `compares_sides`, `contradicts`.
     """
 
     def register(function: CheckFunction) -> CheckFunction:
