@@ -16,17 +16,18 @@ from corpus import SPECIAL
 Render = Callable[[Sequence[dict[str, Any]], bool], str]
 
 
-def spans_of(messages: list[dict[str, Any]], eos: str, render: Render) -> list[tuple[int, int]] | None:
-    """Return the trained character ranges of a conversation, or `None` if they are not certain."""
+def spans_of(messages: list[dict[str, Any]], eos: str, render: Render, first: int = 0) -> list[tuple[int, int]] | None:
+    """Return the trained character ranges of the turns from message `first` on, or `None` if they are not certain."""
     text = render(messages, False)
     found: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or turn < first:
             continue
         prompt, alone = render(messages[:turn], True), render(messages[: turn + 1], False)
         end = _answer_end(messages, turn, text, render)
         if end is None or not text.startswith(prompt) or not text.startswith(alone) or len(prompt) > end:
             return None
+        end = max(end, _calls_end(message, alone))
         stop = _stop_end(alone[end:], eos)
         if stop is None:
             return None
@@ -50,6 +51,12 @@ def _answer_end(messages: list[dict[str, Any]], turn: int, text: str, render: Re
             return None
         ends.add(at)
     return ends.pop() if len(ends) == 1 else None
+
+
+def _calls_end(message: dict[str, Any], text: str) -> int:
+    """Return the end of the last argument of the tool calls in a text that ends with this message."""
+    arguments = [value for call in message.get("tool_calls", ()) for value in call["function"]["arguments"].values()]
+    return max((text.rindex(value) + len(value) for value in arguments), default=0)
 
 
 def _stop_end(tail: str, eos: str) -> int | None:

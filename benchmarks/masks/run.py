@@ -60,7 +60,9 @@ def main() -> None:
         work = partial(score_template, str(folder), tuple(specials), tuple(given.methods))
         with ProcessPoolExecutor(given.workers) as pool:
             scores = [
-                score for some in _progress(pool.map(work, templates, chunksize=4), len(templates)) for score in some
+                score
+                for some in show_progress(pool.map(work, templates, chunksize=4), len(templates))
+                for score in some
             ]
         for method, group in itertools.groupby(sorted(scores, key=lambda s: s.method), key=lambda s: s.method):
             rows.append((method, Path(folder).name, _count(list(group))))
@@ -70,8 +72,8 @@ def main() -> None:
 
 def score_template(folder: str, specials: tuple[str, ...], methods: tuple[str, ...], template: Template) -> list[Score]:
     """Score all methods on all conversations of one template."""
-    _quiet()
-    tokenizer = _tokenizer(folder, specials)
+    silence()
+    tokenizer = load_tokenizer(folder, specials)
     tokenizer.chat_template = template.source
     tokenizer.bos_token, tokenizer.eos_token = template.bos_token, template.eos_token
     tokenizer.pad_token = template.eos_token
@@ -143,7 +145,8 @@ def _truth(
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: str, specials: tuple[str, ...]) -> Any:
+def load_tokenizer(folder: str, specials: tuple[str, ...]) -> Any:
+    """Load a tokenizer, and add the control tokens of all templates."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -166,7 +169,8 @@ class _StoppedClock(datetime.datetime):
         return cls.fromisoformat(CLOCK)
 
 
-def _quiet() -> None:
+def silence() -> None:
+    """Set a fixed date for templates, and turn off warnings and messages of the libraries."""
     from transformers.utils import chat_template_utils
 
     chat_template_utils.datetime = _StoppedClock
@@ -223,7 +227,8 @@ def _print_wrong(scores: Sequence[Score], most: int) -> None:
         print(f"{score.outcome}: {score.case.template} {score.case.name} {score.why}", file=sys.stderr)
 
 
-def _progress(items: Iterable[list[Score]], count: int) -> Iterator[list[Score]]:
+def show_progress(items: Iterable[list[Score]], count: int) -> Iterator[list[Score]]:
+    """Yield the items, and print how many of them are done."""
     for number, item in enumerate(items, 1):
         if sys.stderr.isatty() or number % 100 == 0:
             print(f"\r{number}/{count} templates", end="", file=sys.stderr, flush=True)
