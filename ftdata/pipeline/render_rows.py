@@ -21,6 +21,7 @@ from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import normalize
 from ftdata.schemas.answer_text import has_answer, has_visible_text
+from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.schemas.training_fields import is_rejected_side
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
@@ -318,6 +319,8 @@ def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tu
 
 def has_rejected_side(conversation: Conversation) -> bool:
     """Return whether the row has a rejected answer, which the conversation does not contain."""
+    if conversation.schema == PAIR_SCHEMA:
+        return False
     return conversation.schema == "preference" or _name_rejected_side(conversation.notes)
 
 

@@ -40,7 +40,7 @@ from ftdata.schemas.messages import (
     read_messages,
     read_tools,
 )
-from ftdata.schemas.preference import PAIR_SCHEMA, read_pair
+from ftdata.schemas.preference import PAIR_SCHEMA, is_pair, read_pair, rename_pair_columns
 from ftdata.schemas.shapes import (
     ALIASES,
     Convert,
@@ -106,6 +106,10 @@ def normalize(
     """
     try:
         data, missing = _map_columns(row, columns)
+        if task == "preference":
+            data = rename_pair_columns(data)
+            # The row can also contain the messages of the chosen side, or answers without a preference.
+            schema = "preference" if is_pair(data) and schema == "auto" else schema
         kwargs = _read_template_kwargs(data) if "chat_template_kwargs" in data else {}
         try:
             kind = classify_row(schema, data)

@@ -7,11 +7,69 @@ from dataclasses import replace
 from typing import Any
 
 from ftdata.errors import BadRow
+from ftdata.schemas.messages import ROLES, is_single_message
 from ftdata.schemas.shapes import has_columns, read_preferred_side
 from ftdata.types import SIDES, Conversation, Message
 
 PAIR_SCHEMA = "preference_pair"
 """The schema of conversations with two sides. The schema `preference` ignores the rejected answer."""
+
+
+_PROMPTS = ("messages", "conversations", "conversation", "question", "instruction")
+"""Columns of other tools that contain the prompt of a pair. They are read if the row has no column `prompt`."""
+
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+"""Columns with the scores of both sides."""
+
+is_pair = has_columns(*SIDES)
+"""Return whether a row has the columns of a preference pair."""
+
+
+def rename_pair_columns(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row of another tool with the columns `prompt`, `chosen` and `rejected`.
+
+    A prompt in the columns `instruction` and `input` is joined as in the schema `alpaca`. A side that is a single
+    message becomes a list of messages.
+
+    >>> rename_pair_columns({"question": "2+2?", "chosen": {"role": "assistant", "content": "4"}, "rejected": "5"})
+    {'chosen': [{'role': 'assistant', 'content': '4'}], 'rejected': '5', 'prompt': '2+2?'}
+    """
+    if not is_pair(data):
+        return data
+    renamed = {name: [value] if name in SIDES and _is_message(value) else value for name, value in data.items()}
+    names = [name for name in _PROMPTS if data.get(name)]
+    is_complete = data.get("prompt") is not None or any(_starts_with_prompt(renamed[name]) for name in SIDES)
+    if is_complete or len(names) != 1:
+        return renamed
+    prompt = renamed.pop(names[0])
+    if names[0] == "instruction" and isinstance(prompt, str) and isinstance(text := renamed.get("input"), str):
+        del renamed["input"]
+        prompt = f"{prompt}\n\n{text}" if text else prompt
+    return {**renamed, "prompt": prompt}
+
+
+def _is_message(side: Any) -> bool:
+    return isinstance(side, Mapping) and is_single_message(side)
+
+
+def _starts_with_prompt(side: Any) -> bool:
+    """Return whether the messages of a side begin with the prompt."""
+    first = side[0] if isinstance(side, list) and side and isinstance(side[0], Mapping) else {}
+    role = first.get("role", first.get("from"))
+    return role is not None and ROLES.get(role) != "assistant"
+
+
+def _check_scores(data: Mapping[str, Any]) -> None:
+    """Check that the chosen answer does not have the lower score.
+
+    Raises:
+        BadRow: `score_order`.
+    """
+    for chosen, rejected in _SCORES:
+        score, other = data.get(chosen), data.get(rejected)
+        if isinstance(score, int | float) and isinstance(other, int | float) and score < other:
+            problem = f"is {other}, but the chosen answer has the lower score {score}"
+            raise BadRow("score_order", problem, field=rejected, hint="exchange the sides, or remove the row")
 
 
 def read_pair(data: Mapping[str, Any]) -> Conversation:
@@ -20,16 +78,18 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
     In each side, the messages before the first difference of the sides are not trained.
 
     Raises:
-        BadRow: `not_a_pair`, `identical_sides`, `prompt_differs` or `no_answer`; or the messages are invalid.
+        BadRow: `not_a_pair`, `score_order`, `identical_sides`, `prompt_differs` or `no_answer`; or the messages are
+            invalid.
 
     >>> pair = read_pair({"prompt": "2+2?", "chosen": "4", "rejected": "5"})
     >>> [side.messages[-1]["content"] for side in pair.sides]
     ['4', '5']
     """
-    if not has_columns(*SIDES)(data):
+    if not is_pair(data):
         problem = f"the row has no columns {' and '.join(SIDES)}, which preference data must have"
         hint = "remove the row, or set task='sft' to train on rows without pairs"
         raise BadRow("not_a_pair", problem, hint=hint)
+    _check_scores(data)
     chosen, rejected = (read_preferred_side(data, name) for name in SIDES)
     first = _find_first_difference(chosen.messages, rejected.messages)
     sides = tuple(replace(side, messages=_exclude_messages(side.messages, first)) for side in (chosen, rejected))

@@ -195,7 +195,8 @@ def read_preferred_side(data: Mapping[str, Any], column: str) -> Conversation:
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         if not has_question:
             message = "the conversation has no question, and the row has no prompt column"
-            raise BadRow("no_prompt", message, field=column)
+            hint = "add a column prompt, or name its column with columns={'prompt': ...}"
+            raise BadRow("no_prompt", message, field=column, hint=hint)
         messages = answer
     elif has_question:
         # Some data sets repeat the question in both answers.
