@@ -113,6 +113,7 @@ _DEFAULTS = {
 _CONVERTED_BELOW = (
     "stage", "dataset", "dataset_dir", "template", "finetuning_type", "quantization_bit", "mix_strategy",
 )  # fmt: skip
+_PREFERENCE_KEYS = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "ref_model", "ref_model_adapters")
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _OPTIONAL_COLUMNS = {"query": "input", "system": "system", "history": "history"}
 _KNOWN_KEYS = {
@@ -136,12 +137,12 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     Raises:
         UsageError: `cannot_import`.
     """
-    is_pretraining = values.get("stage") == "pt"
-    check_setting("", "stage", values.get("stage", "sft"), ("sft", "pt"))
+    stage = values.get("stage", "sft")
+    check_setting("", "stage", stage, ("sft", "pt", "dpo"))
     check_setting("", "mix_strategy", values.get("mix_strategy", "concat"), ("concat",))
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
-    apply_rules(values, KEYS, draft, skip=_CONVERTED_BELOW)
+    apply_rules(values, KEYS, draft, skip=(*_CONVERTED_BELOW, *(_PREFERENCE_KEYS if stage == "dpo" else ())))
     _convert_weights(values, draft)
     _convert_lengths(values, draft)
     listed = values.get("dataset") or ""
@@ -154,11 +155,13 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
         data_dir = folder / data_dir
     selected = [name for name in names if not selection or name in selection] or list(selection)
     infos = _read_info_file(data_dir / _INFO_FILE)
-    if is_pretraining:
+    if stage == "pt":
         _convert_texts(infos, selected, data_dir, draft)
         remove_evaluation(draft)
         return draft
-    _convert_datasets(infos, selected, data_dir, draft)
+    _convert_datasets(infos, selected, data_dir, draft, pairs=stage == "dpo")
+    if stage == "dpo":
+        _convert_preference(values, draft)
     if values.get("val_size") and any(infos[name].get("num_samples") for name in selected):
         draft.add_note(
             "num_samples: LLaMA-Factory splits off val_size after it selects num_samples rows; ftdata makes the test "
@@ -216,7 +219,7 @@ def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str],
     if not names:
         problem = f"the file contains {len(values)} data sets, and none is selected"
         raise conversion_error(problem, hint=f"select data sets with --dataset: {', '.join(values)}")
-    _convert_datasets(values, names, folder, draft)
+    _convert_datasets(values, names, folder, draft, pairs=_has_ranking(values, names))
     return draft
 
 
@@ -255,17 +258,71 @@ def _check_names(infos: Mapping[str, Any], names: Sequence[str], folder: Path) -
             raise conversion_error(problem, hint=suggest_names(name, infos))
 
 
-def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
+def _has_ranking(infos: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return all(isinstance(infos.get(name), Mapping) and infos[name].get("ranking") for name in names)
+
+
+def _convert_datasets(
+    infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft, *, pairs: bool
+) -> None:
+    """Convert data sets of conversations or of preference pairs, which have the setting `ranking`."""
     _check_names(infos, names, folder)
+    for name in names:
+        if pairs != bool(infos[name].get("ranking")):
+            problem = f"{name}: the setting ranking is {bool(infos[name].get('ranking'))}, expected {pairs}"
+            hint = "ranking is for stage: dpo; for other stages, remove it to train on the column chosen only"
+            raise conversion_error(problem, hint=hint)
     draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
-    merge_dataset_options({name: _row_options(name, infos[name], draft) for name in names}, draft)
+    if pairs:
+        draft.set_field("task", "preference")
+    convert = _pair_options if pairs else _row_options
+    merge_dataset_options({name: convert(name, infos[name], draft) for name in names}, draft)
+
+
+def _convert_preference(values: Mapping[str, Any], draft: Draft) -> None:
+    """Convert the settings of `stage: dpo`."""
+    loss = values.get("pref_loss", "sigmoid")
+    check_setting("", "pref_loss", loss, ("sigmoid", "hinge", "ipo"), "use one of these losses")
+    if values.get("ref_model"):
+        problem = "ref_model is another model, but ftdata uses the model before the training as the reference"
+        raise conversion_error(problem, hint="remove ref_model")
+    draft.set_field("train.beta", values.get("pref_beta", 0.1))
+    if share := values.get("pref_ftx"):
+        draft.set_field("train.loss_type", [loss, "sft"])
+        draft.set_field("train.loss_weights", [1.0, share])
+    elif loss != "sigmoid":
+        draft.set_field("train.loss_type", [loss])
+    if smoothing := values.get("dpo_label_smoothing"):
+        draft.set_field("train.label_smoothing", smoothing)
+    if draft.fields.pop("packing", None):
+        draft.add_note("packing: left out, because preference pairs are not packed")
+
+
+def _pair_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
+    """Convert the columns of a data set with preference pairs."""
+    columns, kind = info.get("columns") or {}, info.get("formatting", "alpaca")
+    check_setting(name, "formatting", kind, ("alpaca", "sharegpt", "openai"))
+    note_unknown_keys(name, info, _KNOWN_KEYS, draft)
+    if unsupported := [column for column in _UNSUPPORTED_COLUMNS if columns.get(column)]:
+        raise conversion_error(f"{name}: columns {', '.join(unsupported)} are not supported")
+    names = {key: columns.get(key) or key for key in ("chosen", "rejected")}
+    if kind == "alpaca":
+        names["instruction"] = columns.get("prompt") or "instruction"
+        if query := columns.get("query"):
+            names["input"] = query
+            draft.add_note(
+                f"{name}: prompt and query are joined by a blank line; LLaMA-Factory joins them by a line break"
+            )
+    else:
+        _check_tags(name, info.get("tags") or {})
+        names["messages"] = columns.get("messages") or "conversations"
+    names |= {key: columns[key] for key in ("system", "history", "tools") if columns.get(key)}
+    same = ("messages", "conversations")
+    mapping = {key: column for key, column in names.items() if key != column and not {key, column} <= {*same}}
+    return {"columns": mapping} if mapping else {}
 
 
 def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    if info.get("ranking"):
-        problem = f"{name}: the setting ranking is not supported"
-        hint = "to train on the column chosen and ignore the column rejected, remove the setting ranking"
-        raise conversion_error(problem, hint=hint)
     if info.get("script_url") or not (info.get("hf_hub_url") or info.get("file_name") or info.get("cloud_file_name")):
         problem = f"{name}: data from a script, or from a hub other than Hugging Face, cannot be imported"
         raise conversion_error(problem, hint="save the data as a file, and set file_name")

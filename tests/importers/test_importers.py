@@ -11,6 +11,8 @@ from ftdata.importers import import_config
 from ftdata.importers.axolotl import KEYS as AXOLOTL
 from ftdata.importers.draft import Draft, apply_rules
 from ftdata.importers.llamafactory import KEYS as FACTORY
+from ftdata.schemas import normalize
+from ftdata.types import UNKNOWN_SOURCE, Row
 from ftdata.yaml12 import dump_yaml
 
 AXOLOTL_FILE = {
@@ -93,6 +95,68 @@ def test_axolotl_configuration_is_imported(tmp_path):
     assert load_config(path) == config
 
 
+PAIR_ROWS = {
+    "chat_template.default": {
+        "messages": [{"role": "user", "content": "q"}],
+        **{side: {"role": "assistant", "content": side} for side in ("chosen", "rejected")},
+    },
+    "chatml.intel": {"system": "", "question": "q", "chosen": "chosen", "rejected": "rejected"},
+    "chatml.icr": {"input": "q", "chosen": "chosen", "rejected": "rejected"},
+    "chatml": {"instruction": "q", "chosen": "chosen", "rejected": "rejected"},
+    "chatml.ultra": {
+        "prompt": "q",
+        **{
+            side: [{"role": "user", "content": "q"}, {"role": "assistant", "content": side}]
+            for side in ("chosen", "rejected")
+        },
+    },
+}
+
+
+def read_pair_sides(config, row):
+    """Return the texts of the prompt, and of both sides, that a build with an imported configuration reads."""
+    pair = normalize(Row(row, UNKNOWN_SOURCE), config.schema, config.columns, config.task)
+    return [message["content"] for message in pair.messages[:-1]], [side.messages[-1]["content"] for side in pair.sides]
+
+
+@pytest.mark.parametrize("kind", PAIR_ROWS)
+def test_axolotl_preference_configuration_is_imported(tmp_path, kind):
+    settings = {"rl": "ipo", "rl_beta": 0.2, "datasets": [{"path": "data.jsonl", "type": kind}]}
+    found = import_config(axolotl(tmp_path, **settings))
+    assert (found.config.task, found.config.packing, found.config.train["beta"]) == ("preference", None, 0.2)
+    assert found.config.train["loss_type"] == ["ipo"]
+    assert found.config.template == (None if kind == "chat_template.default" else "chatml")
+    assert read_pair_sides(found.config, PAIR_ROWS[kind]) == (["q"], ["chosen", "rejected"])
+    assert any(note.startswith("sample_packing: left out") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("info", "row", "prompt"),
+    [
+        (
+            {"columns": {"prompt": "ask", "query": "more", "chosen": "good", "rejected": "bad"}},
+            {"ask": "q", "more": "m", "good": "chosen", "bad": "rejected"},
+            "q\n\nm",
+        ),
+        (
+            {"formatting": "sharegpt", "columns": {"messages": "talk", "chosen": "good", "rejected": "bad"}},
+            {"talk": [{"from": "human", "value": "q"}], "good": {"from": "gpt", "value": "chosen"},
+             "bad": {"from": "gpt", "value": "rejected"}},
+            "q",
+        ),
+    ],
+)  # fmt: skip
+def test_llamafactory_preference_configuration_is_imported(tmp_path, info, row, prompt):
+    path = factory(tmp_path, stage="dpo", dataset="pairs", pref_beta=0.3, pref_loss="hinge", pref_ftx=0.5)
+    infos = {"pairs": {"file_name": "x.json", "ranking": True, **info}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(infos))
+    config = import_config(path).config
+    assert (config.task, config.packing, config.train["beta"]) == ("preference", None, 0.3)
+    assert (config.train["loss_type"], config.train["loss_weights"]) == (["hinge", "sft"], [1.0, 0.5])
+    assert read_pair_sides(config, row) == ([prompt], ["chosen", "rejected"])
+    assert import_config(tmp_path / "data" / "dataset_info.json").config.task == "preference"
+
+
 def test_axolotl_defaults_are_written_explicitly(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("base_model: m\ndatasets: [{path: me/data, type: alpaca}]\nlearning_rate: 1e-4\n")
@@ -155,7 +219,7 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rl": "dpo"}, "rl: ftdata does not support this training method"),
+        ({"rl": "kto"}, "rl is 'kto', expected dpo or ipo"),
         ({"adapter": "oft"}, "adapter is 'oft'"),
         ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
         ({"excess_length_strategy": "split"}, "excess_length_strategy is 'split'"),
@@ -285,7 +349,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stage": "dpo"}, "stage is 'dpo'"),
+        ({"stage": "kto"}, "stage is 'kto'"),
         (
             {"dataset": "faq,chats"},
             "need different values of schema, columns .faq: schema alpaca.*data to the list of the builds",
