@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ftdata._version import __version__
 from ftdata.errors import UsageError, count_noun, escape_unprintable
+from ftdata.inspection.pair_views import find_first_difference, split_pair
 from ftdata.inspection.row_views import (
     ExampleView,
     Heading,
@@ -28,7 +29,6 @@ from ftdata.inspection.row_views import (
     Segment,
     SegmentOwner,
     describe_dropped,
-    describe_example,
     describe_trained_share,
     make_visible,
     row_heading,
@@ -41,7 +41,7 @@ from ftdata.spelling import spell_options
 from ftdata.storage import disk
 from ftdata.storage.atomic import replace_file
 from ftdata.tokenizing.tokenizer import Tokenizer
-from ftdata.types import Reject
+from ftdata.types import SIDES, Reject
 
 _ASSETS = Path(__file__).parent / "assets"
 MOST_PACKS = 200
@@ -189,7 +189,7 @@ def _data(page: HtmlPage) -> dict[str, Any]:
     owners: dict[SegmentOwner, int] = {}
     rows = []
     for number, row in enumerate(page.rows):
-        changed = page.changed[number] if page.changed else [None] * len(row.examples)
+        changed = page.changed[number] if page.changed else _mark_first_difference(row)
         examples = [_example(view, owners, marks) for view, marks in zip(row.examples, changed, strict=True)]
         rows.append(
             {
@@ -202,7 +202,7 @@ def _data(page: HtmlPage) -> dict[str, Any]:
                         [*row.why, *row.flags, *(["rejected"] if row.rejected and not page.captions else [])]
                     )
                 ],
-                "captions": page.captions[number] if page.captions else None,
+                "captions": page.captions[number] if page.captions else SIDES if _is_pair(row) else None,
                 "examples": examples,
             }
         )
@@ -215,6 +215,16 @@ def _data(page: HtmlPage) -> dict[str, Any]:
         "rows": rows,
         "packs": packs,
     }
+
+
+def _is_pair(row: RowView) -> bool:
+    return find_first_difference(row) is not None
+
+
+def _mark_first_difference(row: RowView) -> list[NDArray[np.bool_] | None]:
+    """Return a mask of the first token in which the sides of a preference pair differ, for each side."""
+    first = find_first_difference(row)
+    return [None if first is None else np.arange(len(view)) == first for view in row.examples]
 
 
 def _describe_kind(kind: str) -> str:
@@ -384,11 +394,12 @@ def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = 
         parts.append(f"<p>{_escape(row_heading(row) + kinds)}</p>")
         if row.rejected:
             parts.append(f'<p style="color:#cf222e">{_escape(to_single_line(row.rejected))}</p>')
-        for number, view in enumerate(row.examples):
-            cut = f" · ✂ {count_noun(view.cut, 'token')} cut" if view.cut else ""
-            text, title = "".join(_render_segments(view)), describe_example(row, number)
-            parts.append(f"<p>{title}</p>" if title else "")
-            parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{describe_trained_share(view)}{cut}</p>')
+        for heading, shown, view in split_pair(row):
+            parts.append(f"<p>{heading}</p>" if heading else "")
+            parts.append(f'<pre style="{_FRAGMENT}">{"".join(_render_segments(shown))}</pre>')
+            if view is not None:
+                cut = f" · ✂ {count_noun(view.cut, 'token')} cut" if view.cut else ""
+                parts.append(f"<p>{describe_trained_share(view)}{cut}</p>")
         if row.dropped:
             parts.append(f"<p>{describe_dropped(row)}</p>")
         lost = (f"not printed by the template: {text.field}: {make_visible(text.text)}" for text in row.lost)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import count_noun
+from ftdata.inspection.pair_views import split_pair
 from ftdata.inspection.row_views import (
     ExampleView,
     RowView,
     Segment,
     describe_dropped,
-    describe_example,
     describe_trained_share,
     make_visible,
     row_heading,
@@ -37,14 +37,7 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
             console.print(Text(f"outlier: {', '.join(row.why)}", "bold yellow"), soft_wrap=True)
         if row.rejected:
             console.print(Text(spell_options(to_single_line(row.rejected)), "red"), soft_wrap=True)
-        for number, view in enumerate(row.examples):
-            if title := describe_example(row, number):
-                console.print(Text(f"── {title} ──", "blue"), soft_wrap=True)
-            text = style_segments(view.segments(), plain=has_no_colors(console))
-            console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
-            if view.remainder or view.cut:
-                console.print(Text(_describe_remainder(view), "red"), soft_wrap=True)
-            console.print(Text(describe_trained_share(view), "cyan"), soft_wrap=True)
+        _print_examples(console, row)
         if row.dropped:
             console.print(Text(spell_options(describe_dropped(row)), "red"), soft_wrap=True)
         for lost in row.lost:
@@ -52,6 +45,19 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
             console.print(Text(f"not printed by the template: {lost.field}: {excerpt}", "yellow"), soft_wrap=True)
         if row.flags:
             console.print(Text(f"flags: {', '.join(row.flags)}", "yellow"), soft_wrap=True)
+
+
+def _print_examples(console: Console, row: RowView) -> None:
+    for title, shown, view in split_pair(row):
+        if title:
+            console.print(Text(f"── {title} ──", "blue"), soft_wrap=True)
+        text = style_segments(shown.segments(), plain=has_no_colors(console))
+        console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
+        if view is None:
+            continue
+        if view.remainder or view.cut:
+            console.print(Text(_describe_remainder(view), "red"), soft_wrap=True)
+        console.print(Text(describe_trained_share(view), "cyan"), soft_wrap=True)
 
 
 def render_plain_text(render: Callable[[Console], None]) -> str:
