@@ -40,9 +40,10 @@ _VALUE = r"""'[^']*'|"[^"]*"|\{[^{}]*\}|\.\.\.|[\w.%:/-]*[\w%]"""
 _OPTION = re.compile(
     # An option with its value, and the comma if another option follows. `--set turns=split` is not changed.
     rf"(?<![\w.'\"/-])(?<!--set )(?P<name>{_ANY_NAME})=(?P<value>{_VALUE})?(?:,(?=\ (?:{_ANY_NAME})=))?"
-    # The name of an option. A quoted name may be a column.
-    rf"|(?<![\w.'\"`/\[-])(?P<bare>{_LONG_NAMES})(?![\w='\"`(-]|\.\w)"
+    # The name of an option. A quoted name, or a name before a colon, may be a column.
+    rf"|(?<![\w.'\"`/\[-])(?P<bare>{_LONG_NAMES})(?![\w='\"`(:-]|\.\w)"
 )
+_KNOWN_VALUES = re.compile(r"(known: [^\n]*)")
 
 
 def spell_options(text: str, style: Style | None = None) -> str:
@@ -62,7 +63,10 @@ def spell_options(text: str, style: Style | None = None) -> str:
     style = style or _style[0]
     if style == "arguments":
         return text
-    return _OPTION.sub(_spell_flag if style == "flags" else _spell_key, text)
+    spell = _spell_flag if style == "flags" else _spell_key
+    # A list of known values can contain the name of an option, such as the flag `control_tokens`.
+    parts = _KNOWN_VALUES.split(text)
+    return "".join(part if index % 2 else _OPTION.sub(spell, part) for index, part in enumerate(parts))
 
 
 def set_style(style: Style) -> None:

@@ -196,9 +196,9 @@ def write_build(
     for option in options:
         check_choice("option", option, OPTIONS)
     bound = make_recipe(tokenizer, **select_options(options, "task", "rendering", "rows"))
-    layout = Layout(max_length=bound.max_length, **select_options(options, "layout"))
-    if bound.task == "preference" and layout.packing:
+    if bound.task == "preference" and options.get("packing"):
         raise UsageError("packing", "preference pairs cannot be packed", hint="remove packing")
+    layout = Layout(max_length=bound.max_length, **select_options(options, "layout"))
     if layout.near_duplicate_threshold is not None:
         near_duplicates.require_rensa()
     row_filter = RowFilter(**select_options(options, "selection"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftdata.build import remote
 from ftdata.build.dataset import load_build, write_build
+from ftdata.errors import UsageError
 
 if TYPE_CHECKING:
     import datasets
@@ -41,6 +42,7 @@ def build_preference_dataset(
         token's own id (not shifted), or -100; tokens of the prompt are never trained.
 
     Raises:
+        UsageError: `packing` or `task` is given.
         FtdataError: as for `build_sft_dataset`. Rows that are not pairs are bad rows.
 
     >>> from ftdata.testing import byte_tokenizer
@@ -54,6 +56,8 @@ def build_preference_dataset(
     >>> len(pair["prompt_ids"]), pair["chosen_labels"], pair["rejected_labels"]
     (23, [52, 257, -100], [50, 50, 257, -100])
     """
+    if "task" in options:
+        raise UsageError("task", "the task of this function is always preference", hint="remove task")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(data, tokenizer, target, template=template, task="preference", **options)

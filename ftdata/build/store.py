@@ -17,7 +17,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -441,8 +441,12 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(folder: Path) -> list[str]:
+def verify_files(folder: Path, names: Collection[str] | None = None) -> list[str]:
     """Compare the files of a build with its manifest. Return the names of missing and changed files.
+
+    Args:
+        folder: the build.
+        names: the files to compare; `None` for all files.
 
     Raises:
         InputRefused: the folder is not a build.
@@ -453,16 +457,17 @@ def verify_files(folder: Path) -> list[str]:
         if error.code != "damaged_build":
             raise
         return ["manifest.json"]
-    return [name for name, expected in files.items() if not _is_unchanged(folder / name, expected)]
+    compared = files if names is None else [name for name in files if name in names]
+    return [name for name in compared if not _is_unchanged(folder / name, files[name])]
 
 
-def check_intact(folder: Path) -> None:
-    """Check that all files of a build match its manifest.
+def check_intact(folder: Path, names: Collection[str] | None = None) -> None:
+    """Check that all files of a build, or the files with the given names, match its manifest.
 
     Raises:
         InputRefused: `damaged_build`, with the names of up to three damaged files; or the folder is not a build.
     """
-    if damaged := verify_files(folder):
+    if damaged := verify_files(folder, names):
         problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
         hint = _REMOVE_HINT if damaged[0] == "manifest.json" else "build the data set again"
         raise InputRefused("damaged_build", problem, hint=hint)

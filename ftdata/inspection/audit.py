@@ -51,6 +51,8 @@ _STYLES = {
 
 FAIL_ON = (*SEVERITIES, "never")
 _MAX_SAMPLES = 100
+_MAX_FIXES = 5
+"""The number of findings for rejects with the same code and different fixes."""
 
 
 class FindingLocation(NamedTuple):
@@ -355,7 +357,7 @@ class Auditor:
         self.added_text = verify_template(recipe.template).adds.strip() if is_chat_template else ""
         self.flag_checks = {check.code: check for check in self.checks if check.scope == "flag"}
         self.row_checks = [check for check in self.checks if check.scope == "row"]
-        self.findings: dict[tuple[str, bool], Finding] = {}
+        self.findings: dict[tuple[str, str], Finding] = {}
         self.scripts: list[int] = []
         self.signatures: list[np.ndarray] = []
         self.stops: set[int] = set()
@@ -414,17 +416,20 @@ class Auditor:
         return AuditReport(survey.rows, tuple(sorted(self.findings.values(), key=rank)), confirmed=confirmed)
 
     def _add_finding(self, check: Check, source: Source | None, detail: str = "") -> None:
-        if (check.code, False) not in self.findings:
+        if (check.code, "") not in self.findings:
             message = f"{check.message}: {detail}" if source is None else check.message
-            self.findings[check.code, False] = Finding(check.code, check.severity, message, check.fix)
-        self.findings[check.code, False].add(source, detail)
+            self.findings[check.code, ""] = Finding(check.code, check.severity, message, check.fix)
+        self.findings[check.code, ""].add(source, detail)
 
     def _add_reject(self, reject: Reject) -> None:
         if reject.code in self.skipped_codes:
             return
         fix = reject.fix or "correct the row"
-        # A reject can share its code with a check of rows that are built, so the key also contains the kind.
-        key = (reject.code, True)
+        # Rejects with the same code can have different fixes, and a check of built rows can have the same code.
+        if (reject.code, fix) not in self.findings:
+            fixes = sum(code == reject.code for code, _ in self.findings)
+            fix = fix if fixes < _MAX_FIXES else "correct the rows"
+        key = (reject.code, fix)
         finding = self.findings.setdefault(key, Finding(reject.code, "error", "the row is rejected", fix))
         finding.add(reject.source, f"{reject.field} {reject.reason}".strip())
 

@@ -318,7 +318,7 @@ def _view_documents(target: Target, selection: RowSelection) -> Iterator[RowView
     if selection.id is not None:
         raise UsageError("rows_wanted", "a build does not store the ids of rows", hint="select rows with row or grep")
     folder = target.folder or Path()
-    documents = stored_builds.read_build_documents(folder, stored_builds.split_names(folder))
+    documents = stored_builds.read_build_documents(folder, stored_builds.split_names(folder), check_files=True)
     if selection.numbers is not None:
         documents = (
             document

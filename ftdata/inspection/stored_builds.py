@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ftdata.build import remote
 from ftdata.build.ledger import Report
 from ftdata.build.read_packs import list_pack_files, read_pack_file
-from ftdata.build.store import read_manifest
+from ftdata.build.store import check_intact, read_manifest
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
 from ftdata.options import OPTIONS
@@ -138,13 +138,18 @@ def _convert_errors(path: Path) -> Iterator[None]:
         raise InputRefused("damaged_build", problem, hint="build the data set again") from None
 
 
-def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildDocument]:
+def read_build_documents(folder: Path, splits: Sequence[str], *, check_files: bool = False) -> Iterator[BuildDocument]:
     """Read the examples of the given splits, in the order of the packed sequences.
+
+    Args:
+        folder: The folder of the build.
+        splits: The names of the splits.
+        check_files: Whether to compare each file with its hash before the file is read.
 
     Raises:
         InputRefused: The build is damaged.
     """
-    documents = ((split, *values) for split in splits for values in _read_documents(folder, split))
+    documents = ((split, *values) for split in splits for values in _read_documents(folder, split, check_files))
     return (BuildDocument(number, *values) for number, values in enumerate(documents))
 
 
@@ -164,10 +169,18 @@ def make_source(folder: Path) -> MemorySource:
     return MemorySource(_TokenRows(folder), str(folder))
 
 
-def _read_documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
+def _read_documents(
+    folder: Path, split: str, check_files: bool
+) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
+    def check(path: Path) -> Path:
+        if check_files:
+            check_intact(folder, {f"{split}/{path.name}"})
+        return path
+
     with _convert_errors(folder / split):
-        provenance = _iterate_provenance(folder / split / "provenance.parquet")
+        provenance = _iterate_provenance(check(folder / split / "provenance.parquet"))
         for path in list_pack_files(folder, split):
+            check(path)
             for packs in read_pack_file(path):
                 for start, end in pairwise(packs.token_bounds.tolist()):
                     if (values := next(provenance, None)) is None:

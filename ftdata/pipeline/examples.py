@@ -105,10 +105,27 @@ def _truncate_row(
                 part = f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"
                 raise BadRow(length_error.code, f"{length_error.message}{part}", hint=length_error.hint)
             raise length_error
+        if conversation.sides:
+            _check_sides_differ(fitting)
         _check_flags(recipe, fitting.values())
     except BadRow as error:
         return replace(make_reject(row, error), lengths=lengths)
     return fitting, tuple(dropped)
+
+
+def _check_sides_differ(examples: Mapping[int, Example]) -> None:
+    """Reject a preference pair if the tokens of both sides are identical.
+
+    Raises:
+        BadRow: `identical_sides`.
+    """
+    chosen, rejected = examples.values()
+    if not np.array_equal(chosen.input_ids, rejected.input_ids):
+        return
+    reason = "after the truncation" if chosen.cut or rejected.cut else "because the template omits the difference"
+    problem = f"the tokens of the chosen and the rejected side are identical {reason}"
+    hint = "raise max_length, or remove the row" if chosen.cut or rejected.cut else "remove the row"
+    raise BadRow("identical_sides", problem, field=SIDES[1], hint=hint)
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:

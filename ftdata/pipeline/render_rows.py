@@ -205,8 +205,7 @@ def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
         return row
     try:
         conversation = normalize(row, recipe.schema, recipe.columns, recipe.task)
-        for part in conversation.parts:
-            check_answers(part)
+        _check_parts(conversation)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
@@ -424,6 +423,22 @@ def _iter_strings(value: Any) -> Iterator[str]:
             yield from _iter_strings(inner)
 
 
+def _check_parts(conversation: Conversation) -> None:
+    """Check the answers of a row, or of both sides of a preference pair.
+
+    Raises:
+        BadRow: as `check_answers`. For a pair, `field` is the side.
+    """
+    if not conversation.sides:
+        check_answers(conversation)
+        return
+    for name, side in zip(SIDES, conversation.sides, strict=True):
+        try:
+            check_answers(side)
+        except BadRow as error:
+            raise BadRow(error.code, error.message, field=name, hint="remove the row, or add the answer") from None
+
+
 def check_answers(conversation: Conversation) -> None:
     """Reject a row that has no answer to train, or an empty answer.
 
@@ -448,7 +463,8 @@ def check_answers(conversation: Conversation) -> None:
         if needs_answer and content is not None and not any(map(has_answer, texts)):
             index = next(index for index, message in enumerate(conversation.messages) if message is answer)
             problem = "the answer has no visible character outside thinking, so the model would learn empty answers"
-            hint = "remove the row, or set train: false in the message"
+            is_chat = conversation.schema in ("messages", "sharegpt", "chat_log")
+            hint = f"remove the row, or {'set train: false in the message' if is_chat else 'add the answer'}"
             raise BadRow("empty_answer", problem, field=f"messages[{index}].content", hint=hint)
 
 

@@ -57,10 +57,20 @@ def parse_each_line(texts: list[bytes], sources: list[Source]) -> list[Row | Rej
 
 def _parse_line(text: bytes, source: Source) -> Row | Reject:
     row = parse_row(text, source, whole_line=True)
-    if isinstance(row, Reject) and not text.endswith(b"\n"):
+    if isinstance(row, Reject) and not text.endswith(b"\n") and _is_unclosed(text):
         reason = f"{row.reason}; the file ends inside this line"
         return replace(row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated")
     return row
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
+
+def _is_unclosed(text: bytes) -> bool:
+    """Return whether a bracket or a quote is not closed."""
+    rest = _STRING.sub(b"", text)
+    opened, closed = (sum(rest.count(bracket) for bracket in pair) for pair in ((b"{", b"["), (b"}", b"]")))
+    return b'"' in rest or opened > closed
 
 
 def parse_row(text: bytes, source: Source, *, whole_line: bool = False) -> Row | Reject:
@@ -172,6 +182,14 @@ def _count_keys(value: Any, depth: int = 1) -> tuple[int, bool]:
     return keys, has_floats
 
 
+def _json_fix(text: bytes) -> str:
+    if b"\r" in text.strip():
+        return "separate the rows by line feeds (LF); the file contains carriage returns (CR)"
+    if text.lstrip().startswith((b"{'", b"[{'")):
+        return "write the rows with json.dumps; JSON requires double quotes"
+    return "correct the JSON, or remove the row"
+
+
 def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError | None, *, whole_line: bool) -> Any:
     # Unlike orjson, the json module accepts NaN, which is harmless in columns that are not trained on.
     try:
@@ -191,7 +209,7 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
             position = "the end of the line"
         if error.lineno == 1 and not whole_line:
             position = f"byte {(source.offset or 0) + len(error.doc[: error.pos].encode())}"
-        raise _Fault("json", f"the row is not valid JSON at {position}: {error.msg}") from None
+        raise _Fault("json", f"the row is not valid JSON at {position}: {error.msg}", _json_fix(text)) from None
     return value
 
 
@@ -214,7 +232,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Fault("duplicate_key", f"an object contains the key {repeated!r} more than once")
+        raise _Fault(
+            "duplicate_key", f"an object contains the key {repeated!r} more than once", "remove one of the keys"
+        )
     return value
 
 

@@ -105,7 +105,8 @@ def _read_text(data: Mapping[str, Any], column: str) -> str:
             raise BadRow("nested_cell", message, field=column, hint=hint)
         value = next(iter(value.values()))
     if not isinstance(value, str):
-        raise BadRow("content_type", f"is {describe_value(value)}, expected text", field=column)
+        problem = f"is {describe_value(value)}, expected text"
+        raise BadRow("content_type", problem, field=column, hint="convert the value to text")
     return value
 
 

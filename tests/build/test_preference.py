@@ -178,3 +178,35 @@ def test_unsupported_uses_of_pairs_are_refused(tokenizer_dir, tmp_path):
         build_preference_dataset(rows, byte_tokenizer(), "chatml", max_length=64, packing="bfd")
     with pytest.raises(UsageError, match="task is 'preferences'"):
         write_build(rows, byte_tokenizer(), tmp_path / "other", template="chatml", task="preferences")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "reason"),
+    [
+        (
+            {"prompt": "q", "chosen": "one two three", "rejected": "one two four"},
+            {"max_length": 27},
+            "raise max_length",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "a "}, {}, "because the template omits the difference"),
+    ],
+)
+def test_sides_with_identical_tokens_are_rejected(row, options, reason):
+    template = CHATML.replace("message['content']", "message['content'] | trim").replace(
+        "message.content", "message.content | trim"
+    )
+    with pytest.raises(BadRows, match=f"identical_sides.*{reason}"):
+        build_preference_dataset([row], byte_tokenizer(), template, overlong="truncate", **options)
+
+
+def test_empty_side_is_named():
+    with pytest.raises(BadRows, match="empty_answer.* rejected: .*Fix: remove the row, or add the answer"):
+        build_preference_dataset([{"prompt": "q", "chosen": "a", "rejected": " "}], byte_tokenizer(), "chatml")
+
+
+@pytest.mark.parametrize("options", [{"packing": "bfd"}, {"task": "sft"}])
+def test_options_that_pairs_cannot_have_are_refused(options):
+    with pytest.raises(UsageError, match="packed|task"):
+        build_preference_dataset(
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}], byte_tokenizer(), "chatml", **options
+        )

@@ -110,6 +110,9 @@ def test_option_names_are_only_replaced_in_messages():
     text = "its columns: 'max_length', max_length2, [max_rejects] data/test_size and e.g. --set turns=split"
     assert spell_options(text, "flags") == text
     assert spell_options("set columns={'output': 'a b'}, or where='x'", "arguments").startswith("set columns=")
+    listing = "unknown flag; known: control_tokens, no_stop\nset max_length"
+    assert spell_options(listing, "flags") == "unknown flag; known: control_tokens, no_stop\nset --max-length"
+    assert spell_options("d.jsonl:2 max_length: is null", "flags") == "d.jsonl:2 max_length: is null"
     assert spell_options("where=\"lang == 'en'\" failed", "flags") == "--where \"lang == 'en'\" failed"
 
 

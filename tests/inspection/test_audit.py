@@ -198,3 +198,13 @@ def test_row_checks_inspect_both_sides_of_a_pair(tokenizer):
     (finding,) = [one for one in report.findings if one.code == "mojibake"]
     assert finding.locations[0].detail.startswith("rejected side: ")
     assert "contradiction" not in {one.code for one in report.findings}
+
+
+def test_rejects_with_one_code_keep_their_own_fixes(tokenizer):
+    sides = {"chosen": TALK, "rejected": [{**TALK[0], "content": "other"}, *TALK[1:]]}
+    report = audit([{"prompt": "multi", **sides}, sides], tokenizer(), CHATML, task="preference")
+    fixes = [one.fix for one in report.findings if one.code == "prompt_differs"]
+    assert sorted(fix.split()[0] for fix in fixes) == ["remove", "use"]
+    many = [{"question": "q", "answer": "a", f"mask_{n}": [n]} for n in range(9)]
+    codes = [one.code for one in audit(many, tokenizer(), CHATML).findings]
+    assert codes.count("unknown_mask_field") < 9

@@ -475,3 +475,13 @@ def test_invalid_row_numbers_are_refused(text):
 
     with pytest.raises(UsageError, match="such as 7 or 3,8-11"):
         parse_row_numbers(text)
+
+
+def test_preview_refuses_a_damaged_build(tokenizer_dir, tmp_path):
+    build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built")
+    path = tmp_path / "built" / "train" / "data-00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputRefused, match="damaged_build.*data-00000.arrow"):
+        preview(tmp_path / "built")

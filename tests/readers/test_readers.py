@@ -134,6 +134,22 @@ def test_truncated_last_line_is_reported(tmp_path):
     assert cut.code == "partial_file"
 
 
+@pytest.mark.parametrize(
+    ("content", "fix"),
+    [
+        ('{"a": "b"},\n{"a": "b"},', "correct the JSON"),
+        ('{"a": "b"}\n{"a" "b"}', "correct the JSON"),
+        ('{"a": "b"}\r{"a": "c"}\r', "line feeds (LF)"),
+        ("{'a': 'b'}", "double quotes"),
+        ('{"a": "b", "a": "c"}', "remove one of the keys"),
+    ],
+)
+def test_complete_last_line_is_not_called_truncated(tmp_path, content, fix):
+    last = outcomes(write(tmp_path, "d.jsonl", content))[-1]
+    assert last.code in ("json", "duplicate_key")
+    assert fix in last.fix
+
+
 def test_invalid_utf8_is_rejected_at_its_line(tmp_path):
     (_, bad) = outcomes(write(tmp_path, "d.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n'))
     assert bad.code == "encoding"
