@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ftdata._version import __version__
 from ftdata.errors import UsageError, count_noun, escape_unprintable
-from ftdata.inspection.pair_views import find_first_difference, split_pair
+from ftdata.inspection.pair_views import find_differing_token, split_pair
 from ftdata.inspection.row_views import (
     ExampleView,
     Heading,
@@ -218,12 +218,12 @@ def _data(page: HtmlPage) -> dict[str, Any]:
 
 
 def _is_pair(row: RowView) -> bool:
-    return find_first_difference(row) is not None
+    return find_differing_token(row) is not None
 
 
 def _mark_first_difference(row: RowView) -> list[NDArray[np.bool_] | None]:
     """Return a mask of the first token in which the sides of a preference pair differ, for each side."""
-    first = find_first_difference(row)
+    first = find_differing_token(row)
     return [None if first is None else np.arange(len(view)) == first for view in row.examples]
 
 

@@ -11,7 +11,7 @@ from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.types import SIDES
 
 
-def find_first_difference(row: RowView) -> int | None:
+def find_differing_token(row: RowView) -> int | None:
     """Return the index of the first token in which the sides of a preference pair differ; `None` for any other row.
 
     Without a tokenizer, the index counts ranges of characters.
@@ -29,7 +29,7 @@ def split_pair(row: RowView) -> Iterator[tuple[str, ExampleView, ExampleView | N
 
     The prompt of a preference pair is displayed once, before both sides. Other rows are displayed as they are.
     """
-    first = find_first_difference(row)
+    first = find_differing_token(row)
     if first is not None:
         first = min(first, *(int(np.flatnonzero(view.trained)[0]) for view in row.examples if view.trained.any()))
         yield "prompt of both sides", row.examples[0].part(0, first), None
