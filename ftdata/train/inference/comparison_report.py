@@ -39,18 +39,24 @@ class Scores:
         exact: share of answers that match exactly, from 0 to 1.
         bleu: SacreBLEU score, from 0 to 100.
         chrf: chrF score, from 0 to 100.
+        rejected_perplexity: perplexity of the rejected answers; `None` if the data are not preference pairs.
+        preferred: share of pairs in which the chosen answer is more likely than the rejected answer, from 0 to 1.
     """
 
     perplexity: float
     exact: float
     bleu: float
     chrf: float
+    rejected_perplexity: float | None = None
+    preferred: float | None = None
 
 
 _PAGE = Path(__file__).with_name("comparison.html")
 
 _SCORE_FORMATS = {
     "perplexity": ("perplexity", "{:.3f}"),
+    "rejected_perplexity": ("perplexity of rejected answers", "{:.3f}"),
+    "preferred": ("chosen answer more likely", "{:.1%}"),
     "exact": ("exact match", "{:.1%}"),
     "bleu": ("SacreBLEU", "{:.1f}"),
     "chrf": ("chrF", "{:.1f}"),
@@ -80,11 +86,15 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as a JSON-serializable dict."""
         values = asdict(self)
+        for model in ("base", "tuned"):
+            values[model] = {name: score for name, score in values[model].items() if score is not None}
         return {"asked": values.pop("data_name"), **values}
 
     def scores(self) -> Iterator[tuple[str, str, str]]:
         """Yield three strings per score: the title, the base model's value, and the tuned model's value."""
         for name, (title, template) in _SCORE_FORMATS.items():
+            if getattr(self.base, name) is None:
+                continue
             yield title, template.format(getattr(self.base, name)), template.format(getattr(self.tuned, name))
 
     def print(self, console: Console) -> None:

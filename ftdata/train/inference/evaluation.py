@@ -5,22 +5,25 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sacrebleu
 import torch
+from numpy.typing import NDArray
 
 from ftdata.build.dataset import load_build
 from ftdata.errors import InputRefused
 from ftdata.redaction import redact_text
-from ftdata.train.dataset import training_splits
+from ftdata.train.dataset import has_pairs, training_splits
 from ftdata.train.inference.chat import base_generation_config
 from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
 from ftdata.train.inference.generation import generate_ids
 from ftdata.train.inference.progress import GenerationProgress, ProgressMeter
-from ftdata.train.inference.prompts import encode_rows, read_documents, split_last_turn
+from ftdata.train.inference.prompts import encode_rows, join_side, read_documents, split_last_turn
 from ftdata.train.inference.run_dir import FinishedRun, load_base_model, load_tuned_model, open_run
 from ftdata.train.model.device import fit_threads
 from ftdata.types import IGNORE_INDEX
@@ -49,19 +52,25 @@ def compare_models(
     run = open_run(run_dir, trust_remote_code=trust_remote_code)
     if data is None:
         run.check_build()
-        data_name, documents = _read_build_documents(run)
+        data_name, split = _read_build_split(run)
+        documents, rejected = read_documents(split), _read_rejected(split)
     else:
-        data_name, documents = redact_text(str(data)), encode_rows(data, run.recipe)
+        data_name, documents, rejected = redact_text(str(data)), encode_rows(data, run.recipe), repeat(None)
     stop_ids = run.stop_ids
-    pairs = ((document, turn) for document in documents if (turn := split_last_turn(*document, stop_ids)) is not None)
-    selected = list(islice(pairs, n))
+    candidates = (
+        (document, turn, other)
+        for document, other in zip(documents, rejected, strict=False)
+        if (turn := split_last_turn(*document, stop_ids)) is not None
+    )
+    selected = list(islice(candidates, n))
     if not selected:
         hint = "use --data to pass rows with a prompt and an answer; the perplexity of plain texts is in run.json"
         raise InputRefused("no_questions", f"no row of {data_name} has a prompt and an answer", hint=hint)
-    texts = [document for document, _ in selected]
-    prompts = [prompt for _, (prompt, _) in selected]
+    texts = [document for document, _, _ in selected]
+    others = [other for _, _, other in selected if other is not None]
+    prompts = [prompt for _, (prompt, _), _ in selected]
     tokenizer = run.tokenizer
-    expected = [tokenizer.decode(answer) for _, (_, answer) in selected]
+    expected = [tokenizer.decode(answer) for _, (_, answer), _ in selected]
     scores: list[Scores] = []
     answers: list[list[str]] = []
     meter = ProgressMeter(len(prompts), 2, progress) if progress else None
@@ -70,6 +79,8 @@ def compare_models(
         answer_ids = generate_ids(model, prompts, batch_size=batch_size, progress=meter, **generation)
         answers.append([tokenizer.decode(ids) for ids in answer_ids])
         scores.append(score_answers(answers[-1], expected, perplexity(model, texts, batch_size)))
+        if others:
+            scores[-1] = replace(scores[-1], **_compare_sides(model, texts, others, batch_size))
         if meter is not None:
             meter.next_model()
 
@@ -79,41 +90,65 @@ def compare_models(
     return Comparison(data_name, str(run.metadata["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
 
+def _compare_sides(
+    model: Any, chosen: Sequence[Document], rejected: Sequence[Document], batch_size: int
+) -> dict[str, float]:
+    losses, counts = compute_losses(model, rejected, batch_size)
+    chosen_losses, _ = compute_losses(model, chosen, batch_size)
+    return {
+        "rejected_perplexity": _exponential(losses.sum() / max(counts.sum(), 1)),
+        "preferred": float((chosen_losses < losses).mean()),
+    }
+
+
 def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> float:
-    """Return a model's perplexity on tokenized examples: the exponential of the mean loss per trained token.
+    """Return a model's perplexity on tokenized examples: the exponential of the mean loss per trained token."""
+    losses, counts = compute_losses(model, texts, batch_size)
+    return _exponential(losses.sum() / max(counts.sum(), 1))
+
+
+def _exponential(value: float) -> float:
+    return math.exp(min(float(value), 700))
+
+
+def compute_losses(
+    model: Any, texts: Sequence[Document], batch_size: int = 16
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the sum of the losses and the number of the trained tokens of each tokenized example (`[texts]`).
 
     Documents of similar length share a forward pass, with padding on the right.
     """
-    total, count = 0.0, 0
+    losses, counts = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
     model.eval()
     with torch.inference_mode(), fit_threads(model):
-        for batch in _batches(texts, batch_size):
+        for numbers in _batches(texts, batch_size):
+            batch = [texts[number] for number in numbers]
             width = max(len(ids) for ids, _ in batch)
-            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+            ids = torch.tensor([[*ids] + [0] * (width - len(ids)) for ids, _ in batch])
             mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
-            targets = torch.tensor([labels + [IGNORE_INDEX] * (width - len(labels)) for _, labels in batch])[:, 1:]
+            targets = torch.tensor([[*labels] + [IGNORE_INDEX] * (width - len(labels)) for _, labels in batch])[:, 1:]
             trained = targets != IGNORE_INDEX
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
             logits = model(**inputs, use_cache=False).logits[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits[trained.to(logits.device)].float(), targets[trained].to(logits.device), reduction="sum"
-            )
-            total += float(losses)
-            count += int(trained.sum())
-    return math.exp(min(total / max(count, 1), 700))
+            token_losses = torch.zeros(targets.shape, dtype=torch.float64)
+            token_losses[trained] = torch.nn.functional.cross_entropy(
+                logits[trained.to(logits.device)].float(), targets[trained].to(logits.device), reduction="none"
+            ).to(token_losses)
+            losses[numbers], counts[numbers] = token_losses.sum(1).numpy(), trained.sum(1).numpy()
+    return losses, counts
 
 
-def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:
-    """Sort tokenized examples by length, and yield them in batches.
+def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[int]]:
+    """Sort tokenized examples by length, and yield their numbers in batches.
 
     The number of tokens per batch is limited, because all logits of a batch are in memory.
     """
-    batch: list[Document] = []
-    for text in sorted(texts, key=lambda text: len(text[0])):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(text[0]) > _MAX_BATCH_TOKENS):
+    batch: list[int] = []
+    for number in sorted(range(len(texts)), key=lambda number: len(texts[number][0])):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(texts[number][0]) > _MAX_BATCH_TOKENS):
             yield batch
             batch = []
-        batch.append((list(text[0]), list(text[1])))
+        batch.append(number)
     if batch:
         yield batch
 
@@ -140,11 +175,16 @@ def _is_unspaced(texts: Sequence[str]) -> bool:
     return wide > len(chars) / 2
 
 
-def _read_build_documents(run: FinishedRun) -> tuple[str, Iterator[Document]]:
+def _read_rejected(split: Any) -> Iterator[Document | None]:
+    """Return the rejected sides of the preference pairs in a split, or `None` for each row of other data."""
+    return (join_side(row, "rejected") for row in split) if has_pairs(split) else repeat(None)
+
+
+def _read_build_split(run: FinishedRun) -> tuple[str, Any]:
     splits = training_splits(load_build(run.build))
     name = "test" if "test" in splits else "train"
     note = "" if name == "test" else ", which the model was trained on"
-    return f"the {name} split of {run.build}{note}", read_documents(splits[name])
+    return f"the {name} split of {run.build}{note}", splits[name]
 
 
 def _evaluate_both(run: FinishedRun, evaluate_model: Callable[[Any], None]) -> None:

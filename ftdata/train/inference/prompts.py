@@ -48,13 +48,18 @@ def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
     """
     for row in split:
         if "chosen_ids" in row:
-            prompt = row["prompt_ids"]
-            yield prompt + row["chosen_ids"], [IGNORE_INDEX] * len(prompt) + row["chosen_labels"]
+            yield join_side(row, "chosen")
             continue
         start = 0
         for length in row["seq_lengths"]:
             yield row["input_ids"][start : start + length], row["labels"][start : start + length]
             start += length
+
+
+def join_side(row: Mapping[str, Any], side: str) -> tuple[list[int], list[int]]:
+    """Return the token ids and labels of a side of a preference pair, with the prompt."""
+    prompt = row["prompt_ids"]
+    return prompt + row[f"{side}_ids"], [IGNORE_INDEX] * len(prompt) + row[f"{side}_labels"]
 
 
 def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
@@ -64,8 +69,8 @@ def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
         tokenizer: the tokenizer of the build.
         options: the options in the manifest of the build.
     """
-    # The mask policy of the build is left out, so that prompts are the same for every policy.
-    excluded = ("train_on", "train_parts", "reject_flags", "max_length", "overlong")
+    # The mask policy of the build is left out, so that prompts are the same for every policy. Prompts are not pairs.
+    excluded = ("task", "train_on", "train_parts", "reject_flags", "max_length", "overlong")
     return Recipe.from_manifest(options, tokenizer, excluded=excluded)
 
 

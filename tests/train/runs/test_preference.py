@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from ftdata.train import compare, dry_run, run  # noqa: E402
+from ftdata.train import compare, dry_run, generate, run  # noqa: E402
 from ftdata.train.runs.pair_trainer import PairCollator, PairTrainer  # noqa: E402
 
 # No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
@@ -98,7 +98,19 @@ def test_model_prefers_the_chosen_answers_of_held_out_pairs(trained):
     assert about["loss"][0] == pytest.approx(0.6931, abs=1e-3)
     assert about["loss"][-1] < 0.6
     assert "dpo" in (trained / "model" / "README.md").read_text()
-    assert compare(trained, n=2, max_new_tokens=2).rows
+
+
+def test_models_are_compared_on_both_sides(trained, data):
+    """Prompts without pairs can be answered, too."""
+    found = compare(trained, n=16, max_new_tokens=2)
+    base, tuned = found.base, found.tuned
+    assert tuned.rejected_perplexity / tuned.perplexity > base.rejected_perplexity / base.perplexity
+    assert base.preferred <= tuned.preferred
+    assert "chosen answer more likely" in {title for title, *_ in found.scores()}
+    expected = [row["chosen"] for row in make_pairs(2)]
+    given = compare(trained, data, n=2, max_new_tokens=2)
+    assert ([row.expected for row in given.rows], given.tuned.preferred) == (expected, None)
+    assert len(generate(trained, ["Say abcd"], max_new_tokens=2)) == 1
 
 
 def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
