@@ -48,8 +48,6 @@ _BUILD_FILE = re.compile(
 )
 """Matches the relative paths of the files of a build."""
 
-_REMOVE_HINT = "remove the folder, then build the data set again"
-
 _REJECT_KEYS = {"file", "code", "reason", "fix", "raw"}
 
 _PACKS = pa.schema(
@@ -426,10 +424,10 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f"the manifest {path} is damaged: {error}"
-        raise InputRefused("damaged_build", problem, hint=_REMOVE_HINT) from None
+        raise InputRefused("damaged_build", problem, hint="remove the folder, then build the data set again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         problem = f"{path} does not have format {FORMAT}, the only format that this version of ftdata reads"
-        raise InputRefused("build_format", problem, hint=_REMOVE_HINT)
+        raise InputRefused("build_format", problem, hint="remove the folder, then build the data set again")
     manifest.pop(_SEAL, None)
     files = manifest.get("files")
     names = list(files) if isinstance(files, dict) else [".."]
@@ -437,7 +435,7 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     outside = any(PurePosixPath(name).is_absolute() or {"", ".", ".."} & {*name.split("/")} for name in names)
     if outside or _encode_manifest(manifest) != text:
         problem = f"the manifest {path} is damaged: its hash does not match"
-        raise InputRefused("damaged_build", problem, hint=_REMOVE_HINT)
+        raise InputRefused("damaged_build", problem, hint="remove the folder, then build the data set again")
     return manifest
 
 
@@ -469,7 +467,9 @@ def check_intact(folder: Path, names: Collection[str] | None = None) -> None:
     """
     if damaged := verify_files(folder, names):
         problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
-        hint = _REMOVE_HINT if damaged[0] == "manifest.json" else "build the data set again"
+        hint = "remove the folder, then build the data set again"
+        if damaged[0] != "manifest.json":
+            hint = "build the data set again"
         raise InputRefused("damaged_build", problem, hint=hint)
 
 

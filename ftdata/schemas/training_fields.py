@@ -160,13 +160,8 @@ def _check_preference(name: str, value: Any, where: str) -> None:
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
     if is_false and not is_class:
         message = f"is {describe_value(value)}, which marks the answer as undesirable (KTO data)"
-        hint = _leave_out_hint(name, value)
+        hint = f'to leave out these rows, pass where="{name} | default(1) != {value!r}"; or remove the field'
         raise BadRow("row_not_trained", message, field=where, hint=hint)
-
-
-def _leave_out_hint(name: str, value: Any) -> str:
-    """Return how to leave out the rows that have a value in a column. Rows without the column are kept."""
-    return f'to leave out these rows, pass where="{name} | default(1) != {value!r}"; or remove the field'
 
 
 def _read_row_flag(value: Any, where: str) -> bool:
@@ -178,7 +173,7 @@ def _read_row_flag(value: Any, where: str) -> bool:
     flag = read_flag(value, where) if isinstance(value, str | int | float) else None
     if flag is False:
         message = f"is {describe_value(value)}, which excludes the row from training"
-        hint = _leave_out_hint(where, value)
+        hint = f'to leave out these rows, pass where="{where} | default(1) != {value!r}"; or remove the field'
         raise BadRow("row_not_trained", message, field=where, hint=hint)
     return flag is True
 
