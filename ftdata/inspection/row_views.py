@@ -206,7 +206,8 @@ class RowView:
         why: The kinds of outlier that the row belongs to.
         dropped: The lengths in tokens of the examples that `overlong="drop_turns"` leaves out.
         number: The number of the example in a build, or `None`.
-        pack: The number of the packed sequence in a build, or `None`.
+        pack: The number of the packed sequence, or of the preference pair, in a build; or `None`.
+        side: The side of a preference pair in a build; empty for other rows.
     """
 
     source: Source
@@ -218,6 +219,7 @@ class RowView:
     dropped: tuple[int, ...] = ()
     number: int | None = None
     pack: int | None = None
+    side: str = ""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -233,6 +235,7 @@ class RowView:
             "why": list(self.why),
             "dropped": list(self.dropped),
             "pack": self.pack,
+            "side": self.side,
             "lost": [lost._asdict() for lost in self.lost],
             "flags": list(self.flags),
             "rejected": self.rejected,
@@ -283,6 +286,7 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
         dropped=outcome.dropped,
         number=int(conversation.fields["example"]) if is_document else None,
         pack=int(conversation.fields["pack"]) if is_document else None,
+        side=conversation.fields.get("side", "") if is_document else "",
     )
 
 
@@ -461,7 +465,7 @@ def to_single_line(text: object) -> str:
 def row_heading(row: RowView) -> str:
     """Return the heading of a row: its number, source, schema and packed sequence."""
     number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
-    pack = "" if row.pack is None else f" · pack {row.pack}"
+    pack = "" if row.pack is None else f" · pair {row.pack}, {row.side}" if row.side else f" · pack {row.pack}"
     return to_single_line(f"{number} · {row.source} · {row.schema or 'rejected'}{pack}")
 
 

@@ -28,7 +28,7 @@ from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import MemorySource
 from ftdata.tokenizing.batches import Encodings, RenderedBatch, end_offsets
-from ftdata.types import IGNORE_INDEX, Conversation, Reject, Rendered, RowTokens, Source
+from ftdata.types import IGNORE_INDEX, SIDES, Conversation, Reject, Rendered, RowTokens, Source
 
 _BATCH_SIZE = 256
 _NO_TEXT = Rendered("", ())
@@ -208,7 +208,7 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
         text_bounds = np.zeros(len(batch) + 1, np.int64)
         yield Batch(
             recipe.tokenizer,
-            [_to_conversation(document, trained) for document, trained in zip(batch, masks, strict=True)],
+            [_to_conversation(document, trained, recipe) for document, trained in zip(batch, masks, strict=True)],
             [1] * len(batch),
             RenderedBatch([_NO_TEXT] * len(batch)),
             Encodings(ids, no_offsets, no_offsets, token_bounds, text_bounds),
@@ -218,8 +218,11 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
         )
 
 
-def _to_conversation(document: BuildDocument, trained: NDArray[np.bool_]) -> Conversation:
+def _to_conversation(document: BuildDocument, trained: NDArray[np.bool_], recipe: Recipe) -> Conversation:
     numbers = {"example": str(document.number), "pack": str(document.pack)}
+    if recipe.task == "preference":
+        # Each pair is stored as two documents.
+        numbers["side"] = SIDES[document.number % 2]
     tokens = RowTokens(document.ids, trained)
     return Conversation((), numbers, tokens=tokens, schema=document.split, source=document.source)
 

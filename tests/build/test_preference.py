@@ -210,3 +210,16 @@ def test_options_that_pairs_cannot_have_are_refused(options):
         build_preference_dataset(
             [{"prompt": "q", "chosen": "a", "rejected": "b"}], byte_tokenizer(), "chatml", **options
         )
+
+
+def test_preview_of_a_build_names_the_sides(tokenizer_dir, tmp_path):
+    rows = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(2)]
+    write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template=CHATML, task="preference")
+    shown = preview(tmp_path / "built", n=4)
+    assert [(row.pack, row.side) for row in shown.rows] == [
+        (0, "chosen"),
+        (0, "rejected"),
+        (1, "chosen"),
+        (1, "rejected"),
+    ]
+    assert "pair 1, rejected" in str(shown)
