@@ -22,6 +22,7 @@ from ftdata.importers.draft import (
     check_setting,
     conversion_error,
     explicit_settings,
+    leave_packing_to_the_combination,
     merge_dataset_options,
     note_unknown_keys,
     remove_evaluation,
@@ -278,6 +279,8 @@ def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft
         raise conversion_error(problem, hint="pass the path or the number of a data set; numbers start at 0")
     names = {*(selection or numbered)}
     selected = {number: info for number, info in numbered.items() if names & {number, info["path"]}}
+    if len(selected) < len(numbered):
+        leave_packing_to_the_combination(draft)
     draft.set_field("data", [source for info in selected.values() for source in _make_sources(info, draft)])
     options = {f"{info['path']} ({number})": _row_options(info, values, draft) for number, info in selected.items()}
     merge_dataset_options(options, draft)

@@ -148,6 +148,15 @@ def note_unknown_keys(name: str, info: Mapping[str, Any], known_keys: Collection
         draft.add_note(f"{name}: unknown keys, left out: {', '.join(unknown)}")
 
 
+def leave_packing_to_the_combination(draft: Draft) -> None:
+    """Remove packing from a draft of one of several data sets, because packed builds cannot be combined."""
+    if draft.fields.pop("packing", None):
+        draft.add_note(
+            "packing: left out, because packed builds cannot be combined; set packing: bfd in the configuration whose "
+            "data are the builds, or in this file if you train on this data set only"
+        )
+
+
 def remove_evaluation(draft: Draft) -> None:
     """Remove all evaluation settings from a draft that has no test split."""
     train = draft.fields.get("train", {})
@@ -227,8 +236,8 @@ def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], d
         )
         problem = f"the data sets need different values of {', '.join(differing)} ({values})"
         hint = (
-            "import each data set with --dataset, build each configuration with ftdata build, and set data to the list "
-            "of the builds"
+            "import each data set with --dataset, build each configuration with ftdata build FILE -o FOLDER, and set "
+            "data to the list of these folders, and packing, in another configuration"
         )
         raise conversion_error(problem, hint=hint)
     for name, value in all_options[0].items():

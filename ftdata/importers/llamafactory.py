@@ -22,6 +22,7 @@ from ftdata.importers.draft import (
     check_setting,
     conversion_error,
     explicit_settings,
+    leave_packing_to_the_combination,
     merge_dataset_options,
     note_unknown_keys,
     remove_evaluation,
@@ -154,6 +155,8 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     if not (data_dir / _INFO_FILE).is_file() and (folder / data_dir / _INFO_FILE).is_file():
         data_dir = folder / data_dir
     selected = [name for name in names if not selection or name in selection] or list(selection)
+    if len(selected) < len(names):
+        leave_packing_to_the_combination(draft)
     infos = _read_info_file(data_dir / _INFO_FILE)
     if stage == "pt":
         _convert_texts(infos, selected, data_dir, draft)

@@ -27,7 +27,11 @@ def read_token_row(data: Mapping[str, Any]) -> Conversation:
     for name, expected in {**single, **lengths}.items():
         if data.get(name) is not None and _read_integers(data, name).tolist() != expected:
             problem = "the row is padded or packed, expected one unpadded example per row"
-            raise BadRow("tokens_shape", problem, field=name, hint="write one row per example, without padding")
+            hint = (
+                "write one row per example, without padding; if the data are a packed build, build it without packing, "
+                "and set packing in the build that combines the data"
+            )
+            raise BadRow("tokens_shape", problem, field=name, hint=hint)
     masks = {name: _read_mask(data, name, len(ids)) for name in MASK_COLUMNS if data.get(name) is not None}
     if data.get("labels") is not None:
         labels = _read_integers(data, "labels")

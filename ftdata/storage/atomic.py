@@ -313,6 +313,8 @@ def convert_os_errors(target: Path) -> Iterator[None]:
         path = f": {error.filename}" if error.filename and str(error.filename) != str(target) else ""
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free disk space, or choose another path" if is_full else "choose a path with write permission"
+        if error.errno == errno.EFBIG:
+            hint = "increase the limit of the file size: ulimit -f unlimited"
         if error.errno in (errno.EMFILE, errno.ENFILE):
             hint = "increase the limit of open files: ulimit -n 1024"
         raise StorageError("write", f"cannot write {target}: {error.strerror or error}{path}", hint=hint) from None

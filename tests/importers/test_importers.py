@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ftdata import build_sft_dataset, preview
+from ftdata.build.dataset import write_build
 from ftdata.config import Config, Lora, load_config
 from ftdata.errors import UsageError
 from ftdata.importers import import_config
@@ -93,6 +94,25 @@ def test_axolotl_configuration_is_imported(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(str(found))
     assert load_config(path) == config
+
+
+def test_imported_data_sets_are_combined_without_packed_builds(tmp_path, tokenizer_dir):
+    for name, row in (("a", {"instruction": "q", "output": "a"}), ("b", {"messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})):  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    kinds = {"a": "alpaca", "b": "chat_template"}
+    infos = [{"path": str(tmp_path / f"{name}.jsonl"), "type": kind} for name, kind in kinds.items()]
+    path = axolotl(tmp_path, datasets=infos, chat_template="chatml")
+    with pytest.raises(UsageError, match=r"build FILE -o FOLDER.*and packing, in another configuration"):
+        import_config(path)
+    for number, name in enumerate(kinds):
+        found = import_config(path, datasets=[str(number)])
+        assert any(note.startswith("packing: left out") for note in found.notes)
+        options = {name: value for name, value in found.config.build_options().items() if name != "test_size"}
+        write_build(found.config.data, tokenizer_dir("tiny_bpe"), tmp_path / f"built_{name}", **options)
+    built = [str(tmp_path / "built_a"), str(tmp_path / "built_b")]
+    packed = build_sft_dataset(built, tokenizer_dir("tiny_bpe"), packing="bfd", max_length=1024)["train"]
+    assert [len(row["seq_lengths"]) for row in packed] == [2]
 
 
 PAIR_ROWS = {
@@ -352,7 +372,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
         ({"stage": "kto"}, "stage is 'kto'"),
         (
             {"dataset": "faq,chats"},
-            "need different values of schema, columns .faq: schema alpaca.*data to the list of the builds",
+            "need different values of schema, columns .faq: schema alpaca.*data to the list of these folders",
         ),
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
         ({"dataset": ""}, "dataset is empty"),
