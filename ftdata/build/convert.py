@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonlines
 import pyarrow as pa
@@ -25,11 +25,11 @@ from ftdata.pipeline.render_rows import RejectedRows, check_answers, has_rejecte
 from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column
-from ftdata.schemas import last_answer_index, normalize
+from ftdata.schemas import STANDS_FOR, last_answer_index, normalize
 from ftdata.spelling import spell_options
 from ftdata.storage import atomic, disk
 from ftdata.templates import render_in_worker
-from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row
+from ftdata.types import WHOLE, Conversation, Message, Reject, Rendered, Row
 
 FORMS = ("messages", "prompt_completion", "text")
 _MAX_ROWS, _MAX_CHARACTERS = 1024, 1 << 20
@@ -241,6 +241,7 @@ def _convert_row(row: Row | Reject, to: str, options: Options, recipe: Recipe | 
     try:
         conversation = normalize(row, options.schema, options.columns)
         check_answers(conversation)
+        conversation = _use_standard_roles(conversation)
         records = _make_records(conversation, to, recipe)
         for record in records if _is_parquet(output) else ():
             _check_columns(record)
@@ -253,6 +254,22 @@ def _convert_row(row: Row | Reject, to: str, options: Options, recipe: Recipe | 
     if has_rejected_side(conversation):
         conversation = replace(conversation, notes=conversation.notes | {"rejected side"})
     return conversation, records
+
+
+def _use_standard_roles(conversation: Conversation) -> Conversation:
+    """Replace roles that only some templates support, such as `observation`, by the role `tool`.
+
+    Other tools would lose these messages, because most templates ignore unknown roles.
+    """
+    special = {message["role"] for message in conversation.messages} & STANDS_FOR.keys()
+    if not special:
+        return conversation
+    messages = tuple(
+        cast("Message", {**message, "role": STANDS_FOR.get(message["role"], message["role"])})
+        for message in conversation.messages
+    )
+    notes = {f"role {role} as {STANDS_FOR[role]}" for role in special}
+    return replace(conversation, messages=messages, notes=conversation.notes | notes)
 
 
 def _count(outcome: Outcome, ledger: Ledger, rejects: list[Reject]) -> None:

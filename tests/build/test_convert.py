@@ -197,3 +197,14 @@ def test_existing_output_needs_overwrite(tmp_path):
         == 1
     )
     assert (seen[-1].phase, seen[-1].rows) == ("convert", 1)
+
+
+def test_tool_results_get_the_standard_role(tmp_path):
+    """Most templates ignore the role observation, so other tools would lose the result."""
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    result = [{"from": "observation", "value": "22 C"}, {"from": "gpt", "value": "22"}]
+    rows = [{"conversations": [{"from": "human", "value": "w?"}, call, *result]}]
+    report = convert(rows, tmp_path / "out.jsonl")
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert "observation as tool (1 row)" in str(report)
