@@ -467,9 +467,8 @@ def check_intact(folder: Path, names: Collection[str] | None = None) -> None:
     """
     if damaged := verify_files(folder, names):
         problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
-        hint = "remove the folder, then build the data set again"
-        if damaged[0] != "manifest.json":
-            hint = "build the data set again"
+        is_manifest = damaged[0] == "manifest.json"
+        hint = "remove the folder, then build the data set again" if is_manifest else "build the data set again"
         raise InputRefused("damaged_build", problem, hint=hint)
 
 

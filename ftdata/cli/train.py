@@ -70,20 +70,8 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 @add_options(
-    *(
-        "task",
-        "template",
-        "schema",
-        "columns",
-        "train_on",
-        "turns",
-        "max_length",
-        "overlong",
-        "packing",
-        "test_size",
-        "limit",
-    ),
-    *("on_bad_rows", "max_rejects"),
+    *("task", "template", "schema", "columns", "train_on", "turns", "max_length", "overlong", "packing"),
+    *("test_size", "limit", "on_bad_rows", "max_rejects"),
 )
 def train(
     source: Annotated[

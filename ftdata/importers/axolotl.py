@@ -22,10 +22,10 @@ from ftdata.importers.draft import (
     check_setting,
     conversion_error,
     explicit_settings,
-    leave_packing_to_the_combination,
     merge_dataset_options,
     note_unknown_keys,
     remove_evaluation,
+    remove_packing,
     test_size_of,
 )
 
@@ -280,7 +280,7 @@ def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft
     names = {*(selection or numbered)}
     selected = {number: info for number, info in numbered.items() if names & {number, info["path"]}}
     if len(selected) < len(numbered):
-        leave_packing_to_the_combination(draft)
+        remove_packing(draft)
     draft.set_field("data", [source for info in selected.values() for source in _make_sources(info, draft)])
     options = {f"{info['path']} ({number})": _row_options(info, values, draft) for number, info in selected.items()}
     merge_dataset_options(options, draft)

@@ -148,7 +148,7 @@ def note_unknown_keys(name: str, info: Mapping[str, Any], known_keys: Collection
         draft.add_note(f"{name}: unknown keys, left out: {', '.join(unknown)}")
 
 
-def leave_packing_to_the_combination(draft: Draft) -> None:
+def remove_packing(draft: Draft) -> None:
     """Remove packing from a draft of one of several data sets, because packed builds cannot be combined."""
     if draft.fields.pop("packing", None):
         draft.add_note(

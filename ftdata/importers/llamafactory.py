@@ -22,10 +22,10 @@ from ftdata.importers.draft import (
     check_setting,
     conversion_error,
     explicit_settings,
-    leave_packing_to_the_combination,
     merge_dataset_options,
     note_unknown_keys,
     remove_evaluation,
+    remove_packing,
     test_size_of,
 )
 
@@ -156,7 +156,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
         data_dir = folder / data_dir
     selected = [name for name in names if not selection or name in selection] or list(selection)
     if len(selected) < len(names):
-        leave_packing_to_the_combination(draft)
+        remove_packing(draft)
     infos = _read_info_file(data_dir / _INFO_FILE)
     if stage == "pt":
         _convert_texts(infos, selected, data_dir, draft)

@@ -455,8 +455,9 @@ class Auditor:
 def _run_row_check(check: Check, row: CheckedRow) -> Iterator[str]:
     """Run a row check. On a preference pair, it runs on each side, unless it compares the sides."""
     sides = row.conversation.sides
+    if check.compares_sides == bool(sides):
+        yield from check.run(row)
     if check.compares_sides or not sides:
-        yield from check.run(row) if sides or not check.compares_sides else ()
         return
     for name, side, example in zip(SIDES, sides, row.examples, strict=True):
         for detail in check.run(row._replace(conversation=side, examples=(example,))):

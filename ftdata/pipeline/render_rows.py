@@ -463,8 +463,9 @@ def check_answers(conversation: Conversation) -> None:
         if needs_answer and content is not None and not any(map(has_answer, texts)):
             index = next(index for index, message in enumerate(conversation.messages) if message is answer)
             problem = "the answer has no visible character outside thinking, so the model would learn empty answers"
-            is_chat = conversation.schema in ("messages", "sharegpt", "chat_log")
-            hint = f"remove the row, or {'set train: false in the message' if is_chat else 'add the answer'}"
+            hint = "remove the row, or add the answer"
+            if conversation.schema in ("messages", "sharegpt", "chat_log"):
+                hint = "remove the row, or set train: false in the message"
             raise BadRow("empty_answer", problem, field=f"messages[{index}].content", hint=hint)
 
 

@@ -63,14 +63,16 @@ def _parse_line(text: bytes, source: Source) -> Row | Reject:
     return row
 
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
 
 
 def _is_unclosed(text: bytes) -> bool:
     """Return whether a bracket or a quote is not closed."""
-    rest = _STRING.sub(b"", text)
-    opened, closed = (sum(rest.count(bracket) for bracket in pair) for pair in ((b"{", b"["), (b"}", b"]")))
-    return b'"' in rest or opened > closed
+    parts = _ESCAPE.sub(b"", text).split(b'"')
+    # Strings are at odd positions.
+    outside = b"".join(parts[::2])
+    opened, closed = (sum(map(outside.count, brackets)) for brackets in ((b"{", b"["), (b"}", b"]")))
+    return len(parts) % 2 == 0 or opened > closed
 
 
 def parse_row(text: bytes, source: Source, *, whole_line: bool = False) -> Row | Reject:

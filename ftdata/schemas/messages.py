@@ -128,12 +128,17 @@ def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
     )
 
 
+def read_role_name(message: Mapping[str, Any]) -> Any:
+    """Return the role of a message as the data contains it, under any of its keys; `None` if there is none."""
+    return message.get("role", next((message[key] for key in _ROLE_KEYS if key in message), None))
+
+
 def message_notes(value: Any) -> Iterator[str]:
     """Yield notes for the report about uncommon role names, and about message keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
         if isinstance(item, Mapping):
             yield from (f"message key {key}" for key in item if key not in _COMMON_KEYS)
-            role = item.get("role", next((item[key] for key in _ROLE_KEYS if key in item), None))
+            role = read_role_name(item)
             if isinstance(role, str) and role not in _EXPECTED_ROLES:
                 yield f"role {role} as {ROLES.get(role.strip().lower(), 'assistant')}"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.schemas.messages import ROLES, is_single_message
-from ftdata.schemas.shapes import has_columns, read_preferred_side
+from ftdata.schemas.messages import ROLES, is_single_message, read_role_name
+from ftdata.schemas.shapes import has_columns, join_instruction, read_preferred_side
 from ftdata.types import SIDES, Conversation, Message
 
 PAIR_SCHEMA = "preference_pair"
@@ -42,9 +44,10 @@ def rename_pair_columns(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if is_complete or len(names) != 1:
         return renamed
     prompt = renamed.pop(names[0])
-    if names[0] == "instruction" and isinstance(prompt, str) and isinstance(text := renamed.get("input"), str):
+    text = renamed.get("input")
+    if names[0] == "instruction" and isinstance(prompt, str) and isinstance(text, str):
         del renamed["input"]
-        prompt = f"{prompt}\n\n{text}" if text else prompt
+        prompt = join_instruction(prompt, text)
     return {**renamed, "prompt": prompt}
 
 
@@ -54,9 +57,8 @@ def _is_message(side: Any) -> bool:
 
 def _starts_with_prompt(side: Any) -> bool:
     """Return whether the messages of a side begin with the prompt."""
-    first = side[0] if isinstance(side, list) and side and isinstance(side[0], Mapping) else {}
-    role = first.get("role", first.get("from"))
-    return role is not None and ROLES.get(role) != "assistant"
+    first = side[0] if isinstance(side, list) and side else None
+    return isinstance(first, Mapping) and ROLES.get(str(read_role_name(first))) not in ("assistant", None)
 
 
 def _check_scores(data: Mapping[str, Any]) -> None:
@@ -66,10 +68,18 @@ def _check_scores(data: Mapping[str, Any]) -> None:
         BadRow: `score_order`.
     """
     for chosen, rejected in _SCORES:
-        score, other = data.get(chosen), data.get(rejected)
-        if isinstance(score, int | float) and isinstance(other, int | float) and score < other:
-            problem = f"is {other}, but the chosen answer has the lower score {score}"
+        score, other = _read_score(data.get(chosen)), _read_score(data.get(rejected))
+        if score < other:
+            problem = f"is {other:g}, which is higher than the score {score:g} of the chosen answer"
             raise BadRow("score_order", problem, field=rejected, hint="exchange the sides, or remove the row")
+
+
+def _read_score(value: Any) -> float:
+    """Return a score as a number. A file format such as CSV stores it as text. Any other value becomes NaN."""
+    if isinstance(value, str | int | float):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return math.nan
 
 
 def read_pair(data: Mapping[str, Any]) -> Conversation:

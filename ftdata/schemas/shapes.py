@@ -238,10 +238,15 @@ def _split_system(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], t
     return messages[:count], messages[count:]
 
 
+def join_instruction(instruction: str, text: str) -> str:
+    """Join an instruction and its input, which can be empty, to a user message."""
+    return "\n\n".join(filter(None, (instruction, text)))
+
+
 def _alpaca(data: Mapping[str, Any]) -> Conversation:
     fields = {"instruction": _read_text(data, "instruction"), "output": _read_text(data, "output")}
     fields["input"] = _read_text(data, "input") if _get_column(data, "input") is not None else ""
-    user = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
+    user = join_instruction(fields["instruction"], fields["input"])
     return _make_conversation(data, fields, user, fields["output"])
 
 

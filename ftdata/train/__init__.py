@@ -44,8 +44,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import structs
-
 from ftdata.build.remote import find_build
 from ftdata.build.store import read_manifest
 from ftdata.config import (
@@ -326,21 +324,6 @@ def _resolve(
     resume: bool = False,
 ) -> tuple[Config, Path | None]:
     """Return the configuration of a run, and the folder of its build. The folder is `None` if no build exists yet."""
-    config, build = _find_config_and_build(source, model, output_dir, overrides, resume=resume)
-    if build is not None:
-        # A finished build determines its task.
-        config = structs.replace(config, task=read_manifest(build)["options"].get("task", "sft"))
-    return config, build
-
-
-def _find_config_and_build(
-    source: str | Path,
-    model: str | None,
-    output_dir: str | Path | None,
-    overrides: dict[str, Any],
-    *,
-    resume: bool = False,
-) -> tuple[Config, Path | None]:
     is_path = isinstance(source, str | Path)
     path = Path(source if is_path else "")
     if (rank := overrides.pop("lora_r", None)) is not None:

@@ -18,7 +18,6 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from msgspec import to_builtins
-from trl import SFTConfig
 
 from ftdata._version import __version__
 from ftdata.config import Config
@@ -26,6 +25,7 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
 from ftdata.storage.atomic import check_no_links, convert_os_errors, lock_file
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
+from ftdata.train.model.config_fields import trainer_config_class
 
 CHANGEABLE_SETTINGS = (
     "num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu",
@@ -34,7 +34,7 @@ CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "datalo
 """Settings that may change when a run is resumed: training length, logging, saving and evaluation."""
 
 _OVERRIDDEN_DEFAULTS = ("train_sampling_strategy", "learning_rate", "optim", "bf16", "fp16", "activation_checkpointing")
-"""Settings whose default in ftdata differs from the default in `SFTConfig`."""
+"""Settings whose default in ftdata differs from the default in `SFTConfig` and `DPOConfig`."""
 
 SEAL = "ftdata.json"
 
@@ -280,7 +280,7 @@ def begin_run(run: Path, config: Config, fingerprint: str, processes: int, befor
 
 def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
     """Return the settings that determine the trained weights, in the format of `run.json`."""
-    defaults = {field.name: field.default for field in fields(SFTConfig)}
+    defaults = {field.name: field.default for field in fields(trainer_config_class(config.task))}
     settings = {
         name: value
         for name, value in config.train.items()

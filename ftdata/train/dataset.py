@@ -111,7 +111,7 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
     """Select the splits for training and evaluation from a build. Return them under the names `train` and `test`.
 
-    Data sets use different split names, such as `train_model` or `validation`. The evaluation uses a test split, or
+    Data sets use different split names, such as `train_sft` or `validation`. The evaluation uses a test split, or
     else a validation split.
 
     Raises:

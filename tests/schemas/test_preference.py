@@ -39,6 +39,8 @@ FORMS = {
     "instruction": {"instruction": "q", "input": "", **SIDES},
     "messages of the chosen side": {"prompt": "q", "messages": MESSAGES["chosen"], **MESSAGES},
     "messages without a prompt column": {"messages": MESSAGES["chosen"], **MESSAGES},
+    "scores as text": {**PAIR, "score_chosen": "10", "score_rejected": "9"},
+    "scores that are words": {**PAIR, "score_chosen": "good", "score_rejected": "very good"},
     "scores": {**PAIR, "score_chosen": 5.0, "score_rejected": 5.0},
 }
 
@@ -79,6 +81,7 @@ BAD = {
     "side without an answer": ({**MESSAGES, "chosen": [user("q")]}, "no_answer"),
     "one side continues": ({**MESSAGES, "rejected": [*MESSAGES["chosen"], user("x"), answer("y")]}, "no_answer"),
     "lower score": ({**PAIR, "score_chosen": 1, "score_rejected": 2}, "score_order"),
+    "lower score as text": ({**PAIR, "score_chosen": "9", "score_rejected": "10"}, "score_order"),
     "lower rating": ({**PAIR, "chosen_rating": 1.5, "rejected_rating": 2.5}, "score_order"),
     "images": ({**PAIR, "images": ["a.png"]}, "media"),
     "not trained": ({**PAIR, "train": False}, "row_not_trained"),

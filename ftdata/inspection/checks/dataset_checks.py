@@ -21,7 +21,6 @@ from ftdata.inspection.checks.registry import (
 from ftdata.options import select_options
 from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.pipeline.render_rows import render_conversation
-from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.templates import Template
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation
@@ -69,10 +68,8 @@ def _check_near_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     "keep one of the answers, unless the prompt has several good answers",
 )
 def _check_contradictions(data: CheckedDataset) -> Iterator[tuple[int, str]]:
-    numbers, schemas = data.survey.numbers, data.survey.schemas
     # Preference pairs often have several answers to the same prompt.
-    is_pair = numbers.schema == (schemas.index(PAIR_SCHEMA) if PAIR_SCHEMA in schemas else -1)
-    is_train = ~data.is_held_out & ~is_pair
+    numbers, is_train = data.survey.numbers, ~data.is_held_out & ~data.is_pair
     first_rows = _first_rows(numbers.prompt_hash, is_train)
     for row in np.flatnonzero(is_train & (numbers.prompt_hash != 0)).tolist():
         earlier = first_rows[int(numbers.prompt_hash[row])]

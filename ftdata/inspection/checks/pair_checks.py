@@ -9,7 +9,6 @@ import numpy as np
 from ftdata.inspection import text_detectors
 from ftdata.inspection.checks.registry import CheckedDataset, CheckedRow, register_data_check, register_row_check
 from ftdata.inspection.row_views import content_texts
-from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.types import SIDES, Conversation
 
 
@@ -55,14 +54,13 @@ _BIASED_SHARE, _MIN_PAIRS = 0.65, 50
     "length_bias",
     "warning",
     "most chosen answers are longer than the rejected answers, or most are shorter, so the model learns a length",
-    "balance the lengths; or train with a loss that is normalized by the length, such as loss_type: sigmoid_norm",
+    "balance the lengths; or train with a loss that is normalized by the length, such as loss_type: [sigmoid_norm]",
     needs_messages=True,
 )
 def _check_length_bias(data: CheckedDataset) -> Iterator[tuple[None, str]]:
     """Compare the numbers of trained tokens. Pairs of equal length are not counted."""
-    numbers, schemas = data.survey.numbers, data.survey.schemas
-    is_pair = numbers.schema == (schemas.index(PAIR_SCHEMA) if PAIR_SCHEMA in schemas else -1)
-    chosen = numbers.first[is_pair & ~data.is_held_out]
+    numbers = data.survey.numbers
+    chosen = numbers.first[data.is_pair & ~data.is_held_out]
     differences = numbers.trained[chosen] - numbers.trained[chosen + 1]
     differing = differences[differences != 0]
     if len(differing) < _MIN_PAIRS:

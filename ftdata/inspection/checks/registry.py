@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ftdata.inspection.survey import Ints, Survey
 from ftdata.pipeline.recipe import Recipe
+from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.types import Conversation, Example
 
 
@@ -88,6 +89,12 @@ class CheckedDataset:
     def is_held_out(self) -> NDArray[np.bool_]:
         """A mask of the held-out rows (bool `[rows]`)."""
         return np.asarray(self.held_out_sources, np.bool_)[self.survey.numbers.source]
+
+    @cached_property
+    def is_pair(self) -> NDArray[np.bool_]:
+        """A mask of the preference pairs (bool `[rows]`)."""
+        schemas = np.asarray(self.survey.schemas)[self.survey.numbers.schema]
+        return np.asarray(schemas == PAIR_SCHEMA)
 
 
 class CheckedTemplate(NamedTuple):

@@ -52,14 +52,13 @@ def compare_models(
     run = open_run(run_dir, trust_remote_code=trust_remote_code)
     if data is None:
         run.check_build()
-        data_name, split = _read_build_split(run)
-        documents, rejected = read_documents(split), _read_rejected(split)
+        data_name, examples = _read_build_rows(run)
     else:
-        data_name, documents, rejected = redact_text(str(data)), encode_rows(data, run.recipe), repeat(None)
+        data_name, examples = redact_text(str(data)), zip(encode_rows(data, run.recipe), repeat(None))
     stop_ids = run.stop_ids
     candidates = (
         (document, turn, other)
-        for document, other in zip(documents, rejected, strict=False)
+        for document, other in examples
         if (turn := split_last_turn(*document, stop_ids)) is not None
     )
     selected = list(islice(candidates, n))
@@ -78,9 +77,13 @@ def compare_models(
     def evaluate_model(model: Any) -> None:
         answer_ids = generate_ids(model, prompts, batch_size=batch_size, progress=meter, **generation)
         answers.append([tokenizer.decode(ids) for ids in answer_ids])
-        scores.append(score_answers(answers[-1], expected, perplexity(model, texts, batch_size)))
+        losses, counts = compute_losses(model, texts, batch_size)
+        scores.append(score_answers(answers[-1], expected, _perplexity(losses, counts)))
         if others:
-            scores[-1] = replace(scores[-1], **_compare_sides(model, texts, others, batch_size))
+            other_losses, other_counts = compute_losses(model, others, batch_size)
+            preferred = float((losses < other_losses).mean())
+            other_perplexity = _perplexity(other_losses, other_counts)
+            scores[-1] = replace(scores[-1], rejected_perplexity=other_perplexity, preferred=preferred)
         if meter is not None:
             meter.next_model()
 
@@ -90,25 +93,13 @@ def compare_models(
     return Comparison(data_name, str(run.metadata["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
 
-def _compare_sides(
-    model: Any, chosen: Sequence[Document], rejected: Sequence[Document], batch_size: int
-) -> dict[str, float]:
-    losses, counts = compute_losses(model, rejected, batch_size)
-    chosen_losses, _ = compute_losses(model, chosen, batch_size)
-    return {
-        "rejected_perplexity": _exponential(losses.sum() / max(counts.sum(), 1)),
-        "preferred": float((chosen_losses < losses).mean()),
-    }
-
-
 def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> float:
     """Return a model's perplexity on tokenized examples: the exponential of the mean loss per trained token."""
-    losses, counts = compute_losses(model, texts, batch_size)
-    return _exponential(losses.sum() / max(counts.sum(), 1))
+    return _perplexity(*compute_losses(model, texts, batch_size))
 
 
-def _exponential(value: float) -> float:
-    return math.exp(min(float(value), 700))
+def _perplexity(losses: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    return math.exp(min(float(losses.sum()) / max(int(counts.sum()), 1), 700))
 
 
 def compute_losses(
@@ -175,16 +166,18 @@ def _is_unspaced(texts: Sequence[str]) -> bool:
     return wide > len(chars) / 2
 
 
-def _read_rejected(split: Any) -> Iterator[Document | None]:
-    """Return the rejected sides of the preference pairs in a split, or `None` for each row of other data."""
-    return (join_side(row, "rejected") for row in split) if has_pairs(split) else repeat(None)
+def _read_build_rows(run: FinishedRun) -> tuple[str, Iterator[tuple[Document, Document | None]]]:
+    """Return a description of the split that is evaluated, and its examples.
 
-
-def _read_build_split(run: FinishedRun) -> tuple[str, Any]:
+    With each chosen side of a preference pair, the rejected side is returned.
+    """
     splits = training_splits(load_build(run.build))
     name = "test" if "test" in splits else "train"
-    note = "" if name == "test" else ", which the model was trained on"
-    return f"the {name} split of {run.build}{note}", splits[name]
+    note, split = "" if name == "test" else ", which the model was trained on", splits[name]
+    rows: Iterator[tuple[Document, Document | None]] = zip(read_documents(split), repeat(None))
+    if has_pairs(split):
+        rows = ((join_side(row, "chosen"), join_side(row, "rejected")) for row in split)
+    return f"the {name} split of {run.build}{note}", rows
 
 
 def _evaluate_both(run: FinishedRun, evaluate_model: Callable[[Any], None]) -> None:

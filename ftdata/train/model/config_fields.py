@@ -17,6 +17,8 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal
 
+from trl import DPOConfig, SFTConfig
+
 from ftdata.config import LORA_NAMES
 from ftdata.errors import UsageError, suggest_names
 from ftdata.redaction import redact
@@ -66,6 +68,11 @@ class ConfigField:
     def expected(self) -> str:
         """Description of the expected type for error messages, such as "a whole number"."""
         return _describe_type(self.hint)
+
+
+def trainer_config_class(task: str) -> Any:
+    """Return the class of TRL that contains the settings of the trainer of a task."""
+    return DPOConfig if task == "preference" else SFTConfig
 
 
 def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:

@@ -17,15 +17,14 @@ from ftdata.train.model import device
 from ftdata.train.model.estimate import Estimate
 from ftdata.train.model.load import load_model_config, wants_adapter, weights_dtype
 from ftdata.train.runs.model_card import render_model_card
-from ftdata.train.runs.pair_trainer import PairTrainer
 from ftdata.train.runs.plots import draw_sparkline, write_loss_plot
-from ftdata.train.runs.trainer import BuildTrainer
+from ftdata.train.runs.trainer import RunTrainer
 
 _COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the model in memory."""
 
 
-def set_stop_tokens(trainer: BuildTrainer | PairTrainer, config: Config, data: TrainingData) -> list[int]:
+def set_stop_tokens(trainer: RunTrainer, config: Config, data: TrainingData) -> list[int]:
     """Set the model's stop tokens to the control tokens that end the trained turns. Return the token ids.
 
     The trainer itself sets only the tokenizer's EOS token.
@@ -37,7 +36,7 @@ def set_stop_tokens(trainer: BuildTrainer | PairTrainer, config: Config, data: T
 
 
 def finish_run(
-    trainer: BuildTrainer | PairTrainer,
+    trainer: RunTrainer,
     config: Config,
     data: TrainingData,
     run: Path,
@@ -95,7 +94,7 @@ def finish_run(
     return run
 
 
-def _read_back(trainer: BuildTrainer | PairTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
+def _read_back(trainer: RunTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
     """Reload the saved model, and compare its logits with the logits of the model in memory."""
     ids = data.first_document[:_COMPARED_TOKENS]
     before = compute_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
@@ -24,12 +26,39 @@ class PairTrainer(RunTrainer, DPOTrainer):
     `DPOTrainer` always tokenizes the data again, and trains on all tokens after the prompt. This class does neither.
     """
 
+    def __init__(self, **arguments: Any) -> None:
+        self._evaluated_pairs = list[int]()
+        super().__init__(**arguments)
+
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # The sampler of the parent class groups rows by the length of `input_ids`, which pairs do not have.
         return SequentialSampler(eval_dataset)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # The parent class would store the log-probabilities in the folder of the build.
+        folder = Path(self.args.output_dir)
+        dataset._get_cache_file_path = lambda fingerprint: str(folder / f"reference-{name}-{fingerprint}.arrow")
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        """Evaluate a batch, and record its number of pairs."""
+        self._evaluated_pairs.append(len(inputs["input_ids"]) // 2)
+        return super().prediction_step(model, inputs, *arguments, **options)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log metrics. A metric of an evaluation is the mean over all pairs.
+
+        The parent class averages over batches instead, which gives more weight to the pairs of a short last batch.
+        """
+        if not self.model.training:
+            for name, values in self._metrics["eval"].items():
+                if len(values) == len(self._evaluated_pairs):
+                    self._metrics["eval"][name] = [float(np.average(values, weights=self._evaluated_pairs))]
+            self._evaluated_pairs.clear()
+        super().log(logs, start_time)
 
     def test_scores(self) -> dict[str, float | None]:
         """Return the loss, the reward accuracy and the mean reward margin of the test split, or `None` for each.

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ftdata.build.dataset import write_build
+from ftdata.build.store import read_manifest
 from ftdata.config import Config, to_yaml
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.spelling import spell_options
@@ -36,7 +37,7 @@ from ftdata.train.model.quantization import quantization_config
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
 from ftdata.train.runs.pair_trainer import PairCollator, PairTrainer
-from ftdata.train.runs.trainer import BuildTrainer
+from ftdata.train.runs.trainer import BuildTrainer, RunTrainer
 from ftdata.train.runs.trainer_arguments import check_devices, check_first_batch, check_settings, make_trainer_config
 
 
@@ -61,7 +62,7 @@ def train_model(config: Config, build: Path | None, *, resume: bool = False, not
     run = Path(config.output_dir)
     for note in notes:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    config = _resolve_paths(config)
+    config = _resolve_config(config, build)
     model_config = _check_config(config)
     with checkpoints.lock_run(run) if device.is_main_process() else nullcontext():
         return _train_in(run, config, model_config, build, console, resume=resume)
@@ -120,7 +121,7 @@ def _train_in(
     return finish_run(trainer, config, data, run, console, estimate)
 
 
-def _train(trainer: BuildTrainer | PairTrainer, before: checkpoints.PreviousRun | None) -> None:
+def _train(trainer: RunTrainer, before: checkpoints.PreviousRun | None) -> None:
     """Train the model. Report an exception before the end of the first step as an invalid setting.
 
     Raises:
@@ -148,7 +149,7 @@ def estimate_training(config: Config, build: Path | None) -> tuple[Estimate, lis
         UsageError: a setting is not allowed.
         InputRefused: see `train_model`.
     """
-    config = _resolve_paths(config)
+    config = _resolve_config(config, build)
     model_config = _check_config(config)
     notes = []
     try:
@@ -179,7 +180,7 @@ def make_trainer(
     *,
     isolated: bool,
     seal: checkpoints.CheckpointSeal | None = None,
-) -> BuildTrainer | PairTrainer:
+) -> RunTrainer:
     """Create a trainer that trains on the labels of a build without changing them.
 
     Args:
@@ -204,7 +205,7 @@ def make_trainer(
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
     lora = make_lora_config(config, model, grows=has_new_tokens)
-    kind: type[BuildTrainer | PairTrainer] = BuildTrainer
+    kind: type[RunTrainer] = BuildTrainer
     arguments: dict[str, Any] = {}
     if data.has_pairs:
         kind, arguments = PairTrainer, {"data_collator": PairCollator(tokenizer.pad_token_id)}
@@ -261,10 +262,12 @@ def _check_config(config: Config) -> Any:
     return model_config
 
 
-def _resolve_paths(config: Config) -> Config:
+def _resolve_config(config: Config, build: Path | None) -> Config:
+    """Return a configuration with absolute paths, and with the task of the finished build."""
     # An adapter stores the path of its base model, which must be valid from any working directory.
     return structs.replace(
         config,
+        task=read_manifest(build)["options"].get("task", "sft") if build else config.task,
         model=_absolute(config.model),
         tokenizer=_absolute(config.tokenizer or config.model),
         data=_absolute_data(config.data),
@@ -315,7 +318,7 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
     return estimate_run(config, model_config, train, settings, data.vocabulary_size, test_tokens)
 
 
-def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer | PairTrainer:
+def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> RunTrainer:
     set_seed(int(config.train.get("seed", 42)))
     trusts, attention = config.trust_remote_code, config.attn_implementation
     options: dict[str, Any] = {"dtype": weights_dtype(config), "attention": attention, "trust_remote_code": trusts}

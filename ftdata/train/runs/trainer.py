@@ -53,6 +53,10 @@ class RunTrainer(Trainer):
             arguments["train_dataset"] = add_filler_row(arguments["train_dataset"])
         super().__init__(**arguments)
 
+    def test_scores(self) -> dict[str, float | None]:
+        """Return the scores of the model on the test split, or `None` for each score if there is no test split."""
+        raise NotImplementedError
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         del train_dataset
         arguments = self.args

@@ -22,7 +22,7 @@ from trl import DPOConfig, SFTConfig
 from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, check_choice, describe_exception, suggest_names
 from ftdata.redaction import redact
-from ftdata.train.model.config_fields import ConfigField, check_type, fields_of
+from ftdata.train.model.config_fields import ConfigField, check_type, fields_of, trainer_config_class
 from ftdata.train.model.device import compute_dtype, process_count
 from ftdata.train.model.load import wants_adapter
 from ftdata.train.runs.pair_trainer import PAIR_METRICS
@@ -79,7 +79,7 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
     Raises:
         UsageError: a setting is fixed, unknown or invalid; the message contains the reason or similar names.
     """
-    kind = config_class(task)
+    kind = trainer_config_class(task)
     fields = fields_of(kind)
     metrics = METRICS if task == "sft" else PAIR_METRICS
     for name, value in settings.items():
@@ -97,11 +97,6 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
             _check_number(name, value, fields[name])
         else:
             check_type("train", name, value, fields[name])
-
-
-def config_class(task: str) -> Any:
-    """Return the class of TRL that configures the trainer of a task."""
-    return DPOConfig if task == "preference" else SFTConfig
 
 
 def _check_number(name: str, value: Any, field: ConfigField) -> None:
@@ -152,7 +147,7 @@ def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluat
     Raises:
         UsageError: TRL rejects a setting.
     """
-    kind = config_class(config.task)
+    kind = trainer_config_class(config.task)
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = compute_dtype(config.train)
     default_strategy = "steps" if "eval_steps" in config.train else "epoch"

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from ftdata import build_preference_dataset
-from ftdata.errors import UsageError
+from ftdata.build.dataset import write_build
+from ftdata.errors import InputRefused, UsageError
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
@@ -135,6 +136,36 @@ def test_full_fine_tuning_keeps_the_reference_model(llama, data, tmp_path, preco
     losses = json.loads((out / "run.json").read_text())["loss"]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < 0.5
+
+
+@pytest.mark.parametrize("setting", [{"beta": 0.5}, {"label_smoothing": 0.3}, {"precompute_ref_log_probs": True}])
+def test_resume_with_another_objective_is_refused(trained, tmp_path, setting):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    with pytest.raises(InputRefused, match=f"train.{next(iter(setting))} was None"):
+        run(folder, resume=True, settings=setting)
+
+
+def test_training_writes_no_files_to_the_build(llama, data, tmp_path):
+    build = tmp_path / "built"
+    write_build(data, llama, build, task="preference", test_size=4)
+    before = sorted(build.rglob("*"))
+    settings = {**SETTINGS, "precompute_ref_log_probs": True}
+    run(str(build), model=llama, output_dir=tmp_path / "run", settings=settings)
+    assert sorted(build.rglob("*")) == before
+    write_build(data, llama, build, task="preference", test_size=5, overwrite=True)
+
+
+def test_metrics_of_an_evaluation_are_means_over_pairs(llama, data, tmp_path):
+    """The last batch has fewer pairs than the others."""
+    scores = []
+    for size in (5, 16):
+        options = {"task": "preference", "test_size": 16, "lora": {"r": 4}}
+        settings = {**SETTINGS, "per_device_eval_batch_size": size}
+        out = run(data, model=llama, output_dir=tmp_path / f"run{size}", settings=settings, **options)
+        about = json.loads((out / "run.json").read_text())
+        scores.append([about[name] for name in ("test_loss", "reward_accuracy", "reward_margin")])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 def test_tool_results_of_an_answer_are_not_trained(llama, data):
