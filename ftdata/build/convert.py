@@ -283,7 +283,7 @@ def _count(outcome: Outcome, ledger: Ledger, rejects: list[Reject]) -> None:
 def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:
     if conversation.tokens is not None or (to != "text" and not conversation.messages):
         problem = f"rows with the schema {conversation.schema} cannot be converted to {to.replace('_', ' and ')}"
-        raise BadRow("no_messages", problem)
+        raise BadRow("no_messages", problem, hint="convert only rows with messages, or remove the row")
     if recipe is not None:
         if any(message.get("train") is False for message in conversation.messages):
             problem = "the row contains an untrained message, which plain text cannot represent"
@@ -297,7 +297,7 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
         record = {"messages": messages, **extra}
     elif start == 0:
         problem = "the conversation begins with an assistant message, so there is no prompt"
-        raise BadRow("no_prompt", problem, field="messages[0]")
+        raise BadRow("no_prompt", problem, field="messages[0]", hint="convert to messages, or add a user message")
     else:
         record = {"prompt": messages[:start], "completion": messages[start:], **extra}
     try:

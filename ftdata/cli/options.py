@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,9 @@ def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
     """Parse the `--column` options, such as `output=answer`, into a mapping."""
     if invalid := [pair for pair in pairs or () if "=" not in pair]:
         raise UsageError("column", f"--column is {invalid[0]!r}, expected name=column, e.g. output=answer")
+    if lists := [pair for pair in pairs or () if re.search(r"=.*,.*=", pair)]:
+        hint = "repeat the option: --column " + " --column ".join(lists[0].split(","))
+        raise UsageError("column", f"--column is {lists[0]!r}, expected a single column", hint=hint)
     return dict(pair.split("=", 1) for pair in pairs) if pairs else None
 
 

@@ -95,7 +95,7 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Mark the `with` block as resumable: if it is interrupted, the same command continues it."""
+    """Mark the `with` block as resumable: if it is interrupted, the same command keeps the finished parts."""
     _is_resumable[0] = True
     # After an exception, the mark stays for `describe_signal`.
     yield
@@ -110,7 +110,8 @@ def describe_signal(code: Any) -> str | None:
     """Return the message for the exit code of an interrupted or terminated command, or `None` for other codes."""
     if code not in _SIGNALS:
         return None
-    return f"{_SIGNALS[code]}; run the same command again to continue" if _is_resumable[0] else _SIGNALS[code]
+    resume = "; run the same command again: finished parts of the data are kept" if _is_resumable[0] else ""
+    return f"{_SIGNALS[code]}{resume}"
 
 
 class LogHandler(logging.Handler):

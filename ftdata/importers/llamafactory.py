@@ -115,6 +115,7 @@ _CONVERTED_BELOW = (
     "stage", "dataset", "dataset_dir", "template", "finetuning_type", "quantization_bit", "mix_strategy",
 )  # fmt: skip
 _PREFERENCE_KEYS = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "ref_model", "ref_model_adapters")
+_MIX_HINT = "remove mix_strategy and interleave_probs, and set weight for each data set in ftdata's configuration"
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _OPTIONAL_COLUMNS = {"query": "input", "system": "system", "history": "history"}
 _KNOWN_KEYS = {
@@ -140,7 +141,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     """
     stage = values.get("stage", "sft")
     check_setting("", "stage", stage, ("sft", "pt", "dpo"))
-    check_setting("", "mix_strategy", values.get("mix_strategy", "concat"), ("concat",))
+    check_setting("", "mix_strategy", values.get("mix_strategy", "concat"), ("concat",), _MIX_HINT)
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
     apply_rules(values, KEYS, draft, skip=(*_CONVERTED_BELOW, *(_PREFERENCE_KEYS if stage == "dpo" else ())))

@@ -25,7 +25,7 @@ from ftdata.inspection import text_detectors
 from ftdata.inspection.checks import Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 from ftdata.inspection.row_views import to_single_line
 from ftdata.inspection.summary import confirm_statements, describe_verdict
-from ftdata.inspection.survey import RowNumbers, Survey, rows_of_examples, survey_rows
+from ftdata.inspection.survey import RowNumbers, Survey, number_source_rows, survey_rows
 from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import SEVERITIES
@@ -389,13 +389,20 @@ class Auditor:
         signatures = np.concatenate(self.signatures) if self.signatures else None
         if target.folder is not None:
             # Packing can separate the examples of a row. Data checks compare rows, so the examples are merged here.
-            groups = rows_of_examples(survey.numbers)
+            groups = number_source_rows(survey.numbers)
             first = np.unique(groups, return_index=True)[1]
             row_scripts = np.zeros(len(first), np.int64)
             np.bitwise_or.at(row_scripts, groups, scripts)
             scripts, signatures = row_scripts, None if signatures is None else signatures[first]
             survey = target.complete_survey(survey)
-        data = CheckedDataset(survey, scripts, target.held_out, self.near_duplicate_threshold, signatures)
+        data = CheckedDataset(
+            survey,
+            scripts,
+            target.held_out,
+            target.recipe.task == "preference",
+            self.near_duplicate_threshold,
+            signatures,
+        )
         for check in self.checks:
             if check.scope == "data":
                 for row, detail in check.run(data):

@@ -32,6 +32,7 @@ from ftdata.inspection.row_views import (
     describe_trained_share,
     make_visible,
     row_heading,
+    row_name,
     to_single_line,
 )
 from ftdata.inspection.summary import Summary
@@ -196,7 +197,7 @@ def _data(page: HtmlPage) -> dict[str, Any]:
                 **row.describe(),
                 "href": _href(row),
                 "key": f"{row.source.path}\0{row.source.row}\0{'' if row.number is None else row.number}",
-                "name": f"row {row.source.row}" if row.number is None else f"example {row.number}",
+                "name": row_name(row),
                 "kinds": [
                     *dict.fromkeys(
                         [*row.why, *row.flags, *(["rejected"] if row.rejected and not page.captions else [])]

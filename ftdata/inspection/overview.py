@@ -148,7 +148,7 @@ def _make_page(
 
 def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
     """Describe how many rows the page contains. Return an empty string if it contains all rows."""
-    unit, total = ("rows", survey.rows) if survey.read is None else ("examples", len(survey.numbers.tokens))
+    unit, total = ("rows", survey.rows) if survey.read is None else ("examples", len(survey.numbers))
     count = len(rows) if survey.read is None else sum(row.number is not None for row in rows)
     return f"this page contains {count:,} of {total:,} {unit}" if count < total else ""
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from ftdata.inspection.row_views import ExampleView, RowView, describe_example
-from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.types import SIDES
 
 
@@ -16,7 +15,7 @@ def find_differing_token(row: RowView) -> int | None:
 
     Without a tokenizer, the index counts ranges of characters.
     """
-    if row.schema != PAIR_SCHEMA or len(row.examples) != len(SIDES):
+    if not row.is_pair or len(row.examples) != len(SIDES):
         return None
     chosen, rejected = (view.pieces for view in row.examples)
     pairs = zip(chosen, rejected, strict=False)

@@ -29,7 +29,7 @@ from ftdata.progress import Progress
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column
 from ftdata.spelling import spell_options
-from ftdata.types import Reject, Row
+from ftdata.types import SIDES, Reject, Row
 
 _ID_COLUMNS = (
     *("id", "_id", "ID", "uuid", "uid", "guid", "key"),
@@ -319,12 +319,10 @@ def _view_documents(target: Target, selection: RowSelection) -> Iterator[RowView
         raise UsageError("rows_wanted", "a build does not store the ids of rows", hint="select rows with row or grep")
     folder = target.folder or Path()
     documents = stored_builds.read_build_documents(folder, stored_builds.split_names(folder), check_files=True)
-    if selection.numbers is not None:
-        documents = (
-            document
-            for document in islice(documents, max(selection.numbers) + 1)
-            if document.number in selection.numbers
-        )
+    if (numbers := selection.numbers) is not None:
+        size = len(SIDES) if target.recipe.task == "preference" else 1
+        last = (max(numbers) + 1) * size
+        documents = (document for document in islice(documents, last) if document.number // size in numbers)
     batches = stored_builds.batch_documents(target.recipe, documents)
     views = (make_row_view(row, target.recipe) for batch in batches for row in batch)
     if selection.grep is not None:

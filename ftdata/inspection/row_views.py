@@ -22,7 +22,6 @@ from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.pipeline.render_rows import add_row_flags, check_answers
 from ftdata.schemas import normalize
-from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import SIDES, Conversation, Example, Part, Reject, Rendered, Row, Source, Span
@@ -205,9 +204,9 @@ class RowView:
         rejected: The reason why the row is rejected; empty if the row is built.
         why: The kinds of outlier that the row belongs to.
         dropped: The lengths in tokens of the examples that `overlong="drop_turns"` leaves out.
-        number: The number of the example in a build, or `None`.
-        pack: The number of the packed sequence, or of the preference pair, in a build; or `None`.
-        side: The side of a preference pair in a build; empty for other rows.
+        number: The number of the example, or of the preference pair, in a build; or `None`.
+        pack: The number of the packed sequence in a build, or `None`.
+        is_pair: Whether the examples are the sides of a preference pair.
     """
 
     source: Source
@@ -219,7 +218,7 @@ class RowView:
     dropped: tuple[int, ...] = ()
     number: int | None = None
     pack: int | None = None
-    side: str = ""
+    is_pair: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -235,7 +234,6 @@ class RowView:
             "why": list(self.why),
             "dropped": list(self.dropped),
             "pack": self.pack,
-            "side": self.side,
             "lost": [lost._asdict() for lost in self.lost],
             "flags": list(self.flags),
             "rejected": self.rejected,
@@ -285,8 +283,8 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
         why=tuple(why),
         dropped=outcome.dropped,
         number=int(conversation.fields["example"]) if is_document else None,
-        pack=int(conversation.fields["pack"]) if is_document else None,
-        side=conversation.fields.get("side", "") if is_document else "",
+        pack=int(conversation.fields["pack"]) if is_document and not conversation.sides else None,
+        is_pair=bool(conversation.sides),
     )
 
 
@@ -331,7 +329,8 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         _view_spans(rendered, options.policy(rendered, conversation.part(number)), conversation.part(number), template)
         for number, rendered in enumerate(texts)
     )
-    return RowView(row.source, conversation.schema, examples, tuple(_find_dropped_in_sides(conversation, texts)))
+    lost = tuple(_find_dropped_in_sides(conversation, texts))
+    return RowView(row.source, conversation.schema, examples, lost, is_pair=bool(conversation.sides))
 
 
 def _find_dropped_in_sides(
@@ -464,14 +463,20 @@ def to_single_line(text: object) -> str:
 
 def row_heading(row: RowView) -> str:
     """Return the heading of a row: its number, source, schema and packed sequence."""
-    number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
-    pack = "" if row.pack is None else f" · pair {row.pack}, {row.side}" if row.side else f" · pack {row.pack}"
-    return to_single_line(f"{number} · {row.source} · {row.schema or 'rejected'}{pack}")
+    pack = "" if row.pack is None else f" · pack {row.pack}"
+    return to_single_line(f"{row_name(row)} · {row.source} · {row.schema or 'rejected'}{pack}")
+
+
+def row_name(row: RowView) -> str:
+    """Return the name of a row, such as `row 3`; in a build, the name of the example or pair."""
+    if row.number is None:
+        return f"row {row.source.row}"
+    return f"{'pair' if row.is_pair else 'example'} {row.number}"
 
 
 def describe_example(row: RowView, number: int) -> str:
     """Return the heading of an example of a row; an empty string if the row has only one example."""
-    if row.schema == PAIR_SCHEMA:
+    if row.is_pair:
         return SIDES[number]
     return f"example {number + 1} of {len(row.examples)}" if len(row.examples) > 1 else ""
 

@@ -198,8 +198,12 @@ def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str
 
 
 def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[Batch]:
-    """Group stored examples into batches. Each example is a pretokenized row, whose text is decoded on access."""
+    """Group stored examples into batches. Each example is a pretokenized row, whose text is decoded on access.
+
+    The two stored examples of a preference pair are one row.
+    """
     iterator = iter(documents)
+    size = len(SIDES) if recipe.task == "preference" else 1
     while batch := list(islice(iterator, _BATCH_SIZE)):
         masks = [document.labels != IGNORE_INDEX for document in batch]
         token_bounds = end_offsets(len(document.ids) for document in batch)
@@ -208,8 +212,8 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
         text_bounds = np.zeros(len(batch) + 1, np.int64)
         yield Batch(
             recipe.tokenizer,
-            [_to_conversation(document, trained, recipe) for document, trained in zip(batch, masks, strict=True)],
-            [1] * len(batch),
+            [_to_conversation(batch[i : i + size], masks[i : i + size]) for i in range(0, len(batch), size)],
+            [size] * (len(batch) // size),
             RenderedBatch([_NO_TEXT] * len(batch)),
             Encodings(ids, no_offsets, no_offsets, token_bounds, text_bounds),
             np.concatenate(masks),
@@ -218,13 +222,15 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
         )
 
 
-def _to_conversation(document: BuildDocument, trained: NDArray[np.bool_], recipe: Recipe) -> Conversation:
-    numbers = {"example": str(document.number), "pack": str(document.pack)}
-    if recipe.task == "preference":
-        # Each pair is stored as two documents.
-        numbers["side"] = SIDES[document.number % 2]
-    tokens = RowTokens(document.ids, trained)
-    return Conversation((), numbers, tokens=tokens, schema=document.split, source=document.source)
+def _to_conversation(documents: Sequence[BuildDocument], masks: Sequence[NDArray[np.bool_]]) -> Conversation:
+    """Return the row of one stored example, or of the two examples of a preference pair, which are its sides."""
+    sides = tuple(
+        Conversation((), tokens=RowTokens(document.ids, trained), schema=document.split, source=document.source)
+        for document, trained in zip(documents, masks, strict=True)
+    )
+    number = documents[0].number // len(documents)
+    fields = {"example": str(number), "pack": str(documents[0].pack)}
+    return replace(sides[0], fields=fields, sides=sides if len(sides) > 1 else ())
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:

@@ -82,10 +82,10 @@ def _reduce(function: np.ufunc, values: Ints, starts: Ints) -> Ints:
     return function.reduceat(values, starts) if len(starts) else values[:0]
 
 
-def rows_of_examples(numbers: RowNumbers) -> Ints:
-    """Return a row number for each example of a build. Examples of the same row have the same number.
+def number_source_rows(numbers: RowNumbers) -> Ints:
+    """Return a number for each entry. Entries of the same row of a source have the same number.
 
-    The rows are numbered in the order of their sources. The result is int64 `[examples]`.
+    The rows are numbered in the order of their sources. The result is int64 `[entries]`.
     """
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
@@ -130,20 +130,21 @@ class Survey:
         return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
 
     def by_row(self) -> Survey:
-        """Return a copy of the survey with one entry per row instead of one entry per example.
+        """Return a copy of the survey with one entry per row of the sources.
 
-        The survey of a build counts every example as a row, because packing can separate the examples of a row.
+        The survey of a build has one entry per example or preference pair, because packing can separate the examples
+        of a row.
         """
         numbers = self.numbers
-        groups = rows_of_examples(numbers)
+        groups = number_source_rows(numbers)
         order = np.argsort(groups, kind="stable")
         starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
         first = order[starts]
-        assert (numbers.examples == 1).all()
+        example_order = np.argsort(np.repeat(groups, numbers.examples), kind="stable")
         columns: dict[str, Any] = {
             name: getattr(numbers, name)[first] for name in ("source", "row", "line", "schema", "turns")
         }
-        columns |= {name: getattr(numbers, name)[order] for name in ("tokens", "trained", "cut")}
+        columns |= {name: getattr(numbers, name)[example_order] for name in ("tokens", "trained", "cut")}
         columns |= {
             name: _reduce(np.add, getattr(numbers, name)[order], starts)
             for name in ("examples", "content_hash", "prompt_hash")

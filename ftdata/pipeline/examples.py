@@ -95,6 +95,7 @@ def _truncate_row(
             fitting[number] = truncate(example, recipe.max_length, recipe.overlong)
         except BadRow as error:
             length_error = error
+            length_error.field = SIDES[number] if conversation.sides else ""
             dropped.append(len(example))
     try:
         # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
@@ -103,7 +104,8 @@ def _truncate_row(
         if length_error is not None and not (can_drop and fitting):
             if fitting:
                 part = f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"
-                raise BadRow(length_error.code, f"{length_error.message}{part}", hint=length_error.hint)
+                problem = length_error.message + (part if not conversation.sides else "")
+                raise BadRow(length_error.code, problem, field=length_error.field, hint=length_error.hint)
             raise length_error
         if conversation.sides:
             _check_sides_differ(fitting)

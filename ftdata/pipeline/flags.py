@@ -170,7 +170,7 @@ FLAGS = {
         "the text that the model must generate is trained, including the stop token, because the template's generation "
         "tags mark a different text",
     ),
-    "eos_appended": Flag("", "a stop token is appended, because the template does not print one at the end"),
+    "eos_appended": Flag("", "the EOS token is appended, because the text does not end with a stop token"),
     "text_after_last_stop": Flag("", "the template prints text after the last stop token; it is not trained"),
     "arguments_as_text": Flag(
         "",
@@ -188,6 +188,11 @@ FLAGS = {
     "arguments_parsed": Flag(
         "",
         "tool call arguments are passed as objects, because the template encodes JSON text a second time",
+    ),
+    "role_replaced": Flag(
+        "",
+        "tool results with another role, such as observation, are passed with the role tool, because the template does "
+        "not support the other role",
     ),
     "content_parts_joined": Flag(
         "",

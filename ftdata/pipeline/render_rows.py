@@ -453,7 +453,10 @@ def check_answers(conversation: Conversation) -> None:
         return
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
     if not answers:
-        raise BadRow("no_answer", "the row has no assistant message, so there is no answer to train")
+        problem = "the row has no assistant message, so there is no answer to train"
+        raise BadRow(
+            "no_answer", problem, hint="add the answer as a message with the role assistant, or remove the row"
+        )
     for answer in answers:
         content = answer.get("content")
         if type(content) is str and has_answer(content):

@@ -293,7 +293,8 @@ def yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | Non
         source = Source(file.path, index)
         yield Reject(source, *item) if isinstance(item, ValueFault) else Row(item, source)
     if index < 0 and file.span is None:
-        raise InputRefused("no_rows", "the file contains no rows", where=file.path)
+        hint = "add rows to the file, or leave the file out"
+        raise InputRefused("no_rows", "the file contains no rows", where=file.path, hint=hint)
 
 
 def _json_converters(schema: Any) -> dict[str, Convert]:

@@ -169,7 +169,8 @@ def _parse_rows(
     while names and not names[-1]:
         names.pop()
     if not any(names):
-        raise InputRefused("no_rows", "the file or its header is empty", where=file.path)
+        hint = "add rows to the file, or leave the file out"
+        raise InputRefused("no_rows", "the file or its header is empty", where=file.path, hint=hint)
     check_names(names, file)
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     index = 0
@@ -193,7 +194,8 @@ def _parse_rows(
         yield _make_row(names, cells, source, lines.raw, notes)
         index += 1
     if index == 0:
-        raise InputRefused("no_rows", "the file contains no rows below its header", where=file.path)
+        hint = "add rows to the file, or leave the file out"
+        raise InputRefused("no_rows", "the file contains no rows below its header", where=file.path, hint=hint)
 
 
 def _make_row(

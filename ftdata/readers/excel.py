@@ -46,7 +46,8 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
         except Exception as error:  # noqa: BLE001  (the zip and XML libraries have their own exception classes)
             raise damaged_file_error(error, file, "Excel") from None
     if index == 0:
-        raise InputRefused("no_rows", "the file contains no rows", where=file.path)
+        hint = "add rows to the file, or leave the file out"
+        raise InputRefused("no_rows", "the file contains no rows", where=file.path, hint=hint)
 
 
 def _read_workbook(book: Workbook) -> Iterator[Row | Reject]:

@@ -27,7 +27,8 @@ class ValueFault(NamedTuple):
 def from_dataframe(frame: Any) -> Iterator[dict[str, Any]]:
     """Yield the rows of a pandas `DataFrame`."""
     if len({str(name) for name in frame.columns}) < len(frame.columns):
-        raise InputRefused("repeated_column", "several columns have the same name", where="<DataFrame>")
+        problem, hint = "several columns have the same name", "rename or remove one of the columns"
+        raise InputRefused("repeated_column", problem, where="<DataFrame>", hint=hint)
     step = range(0, len(frame), _BATCH)
     for batch in (frame.iloc[start : start + _BATCH] for start in step):
         not_null = batch.notna().to_numpy()

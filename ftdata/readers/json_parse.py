@@ -88,7 +88,8 @@ def parse_row(text: bytes, source: Source, *, whole_line: bool = False) -> Row |
     try:
         value = _parse_value(text, source, whole_line=whole_line)
         if type(value) is not dict and type(value) is not list:
-            raise _Fault("not_a_row", f"the row is a {type(value).__name__}, expected an object or a list of messages")
+            problem = f"the row is a {type(value).__name__}, expected an object or a list of messages"
+            raise _Fault("not_a_row", problem, "write each row as an object with named columns")
     except _Fault as fault:
         return Reject(source, fault.code, "", fault.reason, fault.fix, raw_text(text))
     return Row(value, source)

@@ -218,7 +218,8 @@ def _skip_line_breaks(stream: io.BufferedReader) -> int:
 
 def no_rows_error(path: str) -> InputRefused:
     """Create the error for a file without rows."""
-    return InputRefused("no_rows", "the file contains no rows", where=path)
+    hint = "add rows to the file, or leave the file out"
+    return InputRefused("no_rows", "the file contains no rows", where=path, hint=hint)
 
 
 def _skip_line(stream: io.BufferedReader) -> int:

@@ -12,12 +12,15 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ftdata.errors import InputRefused, UsageError, suggest_names
+from ftdata.errors import InputRefused, UsageError, suggest_path
 from ftdata.readers.file_names import is_data, matches_pattern, split_from_name
 from ftdata.readers.formats import readers
 from ftdata.readers.hub import SCHEME, hub_files, is_hub
 from ftdata.readers.remote_files import list_url
 from ftdata.readers.streams import STDIN, Input, is_url
+
+_LISTED = 10
+"""Maximum number of files that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +97,22 @@ def _resolve_pattern(pattern: str, reader: str | None) -> Iterator[ResolvedFile]
             _glob_recursively(pattern) if "**" in pattern else glob.glob(pattern)  # noqa: PTH207  (absolute too)
         )
     if not paths:
-        # Similar names are suggested only for a path without wildcards.
-        is_name = not glob.has_magic(pattern)
-        siblings = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers and is_name]
-        hint = suggest_names(Path(pattern).name, siblings) if siblings else _suggest_folder(Path(pattern).parent)
-        raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint)
+        hint = "" if glob.has_magic(pattern) else suggest_path(pattern)
+        raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint or _list_folder_of(Path(pattern)))
     for path in paths:
         # A recursive pattern matches the files inside folders itself.
         if Path(path).is_file() or "**" not in pattern:
             yield from _resolve_local(path, reader)
 
 
-def _suggest_folder(folder: Path) -> str:
-    """Return a hint for a path in a folder that contains no data, or that does not exist."""
+def _list_folder_of(path: Path) -> str:
+    """Return a hint for a missing path: the data files in its folder, or the part of the path that exists."""
+    folder = path.parent
     if folder.is_dir():
-        return f"check the path; searched in {folder.resolve()}"
+        names = sorted(file.name for file in folder.iterdir() if file.suffix.lstrip(".") in readers)
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        listing = f"; {folder.resolve()} contains {', '.join(names[:_LISTED])}{more}" if names else ""
+        return f"check the path{listing or f'; searched in {folder.resolve()}'}"
     existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
     missing = folder.absolute().relative_to(existing).parts[0]
     siblings = [path.name for path in existing.iterdir() if path.is_dir()]

@@ -117,6 +117,9 @@ def normalize(
                 check_training_fields(data, kind.guarded)
             conversation = read_pair(data) if task == "preference" else kind.convert(data)
         except BadRow as error:
+            if missing is None and task == "preference" and error.code == "unknown_schema":
+                hint = "name the columns of a pair, e.g. columns={'prompt': ..., 'chosen': ..., 'rejected': ...}"
+                raise BadRow("unknown_schema", error.message, hint=hint) from None
             raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
@@ -286,6 +289,11 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         if not isinstance(actual, str) or not actual:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
         if name not in canonical:
+            if actual in canonical:
+                problem = (
+                    f"columns= maps {name!r} to {actual!r}, expected a schema's column first, then the data's column"
+                )
+                raise UsageError("columns", problem, hint=f"set columns={{{actual!r}: {name!r}}}")
             message = f"columns= maps {name!r}, but no schema has a column of this name"
             raise UsageError("unknown_column", message, hint=suggest_names(name, canonical))
 
@@ -303,7 +311,8 @@ def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[s
     if isinstance(data, list):
         return {"messages": data}, None
     if type(data) is not dict and not isinstance(data, Mapping):
-        raise BadRow("not_a_row", f"the row is a {type(data).__name__}, expected an object or a list of messages")
+        problem = f"the row is a {type(data).__name__}, expected an object or a list of messages"
+        raise BadRow("not_a_row", problem, hint="write each row as an object with named columns")
     if not columns and not row.flat:
         return data, None
     mapped, missing = _rename_columns(data, columns) if columns else (dict(data), None)

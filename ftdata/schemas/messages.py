@@ -93,7 +93,8 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise BadRow("messages_type", f"is {describe_value(value)}, expected a list of messages", field=field)
     if not value:
-        raise BadRow("no_messages", "the list is empty, expected at least one message", field=field)
+        problem = "the list is empty, expected at least one message"
+        raise BadRow("no_messages", problem, field=field, hint="add messages, or remove the row")
     messages: list[Message] = []
     for index, item in enumerate(value):
         if plain := plain_message(item):
@@ -199,7 +200,8 @@ def _find_content_key(item: Mapping[str, Any]) -> str | None:
 def _read_message(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
         problem = f"is {describe_value(item)}, expected an object with role and content"
-        raise BadRow("message_type", problem, field=field)
+        hint = 'write each message as {"role": ..., "content": ...}'
+        raise BadRow("message_type", problem, field=field, hint=hint)
     if len(item) > _MAX_KEYS:
         raise BadRow("message_type", f"the message has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
     role, item = _split_role(item, field)

@@ -122,7 +122,7 @@ def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message
     for name, messages in sides.items():
         if first == len(messages):
             problem = f"the {name} side ends where the sides first differ, so it has no answer to compare"
-            raise BadRow("no_answer", problem, field=name)
+            raise BadRow("no_answer", problem, field=name, hint="add the missing answer, or remove the row")
     for name, messages in sides.items():
         if (role := messages[first]["role"]) != "assistant":
             problem = (

@@ -195,8 +195,8 @@ def read_preferred_side(data: Mapping[str, Any], column: str) -> Conversation:
     has_question = after_system[:1] != () and after_system[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         if not has_question:
-            message = "the conversation has no question, and the row has no prompt column"
-            hint = "add a column prompt, or name its column with columns={'prompt': ...}"
+            message = "the conversation has no question, and the row has no prompt"
+            hint = "add the prompt to the column prompt, or name its column with columns={'prompt': ...}"
             raise BadRow("no_prompt", message, field=column, hint=hint)
         messages = answer
     elif has_question:
@@ -290,7 +290,8 @@ def _convert_messages(column: str) -> Convert:
 def _chat_log(data: Mapping[str, Any]) -> Conversation:
     columns = log_columns(data)
     if len(columns) != 1:
-        raise BadRow("no_messages", f"the row has {len(columns)} columns with a list of messages, expected 1")
+        problem = f"the row has {len(columns)} columns with a list of messages, expected 1"
+        raise BadRow("no_messages", problem, hint="name the column with columns={'messages': ...}, or remove the row")
     return _convert_messages(columns[0])(data)
 
 

@@ -64,9 +64,11 @@ class ChatRendering:
             _replace_unknown_role(message, index, template) for index, message in enumerate(original_messages)
         ]
         flags: frozenset[str] = frozenset()
+        if any(new["role"] != old["role"] for new, old in zip(messages, original_messages, strict=True)):
+            flags |= {"role_replaced"}
         if not template.takes_text_arguments and any(map(_has_text_arguments, messages)):
             messages = [_convert_arguments(message, _parse_arguments) for message in messages]
-            flags = frozenset({"arguments_parsed"})
+            flags |= {"arguments_parsed"}
         return cls(template, tuple(track_messages(messages)), tools, flags)
 
     def prefix(self, count: int) -> ChatRendering:

@@ -191,14 +191,16 @@ def _split_group(render: _RenderMessages, messages: tuple[Message, ...], group: 
 
 
 def _render_formatted_text(text: str, template: Template) -> Rendered:
-    eos = template.special_tokens.get("eos_token")
-    bos = template.special_tokens.get("bos_token")
-    # Many trainers append a second EOS to text that a template has already formatted.
-    ending = eos if eos and not text.rstrip().endswith(eos) else ""
-    spans = [Span(0, len(text), Part.CONTENT, 0, True)]
-    if ending:
-        spans.append(Span(len(text), len(text) + len(ending), Part.SCAFFOLD, 0, True))
-    return Rendered(text + ending, tuple(spans), add_bos=not (bos and text.lstrip().startswith(bos)), keep_control=True)
+    eos, bos, pad = (template.special_tokens.get(f"{name}_token", "") for name in ("eos", "bos", "pad"))
+    add_bos = not (bos and text.lstrip().startswith(bos))
+    spans = (Span(0, len(text), Part.CONTENT, 0, True),)
+    # Many trainers append a second EOS to text that a template has already formatted. The padding token, such as
+    # <|endoftext|>, also ends the texts of some models.
+    if not eos or text.rstrip().endswith(tuple(filter(None, (eos, pad)))):
+        return Rendered(text, spans, add_bos=add_bos, keep_control=True)
+    ending = Span(len(text), len(text) + len(eos), Part.SCAFFOLD, 0, True)
+    flags = frozenset({"eos_appended"})
+    return Rendered(text + eos, (*spans, ending), flags, add_bos=add_bos, keep_control=True)
 
 
 def _render_fields(conversation: Conversation, template: Template) -> Rendered:

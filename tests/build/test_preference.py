@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_makers import CHATML
 
-from ftdata import build_preference_dataset, encode, export, preview
+from ftdata import audit, build_preference_dataset, encode, export, preview, stats
 from ftdata.build.dataset import write_build
 from ftdata.build.read_packs import list_pack_files, read_pack_file
 from ftdata.errors import BadRows, InputRefused, UsageError
@@ -143,7 +143,7 @@ def test_pairs_stay_together_in_splits_and_files(tokenizer_dir, tmp_path):
     assert documents == [side for row in ds["train"].to_list() for side in sides_of(row)]
     assert packs.document_bounds.tolist() == list(range(0, 49, 2))
     shown = str(preview(tmp_path / "built", n=2))
-    assert "example 0" in shown
+    assert "pair 0 ·" in shown
 
 
 def test_near_duplicates_compare_both_sides():
@@ -215,11 +215,21 @@ def test_options_that_pairs_cannot_have_are_refused(options):
 def test_preview_of_a_build_names_the_sides(tokenizer_dir, tmp_path):
     rows = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(2)]
     write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template=CHATML, task="preference")
-    shown = preview(tmp_path / "built", n=4)
-    assert [(row.pack, row.side) for row in shown.rows] == [
-        (0, "chosen"),
-        (0, "rejected"),
-        (1, "chosen"),
-        (1, "rejected"),
-    ]
-    assert "pair 1, rejected" in str(shown)
+    (only,) = preview(tmp_path / "built", n=1).rows
+    assert [example.text.splitlines()[-1] for example in only.examples] == ["good<|im_end|>", "bad<|im_end|>"]
+    shown = str(preview(tmp_path / "built", row=1))
+    assert "── pair 1 · <memory>" in shown
+    assert shown.count("q1") == 1  # the prompt of both sides is printed once
+    assert shown.index("── chosen ──") < shown.index("good") < shown.index("── rejected ──") < shown.index("bad")
+
+
+def test_builds_of_pairs_are_inspected_like_their_rows(tokenizer_dir, tmp_path):
+    """A packed build can separate the examples of a row, but a pair is always one row."""
+    rows = [{"prompt": f"question {n}", "chosen": "a longer answer", "rejected": "short"} for n in range(60)]
+    write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template=CHATML, task="preference")
+    source = {"tokenizer": tokenizer_dir("tiny_bpe"), "template": CHATML, "task": "preference"}
+    for report in (audit(tmp_path / "built"), audit(rows, **source)):
+        assert {one.code: one.count for one in report.findings} == {"length_bias": 1}
+    built, read = (str(stats(tmp_path / "built")), str(stats(rows, **source)))
+    assert " 60       120 " in built
+    assert " 60       120 " in read

@@ -60,7 +60,7 @@ def test_interrupted_build_resumes(data, tokenizer_dir, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert stopped.returncode == 130, stopped.stderr
-    assert stopped.stderr == "ftdata: interrupted; run the same command again to continue\n"
+    assert stopped.stderr == "ftdata: interrupted; run the same command again: finished parts of the data are kept\n"
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "of 12 parts of the data were already built" in done.stderr
 

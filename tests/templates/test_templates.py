@@ -265,6 +265,10 @@ def test_formatted_text_gets_no_second_eos():
     (plain,) = render_in_worker(Conversation((), text="just text"), Template("none", "", special_tokens=SPECIAL))
     assert plain.text == "just text</s>"
     assert plain.add_bos
+    assert plain.flags == {"eos_appended"}
+    padding = {**SPECIAL, "pad_token": "<|endoftext|>"}
+    (ended,) = render_in_worker(Conversation((), text="a<|endoftext|>"), Template("none", "", special_tokens=padding))
+    assert ended.text == "a<|endoftext|>"
 
 
 def test_missing_template_error_suggests_a_template():

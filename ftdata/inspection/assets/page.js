@@ -201,8 +201,7 @@ function makeCard(row) {
     head.append(source);
   }
   if (row.schema) head.append(make("span", "", row.schema));
-  if (row.side) head.append(make("span", "", `pair ${row.pack}, ${row.side}`));
-  else if (row.pack !== null) head.append(make("span", "", `pack ${row.pack}`));
+  if (row.pack !== null) head.append(make("span", "", `pack ${row.pack}`));
   for (const kind of row.why) head.append(makeBadge("why", kind));
   for (const flag of row.flags) head.append(makeBadge("flag", flag));
   card.append(head);

@@ -17,7 +17,6 @@ from ftdata.types import SIDES, Conversation
     "error",
     "only one side of the pair ends with a trained stop token, so the model learns a preference about stopping",
     "raise max_length, or remove pairs with an incomplete answer",
-    needs_messages=True,
     compares_sides=True,
 )
 def _check_stop(row: CheckedRow) -> Iterator[str]:
@@ -55,12 +54,13 @@ _BIASED_SHARE, _MIN_PAIRS = 0.65, 50
     "warning",
     "most chosen answers are longer than the rejected answers, or most are shorter, so the model learns a length",
     "balance the lengths; or train with a loss that is normalized by the length, such as loss_type: [sigmoid_norm]",
-    needs_messages=True,
 )
 def _check_length_bias(data: CheckedDataset) -> Iterator[tuple[None, str]]:
     """Compare the numbers of trained tokens. Pairs of equal length are not counted."""
     numbers = data.survey.numbers
-    chosen = numbers.first[data.is_pair & ~data.is_held_out]
+    if not data.has_pairs:
+        return
+    chosen = numbers.first[~data.is_held_out]
     differences = numbers.trained[chosen] - numbers.trained[chosen + 1]
     differing = differences[differences != 0]
     if len(differing) < _MIN_PAIRS:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ftdata.inspection.survey import Ints, Survey
 from ftdata.pipeline.recipe import Recipe
-from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.types import Conversation, Example
 
 
@@ -74,6 +73,7 @@ class CheckedDataset:
         survey: The numbers of all rows.
         scripts: int64 `[rows]`, one bit for each script of `text_detectors.SCRIPTS` that the answers are written in.
         held_out_sources: For each source number, whether the rows of the source are held out.
+        has_pairs: Whether the rows are preference pairs.
         near_duplicate_threshold: The similarity above which rows are near-duplicates; `None` to find exact duplicates
             only.
         signatures: The MinHash signatures of the rows, if there is a `near_duplicate_threshold`.
@@ -82,6 +82,7 @@ class CheckedDataset:
     survey: Survey
     scripts: Ints
     held_out_sources: Sequence[bool]
+    has_pairs: bool = False
     near_duplicate_threshold: float | None = None
     signatures: NDArray[np.uint32] | None = None
 
@@ -89,12 +90,6 @@ class CheckedDataset:
     def is_held_out(self) -> NDArray[np.bool_]:
         """A mask of the held-out rows (bool `[rows]`)."""
         return np.asarray(self.held_out_sources, np.bool_)[self.survey.numbers.source]
-
-    @cached_property
-    def is_pair(self) -> NDArray[np.bool_]:
-        """A mask of the preference pairs (bool `[rows]`)."""
-        schemas = np.asarray(self.survey.schemas)[self.survey.numbers.schema]
-        return np.asarray(schemas == PAIR_SCHEMA)
 
 
 class CheckedTemplate(NamedTuple):

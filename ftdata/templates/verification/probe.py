@@ -45,6 +45,7 @@ _PROBES: Mapping[str, tuple[Message, ...]] = {
     "single": (_user("first question"), _answer("first answer")),
     "plain": (_user("first question"), _answer("first answer"), _user("second question"), _answer("second answer")),
     "system": (_message("system", "a rule"), _user("first question"), _answer("first answer")),
+    "tools": (_user("first question"), _answer("first answer")),
     "tool_calls": (_user("first question"), _CALL, _RESULT, _answer("first answer")),
     "reasoning": (
         _user("first question"),
@@ -65,7 +66,7 @@ _PROBES: Mapping[str, tuple[Message, ...]] = {
 }
 """Feature -> a small conversation that uses the feature."""
 
-_FEATURES = ("system", "tool_calls", "reasoning", "names")
+_FEATURES = ("system", "tools", "tool_calls", "reasoning", "names")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TemplateReport:
             earlier turns. `"refused"`: no probe could be rendered with certain turns, or a cross-check failed.
         stop: text that ends a turn, or `None`.
         prefix_stable: whether the template renders the first turns of a conversation as a prefix of the whole text.
-        lacks: features that the template omits or rejects: system, tool_calls, reasoning or names.
+        lacks: features that the template omits or rejects: system, tools, tool_calls, reasoning or names.
         rewrites: what the template changes: `"turns"` (earlier turns), `"reasoning"` (omitted in some turns),
             `"contents"` (any content), `"think_tags"` (removes thinking from contents), `"blanks"` (strips contents).
         adds: text that the template prints before the first message, such as a default system prompt.
@@ -199,7 +200,7 @@ def probe_template(template: Template) -> TemplateReport:
 
 
 def _run_probe(template: Template, name: str, turns: str) -> _ProbeResult:
-    conversation = Conversation(_PROBES[name], tools=_TOOLS if name == "tool_calls" else ())
+    conversation = Conversation(_PROBES[name], tools=_TOOLS if name in ("tools", "tool_calls") else ())
     try:
         texts = render_chat(conversation, template, turns)
     except BadRow as error:
@@ -253,6 +254,8 @@ def _generated_text(rendered: Rendered, message: int) -> str:
 
 
 def _lacks(result: _ProbeResult, feature: str) -> bool:
+    if feature == "tools" and "tools_dropped" in result.flags:
+        return True
     part = {"names": Part.OTHER, "reasoning": Part.REASONING}.get(feature)
     if part is None or not result.texts:
         return result.error.startswith(("[message_dropped]", "[template_raises]"))

@@ -173,7 +173,7 @@ def test_template_report_contains_its_properties(tokenizer_dir):
     report = check_template(source + CHATML.replace("{{ m.content }}", "{{ m.content | trim }}"))
     assert "helpful assistant made of letters" in report.adds
     assert report.rewrites == ("blanks",)
-    assert set(report.lacks) == {"tool_calls", "reasoning", "names"}
+    assert set(report.lacks) == {"tools", "tool_calls", "reasoning", "names"}
     assert report.uses_date
     assert "made of letters" in str(report)
 

@@ -9,6 +9,7 @@ def test_template_reports_contain_verdict_and_properties(tokenizer_dir):
     split = check_template(tokenizer_dir("qwen"))
     assert (split.verdict, split.prefix_stable, split.stop) == ("split", False, "<|im_end|>")
     assert "<think>" in split.reasons[0]
+    assert "tools" not in split.lacks
     assert split.rewrites == ("turns", "reasoning", "think_tags")
     assert exact.proved > len(exact.lacks)
     refused = check_template("{{ raise_exception('never') }}{{ messages }}")
