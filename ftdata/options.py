@@ -37,11 +37,14 @@ class Option:
     section: str = ""
 
 
+TASKS = {"sft": "sft", "preference": "preference", "dpo": "preference", "reward": "preference"}
+"""Task -> kind of data. Several trainers can use the same kind of data."""
+
 _OPTIONS = (
     Option("rendering", "template", str | None, None,
            "Template: name, .jinja file or Jinja source (default: the tokenizer's)"),
     Option("task", "task", str, "sft",
-           "Data to build: sft (conversations) or preference (pairs of answers)", ("sft", "preference")),
+           "Data to build: sft (conversations), or preference, dpo or reward (pairs of answers)", tuple(TASKS)),
     Option("rows", "schema", str, "auto",
            "Schema of the rows: a name, ./file.py:function, or 'auto' to detect it"),
     Option("rows", "columns", dict[str, str] | None, None,

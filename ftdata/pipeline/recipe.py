@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice, suggest_similar
-from ftdata.options import check_choices, select_options
+from ftdata.options import TASKS, check_choices, select_options
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, masks, resolve_policy
 from ftdata.redaction import is_secret_name
@@ -66,6 +66,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choices(select_options(vars(self), "task", "rows"))
+        object.__setattr__(self, "task", TASKS[self.task])
         if isinstance(self.reject_flags, str) or not isinstance(self.reject_flags, Iterable):
             raise UsageError("reject_flags", f"reject_flags is {self.reject_flags!r}, expected a list of flags")
         for flag in self.reject_flags:

@@ -58,6 +58,7 @@ from ftdata.config import (
     read_config_file,
 )
 from ftdata.errors import MissingDependency, UsageError
+from ftdata.options import TASKS
 from ftdata.redaction import drop_redacted
 from ftdata.tokenizing.load import load_tokenizer
 
@@ -404,6 +405,9 @@ def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in values if value != defaults[name] or name in nulls}
     if options.get("template", "") is None:
         options["template"] = "tokenizer"
+    if "task" in options:
+        # Several trainers can use the same kind of data.
+        options["task"] = TASKS.get(options["task"], options["task"])
     return options
 
 

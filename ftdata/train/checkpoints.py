@@ -289,6 +289,7 @@ def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str
         and (name in _OVERRIDDEN_DEFAULTS or value != defaults.get(name, value))
     }
     setup = {
+        "task": config.task,
         "model": config.model,
         "weights": digest_weights(config.model),
         "quantization": config.quantization,

@@ -79,6 +79,7 @@ def start_session(
 
     See `ftdata.train.start_chat`.
     """
+    run.check_generates()
     if base or run.metadata["adapter"]:
         model = load_base_model(run, quantization=run.metadata["setup"]["quantization"], answers=True)
     if base:

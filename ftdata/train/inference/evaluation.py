@@ -50,6 +50,7 @@ def compare_models(
     See `ftdata.train.compare`. `progress` is called after each token.
     """
     run = open_run(run_dir, trust_remote_code=trust_remote_code)
+    run.check_generates()
     if data is None:
         run.check_build()
         data_name, examples = _read_build_rows(run)

@@ -72,7 +72,8 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
         hint = keep if dtype == "float32" else "merge with --dtype float32, or use the adapter without merging"
         message = f"merging in {dtype} changes a logit by {error:.2g} times the largest logit"
         raise InputRefused("merge_error", f"{message}, expected at most {LIMITS[dtype]:g}", hint=hint)
-    merged.generation_config = run.generation_config
+    if run.task != "reward":
+        merged.generation_config = run.generation_config
     target.mkdir(parents=True, exist_ok=True)
     merged.to(DTYPES[dtype]).save_pretrained(target, safe_serialization=True)
     for path in run.model.iterdir():
@@ -126,5 +127,7 @@ def _logits(model: Any, ids: list[int], ordinary: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         inputs = torch.tensor([ids[: max_positions(model)]]).to(model.device)
         logits = model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
+    if logits.ndim == 1:
+        return logits  # the reward of a reward model
     # The embedding matrix may be padded with rows that belong to no token.
     return logits[:, : len(ordinary)][:, ordinary[: logits.shape[1]]]

@@ -51,6 +51,16 @@ class FinishedRun:
         """Folder of the build that the model was trained on."""
         return self.folder / str(self.metadata["build"])
 
+    def check_generates(self) -> None:
+        """Check that the trained model can generate text.
+
+        Raises:
+            UsageError: it is a reward model.
+        """
+        if self.task == "reward":
+            problem = f"{self.folder} contains a reward model, which generates no text"
+            raise UsageError("reward_model", problem, hint="its scores on the test split are in run.json")
+
     def check_build(self) -> None:
         """Check that the build has not changed since the model was trained on it.
 
@@ -72,6 +82,11 @@ class FinishedRun:
     def recipe(self) -> Recipe:
         """The recipe that rendered and tokenized the rows of the build."""
         return rebuild_recipe(self.metadata["tokenizer"], self.metadata["options"])
+
+    @property
+    def task(self) -> str:
+        """The task of the run: `sft`, `dpo` or `reward`."""
+        return str(self.metadata["setup"].get("task", "sft"))
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -128,7 +143,8 @@ def load_base_model(
         hint = "restore the original files of the model, or train again"
         raise InputRefused("base_model_differs", message, hint=hint)
     attention, trusts = setup.get("attn_implementation"), run.trust_remote_code
-    model = load_model(setup["model"], quantization, dtype=dtype, attention=attention, trust_remote_code=trusts)
+    options = {"attention": attention, "trust_remote_code": trusts, "task": run.task}
+    model = load_model(setup["model"], quantization, dtype=dtype, **options)
     if answers:
         model = dequantize(model)
     rows = run.metadata.get("embeddings")
@@ -156,13 +172,15 @@ def load_tuned_model(run: FinishedRun, base: Any = None, *, dtype: Any = None) -
             model = PeftModel.from_pretrained(base, str(run.model))
         else:
             attention, trusts = setup.get("attn_implementation"), run.trust_remote_code
-            model = load_model(str(run.model), dtype=dtype, attention=attention, trust_remote_code=trusts)
+            options = {"attention": attention, "trust_remote_code": trusts, "task": run.task}
+            model = load_model(str(run.model), dtype=dtype, **options)
     except FtdataError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = f"{run.model} cannot be loaded: {describe_exception(error)}"
         raise InputRefused("damaged_model", message, hint="train again") from None
-    model.generation_config = run.generation_config
+    if run.task != "reward":
+        model.generation_config = run.generation_config
     return model
 
 

@@ -18,7 +18,7 @@ from ftdata.train.model.load import embedding_names, wants_adapter
 from ftdata.train.model.quantization import quantization_name, skipped_modules
 
 FIXED = {
-    "task_type": "the model is a causal language model",
+    "task_type": "the task field determines it",
     "peft_type": "it is always LORA",
     "auto_mapping": "PEFT determines it from the class of the model",
     "peft_version": "PEFT sets it to its version",
@@ -54,7 +54,7 @@ def check_lora(config: Config) -> None:
     if config.lora.extra_fields.get("use_dora") and name == "int8" and not torch.cuda.is_available():
         message = "lora.use_dora with int8 quantization needs a GPU"
         raise UsageError("train_setting", message, hint="set quantization: nf4, or remove use_dora")
-    _lora_config(config.lora, {})
+    _lora_config(config, {})
 
 
 def _check_initialization(config: Config, method: Any) -> None:
@@ -96,7 +96,7 @@ def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = 
         overrides["ensure_weight_tying"] = is_tied and not set(embeddings).isdisjoint(saved)
     if shapes:
         overrides["init_lora_weights"] = True
-    return _lora_config(lora, overrides)
+    return _lora_config(config, overrides)
 
 
 def check_modules(config: Config, model: Any) -> None:
@@ -193,13 +193,16 @@ def _long_names(lora: Lora) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in lora.fields().items()}
 
 
-def _lora_config(lora: Lora, overrides: Mapping[str, Any]) -> LoraConfig:
-    fields = {name: value for name, value in {**_long_names(lora), **overrides}.items() if value is not None}
+def _lora_config(config: Config, overrides: Mapping[str, Any]) -> LoraConfig:
+    values = {**_long_names(config.lora or Lora()), **overrides}
+    fields = {name: value for name, value in values.items() if value is not None}
+    # PEFT trains and saves the layer of a reward model that computes the reward.
+    task_type = "SEQ_CLS" if config.task == "reward" else "CAUSAL_LM"
     try:
         with warnings.catch_warnings():
             # PEFT warns about fields that it ignores.
             warnings.simplefilter("error", UserWarning)
-            return LoraConfig(**convert_fields(fields, LoraConfig), task_type="CAUSAL_LM")
+            return LoraConfig(**convert_fields(fields, LoraConfig), task_type=task_type)
     except (ValueError, TypeError, ImportError, UserWarning) as error:
         message = f"LoraConfig rejects the lora settings: {describe_exception(error)}"
         raise UsageError("train_setting", message) from None

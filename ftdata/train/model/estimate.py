@@ -5,6 +5,7 @@ The model is created without weights, on the device `meta`, so nothing is loaded
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,14 +16,13 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError, count_noun, describe_exception
 from ftdata.train.dataset import has_pairs, list_lengths
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
-from ftdata.train.model.load import weights_dtype
+from ftdata.train.model.load import model_class, weights_dtype
 from ftdata.train.model.quantization import bytes_per_weight, quantization_name, skipped_modules
 from ftdata.types import IGNORE_INDEX
 
@@ -48,14 +48,12 @@ class SplitCounts:
         tokens: number of all tokens.
         trained: number of trained tokens.
         documents: number of documents, or of preference pairs.
-        has_pairs: whether the rows are preference pairs, which need a reference model.
     """
 
     lengths: NDArray[np.int64]
     tokens: int
     trained: int
     documents: int
-    has_pairs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +168,7 @@ def count_split(split: Any) -> SplitCounts:
             trained += pc.sum(pc.not_equal(labels, pa.scalar(IGNORE_INDEX, labels.type))).as_py() or 0
         documents += len(batch) if is_paired else int(list_lengths(batch, "seq_lengths").sum())
     joined = np.concatenate(lengths)
-    return SplitCounts(joined, int(joined.sum()), trained, documents, is_paired)
+    return SplitCounts(joined, int(joined.sum()), trained, documents)
 
 
 def estimate_run(
@@ -221,7 +219,7 @@ def estimate_run(
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    if rows.has_pairs and not arguments.precompute_ref_log_probs:
+    if config.task == "dpo" and not arguments.precompute_ref_log_probs:
         # The reference model also has a forward pass. With an adapter, it is the model without the adapter.
         shares += 2
         weights *= 1 if lora is not None else 2
@@ -313,7 +311,10 @@ def _make_shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     options["trust_remote_code"] = config.trust_remote_code
     try:
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
+        if config.task == "reward":
+            model_config = copy.deepcopy(model_config)
+            model_config.num_labels = 1
+        return model_class(config.task).from_config(model_config, dtype=dtype, **options)
     except (ValueError, ImportError) as error:
         message = f"the model {config.model} cannot be created: {describe_exception(error)}"
         raise UsageError("model_setting", message) from None

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError, describe_exception
@@ -51,8 +57,9 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    task: str = "sft",
 ) -> Any:
-    """Load a causal language model from a folder or the Hub. The weights must be safetensors.
+    """Load a causal language model or a reward model from a folder or the Hub. The weights must be safetensors.
 
     Args:
         name: a folder or a Hub id.
@@ -60,34 +67,37 @@ def load_model(
         dtype: dtype of the weights; `None` selects the compute dtype of this device.
         attention: the attention implementation, such as `"sdpa"`; `None` selects the default of the model.
         trust_remote_code: whether Python code that comes with the model may run.
+        task: `"reward"` loads a model with a linear layer that computes one number. If the files do not contain this
+            layer, its weights are random.
 
     Raises:
         InputRefused: the model does not exist or is incomplete, has no safetensors, or needs remote code.
     """
     dtype = dtype or compute_dtype()
+    kind = model_class(task)
     model_config = load_model_config(name, trust_remote_code=trust_remote_code)
     quantized = quantization_config(quantization, dtype)
     if quantized is not None and quantized.llm_int8_skip_modules:
         # transformers replaces its default modules with this list. The embeddings must stay unquantized.
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+            shapes = kind.from_config(model_config, trust_remote_code=trust_remote_code)
         quantized.llm_int8_skip_modules = sorted({*quantized.llm_int8_skip_modules, *embedding_names(shapes)})
     options = {"dtype": dtype, "quantization_config": quantized, "trust_remote_code": trust_remote_code}
     options |= {"attn_implementation": attention} if attention else {}
+    options |= {"num_labels": 1} if task == "reward" else {}
     if torch.cuda.is_available() and not device.is_sharded():
         # The isolation probe runs before training, and FlashAttention needs the model on the GPU.
         options["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **options
-        )
+        model, loading_info = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise _load_error(name, error) from None
-    if missing := sorted(loading_info["missing_keys"]):
+    if missing := sorted(key for key in loading_info["missing_keys"] if task != "reward" or key not in _REWARD_LAYER):
         message = f"{name} has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         hint = "check that this is a causal language model, and that all files are complete"
         raise InputRefused("missing_weights", message, hint=hint)
-    model.generation_config = _make_savable(model.generation_config)
+    if task != "reward":
+        model.generation_config = _make_savable(model.generation_config)
     if not torch.cuda.is_available():
         for module in model.modules():
             # bitsandbytes repacks 4-bit weights for AVX512-BF16 in the first forward pass in eval mode, and repacked
@@ -95,6 +105,15 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+_REWARD_LAYER = ("score.weight", "classifier.weight", "classifier.bias")
+"""Names of the weights that a reward model has in addition to a language model."""
+
+
+def model_class(task: str) -> Any:
+    """Return the class of transformers that loads the model of a task."""
+    return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
 
 
 def dequantize(model: Any) -> Any:

@@ -48,7 +48,8 @@ def finish_run(
     Raises:
         InternalError: the logits of the reloaded model differ from those of the model in memory.
     """
-    stop_ids = set_stop_tokens(trainer, config, data)
+    is_generator = config.task != "reward"
+    stop_ids = set_stop_tokens(trainer, config, data) if is_generator else []
     # The trainer enables the output of router logits, which inference does not need.
     base_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     router = getattr(base_config, "output_router_logits", None)
@@ -61,7 +62,8 @@ def finish_run(
         return run
     history, tokenizer = trainer.state.log_history, load_tokenizer(config.tokenizer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    trainer.model.generation_config.save_pretrained(str(run / "model"))
+    if is_generator:
+        trainer.model.generation_config.save_pretrained(str(run / "model"))
     # This pickle of settings is not needed, and loading a pickle can run code.
     (run / "model" / "training_args.bin").unlink(missing_ok=True)
     write_loss_plot(history, run)

@@ -27,9 +27,9 @@ def render_model_card(config: Config, metadata: Mapping[str, Any], manifest: Map
     facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(config, metadata, manifest))
     config_yaml = to_yaml(config, redacted=True)
     results = "".join(f"| {name} | {value} |\n" for name, value in _results(metadata))
-    method = "sft" if config.task == "sft" else "dpo"
+    pipeline = "text-classification" if config.task == "reward" else "text-generation"
     return (
-        f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n- {method}\n- ftdata\n---\n\n"
+        f"---\n{base}{library}pipeline_tag: {pipeline}\ntags:\n- {config.task}\n- ftdata\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n"
         f"{Path(config.model).name}, fine-tuned by ftdata.\n\n## Data and mask\n\n| | |\n|---|---|\n{facts}\n"
         f"## Results\n\n| | |\n|---|---|\n{results}\n"
@@ -66,7 +66,8 @@ def _results(metadata: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def _usage(config: Config, *, adapter: bool) -> str:
-    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    head = "SequenceClassification" if config.task == "reward" else "CausalLM"
+    kind = f"AutoPeftModelFor{head}" if adapter else f"AutoModelFor{head}"
     package = "peft" if adapter else "transformers"
     folder = repr(f"{config.output_dir}/model")
     return (

@@ -21,7 +21,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ftdata.build.dataset import write_build
 from ftdata.build.store import read_manifest
 from ftdata.config import Config, to_yaml
-from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
+from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, describe_exception
+from ftdata.options import TASKS
 from ftdata.spelling import spell_options
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
@@ -36,9 +37,12 @@ from ftdata.train.model.load import fit_vocabulary, load_model, load_model_confi
 from ftdata.train.model.quantization import quantization_config
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
-from ftdata.train.runs.pair_trainer import PairCollator, PairTrainer
+from ftdata.train.runs.pair_trainer import DPORunTrainer, PairCollator, RewardRunTrainer
 from ftdata.train.runs.trainer import BuildTrainer, RunTrainer
 from ftdata.train.runs.trainer_arguments import check_devices, check_first_batch, check_settings, make_trainer_config
+
+_TRAINERS: dict[str, type[RunTrainer]] = {"sft": BuildTrainer, "dpo": DPORunTrainer, "reward": RewardRunTrainer}
+"""Task -> trainer."""
 
 
 def train_model(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
@@ -205,13 +209,13 @@ def make_trainer(
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
     lora = make_lora_config(config, model, grows=has_new_tokens)
-    kind: type[RunTrainer] = BuildTrainer
+    kind = _TRAINERS[config.task]
     arguments: dict[str, Any] = {}
     if data.has_pairs:
-        kind, arguments = PairTrainer, {"data_collator": PairCollator(tokenizer.pad_token_id)}
-        if lora is None and not settings.precompute_ref_log_probs:
-            # The embeddings of new tokens are random, so the reference model must be a copy.
-            arguments["ref_model"] = copy.deepcopy(model)
+        arguments["data_collator"] = PairCollator(tokenizer.pad_token_id, for_rewards=config.task == "reward")
+    if config.task == "dpo" and lora is None and not settings.precompute_ref_log_probs:
+        # The embeddings of new tokens are random, so the reference model must be a copy.
+        arguments["ref_model"] = copy.deepcopy(model)
     try:
         trainer = kind(
             seal=seal or checkpoints.CheckpointSeal("", {}),
@@ -263,11 +267,16 @@ def _check_config(config: Config) -> Any:
 
 
 def _resolve_config(config: Config, build: Path | None) -> Config:
-    """Return a configuration with absolute paths, and with the task of the finished build."""
+    """Return a configuration with absolute paths, and with the task of the trainer: `sft`, `dpo` or `reward`."""
+    check_choice("task", config.task, TASKS)
+    task, data = config.task, TASKS[config.task]
+    if build and data != (built := read_manifest(build)["options"].get("task", "sft")):
+        # The default task is that of the data.
+        task = built
     # An adapter stores the path of its base model, which must be valid from any working directory.
     return structs.replace(
         config,
-        task=read_manifest(build)["options"].get("task", "sft") if build else config.task,
+        task="dpo" if task == "preference" else task,
         model=_absolute(config.model),
         tokenizer=_absolute(config.tokenizer or config.model),
         data=_absolute_data(config.data),
@@ -322,6 +331,7 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     set_seed(int(config.train.get("seed", 42)))
     trusts, attention = config.trust_remote_code, config.attn_implementation
     options: dict[str, Any] = {"dtype": weights_dtype(config), "attention": attention, "trust_remote_code": trusts}
+    options["task"] = config.task
     model = load_model(config.model, config.quantization, **options)
     isolated = not data.has_pairs and measure_leak(model) <= LEAK
     if data.is_packed and not isolated:
@@ -336,6 +346,8 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     if template["name"] != "tokenizer" and Template(template["name"], template["source"]).is_chat:
         # The saved model must be prompted with the template that it was trained with.
         trainer.processing_class.chat_template = template["source"]
+    if config.task == "reward":
+        return trainer
     stop_ids = set_stop_tokens(trainer, config, data)
     if not stop_ids:
         note = "no answer ends with a control token: the model does not learn to stop"

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import DPOConfig, SFTConfig
 
 from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, check_choice, describe_exception, suggest_names
@@ -25,7 +24,6 @@ from ftdata.redaction import redact
 from ftdata.train.model.config_fields import ConfigField, check_type, fields_of, trainer_config_class
 from ftdata.train.model.device import compute_dtype, process_count
 from ftdata.train.model.load import wants_adapter
-from ftdata.train.runs.pair_trainer import PAIR_METRICS
 from ftdata.types import IGNORE_INDEX, SIDES
 
 FIXED = {
@@ -62,26 +60,30 @@ STRATEGIES = ("random", "group_by_length", "sequential")
 """Orders of the training rows: random, random with rows of similar length together, or sequential."""
 
 
-METRICS = ("loss", "perplexity")
-"""Metrics that an evaluation computes."""
+METRICS = {
+    "sft": ("loss", "perplexity"),
+    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
+    "reward": ("loss", "accuracy", "margin"),
+}
+"""Task -> metrics of an evaluation that can select the best checkpoint."""
 
 
-_LEARNING_RATES = {"sft": (2e-5, 2e-4), "preference": (1e-6, 1e-5)}
+_LEARNING_RATES = {"sft": (2e-5, 2e-4), "dpo": (1e-6, 1e-5), "reward": (1e-5, 1e-4)}
 """Task -> default learning rates of full fine-tuning and of an adapter. Full fine-tuning changes pretrained weights, so
-it needs smaller steps than an adapter that starts at zero. The rate of full DPO is the default of TRL."""
+it needs smaller steps than an adapter that starts at zero. The rate of full DPO is the default of TRL, and so is the
+rate of an adapter of a reward model."""
 
 _NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 
 
 def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
-    """Check that each trainer setting is a valid field of `SFTConfig` or `DPOConfig` that does not change the data.
+    """Check that each trainer setting is a valid field of the trainer's configuration that does not change the data.
 
     Raises:
         UsageError: a setting is fixed, unknown or invalid; the message contains the reason or similar names.
     """
     kind = trainer_config_class(task)
     fields = fields_of(kind)
-    metrics = METRICS if task == "sft" else PAIR_METRICS
     for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
@@ -92,7 +94,7 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
         if name == "train_sampling_strategy":
             check_choice(name, value, STRATEGIES)
         if name == "metric_for_best_model" and value is not None:
-            check_choice(name, str(value).removeprefix("eval_"), metrics)
+            check_choice(name, str(value).removeprefix("eval_"), METRICS[task])
         if fields[name].is_number:
             _check_number(name, value, fields[name])
         else:
@@ -131,8 +133,8 @@ def check_devices(settings: Mapping[str, Any]) -> None:
         raise UsageError("several_gpus", f"{gpus} GPUs are visible to a single process", hint=hint)
 
 
-def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig | DPOConfig:
-    """Create the `SFTConfig` or `DPOConfig` from default settings, the user's settings and fixed settings.
+def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> Any:
+    """Create the configuration of a trainer of TRL from default settings, the user's settings and fixed settings.
 
     The user's settings override the defaults. The fixed settings override all other settings.
 
@@ -193,7 +195,7 @@ def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluat
         "packing": False,
         "max_length": None,
         "shuffle_dataset": False,
-        # `DPOTrainer` would remove the labels.
+        # `DPOTrainer` and `RewardTrainer` would remove columns of pairs.
         "remove_unused_columns": config.task == "sft",
         "output_dir": config.output_dir,
         "average_tokens_across_devices": True,
@@ -261,7 +263,8 @@ def _compare_pairs(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         width = batch["input_ids"].shape[1]
         mask = np.pad(trained, (0, width - len(ids)))
         yield from _compare(f"{side} tokens", batch["input_ids"][index][: len(ids)], np.asarray(ids))
-        if not np.array_equal(batch["completion_mask"][index].numpy().astype(bool), mask):
+        # The batches of a reward model have no mask.
+        if "completion_mask" in batch and not np.array_equal(batch["completion_mask"][index].numpy() != 0, mask):
             yield f"{side} labels that differ from the build"
         if not np.array_equal(batch["attention_mask"][index].numpy(), np.arange(width) < len(ids)):
             yield "unmasked padding"

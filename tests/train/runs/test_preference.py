@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from ftdata.train import compare, dry_run, generate, run  # noqa: E402
-from ftdata.train.runs.pair_trainer import PairCollator, PairTrainer  # noqa: E402
+from ftdata.train.runs.pair_trainer import DPORunTrainer, PairCollator  # noqa: E402
 
 # No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
 TEMPLATE = (
@@ -76,10 +76,10 @@ def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adap
     losses = []
     for kind, data, more in (
         (DPOTrainer, Dataset.from_list(messages), {}),
-        (PairTrainer, built, {"data_collator": PairCollator(tokenizer.pad_token_id)}),
+        (DPORunTrainer, built, {"data_collator": PairCollator(tokenizer.pad_token_id)}),
     ):
         model = AutoModelForCausalLM.from_pretrained(llama)
-        if kind is PairTrainer:
+        if kind is DPORunTrainer:
             more |= {"seal": None, "max_checkpoints": None, "lengths": torch.ones(8).numpy()}
         if adapter:
             from peft import LoraConfig

@@ -1,0 +1,136 @@
+"""Reward models on the tokens of a build: the losses of TRL, a model that learns, and resumed runs."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from ftdata import build_preference_dataset
+from ftdata.build.dataset import write_build
+from ftdata.errors import InputRefused, UsageError
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+from trl import RewardConfig, RewardTrainer  # noqa: E402
+
+from ftdata.train import compare, dry_run, merge, run, start_chat  # noqa: E402
+from ftdata.train.runs.pair_trainer import PairCollator, RewardRunTrainer  # noqa: E402
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SETTINGS = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+
+
+def make_pairs(count):
+    """Return pairs in which the chosen answer repeats the question, and the rejected answer does not."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(count)]
+    return [{"prompt": f"Say {word}", "chosen": f"yes {word}", "rejected": f"no {word}"} for word in words]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(48)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(llama, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = {"task": "reward", "test_size": 16, "lora": {"r": 4}}
+    settings = {**SETTINGS, "save_steps": 10, "eval_steps": 10}
+    return run(data, model=llama, output_dir=folder, settings=settings, **options)
+
+
+def test_losses_equal_those_of_trl(llama, tmp_path):
+    rows = make_pairs(8)
+    config = RewardConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, max_length=None,
+        activation_checkpointing=False, remove_unused_columns=False, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    messages = [
+        {name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}] for name in row}
+        for row in rows
+    ]
+    built = build_preference_dataset(rows, llama, TEMPLATE, seed=0)["train"]
+    own = {"data_collator": PairCollator(tokenizer.pad_token_id, for_rewards=True), "seal": None}
+    own |= {"max_checkpoints": None, "lengths": np.ones(8, int)}
+    losses = []
+    for kind, given, more in ((RewardTrainer, Dataset.from_list(messages), {}), (RewardRunTrainer, built, own)):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+        trainer = kind(model=model, args=config, train_dataset=given, processing_class=tokenizer, **more)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_model_prefers_the_chosen_answers_of_held_out_pairs(trained):
+    about = json.loads((trained / "run.json").read_text())
+    assert about["reward_accuracy"] == 1.0
+    assert about["reward_margin"] > 0.5
+    card = (trained / "model" / "README.md").read_text()
+    assert "text-classification" in card
+    assert "AutoPeftModelForSequenceClassification" in card
+
+
+def test_reward_models_generate_no_text(trained):
+    with pytest.raises(UsageError, match="reward_model"):
+        compare(trained)
+    with pytest.raises(UsageError, match="reward_model"):
+        start_chat(trained)
+
+
+def test_merged_reward_model_computes_the_same_rewards(trained, tmp_path):
+    assert merge(trained, tmp_path / "merged").error < 1e-3
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    texts = [
+        f"<|im_start|>user\nSay abcd<|im_end|>\n<|im_start|>assistant\n{one} abcd<|im_end|>\n" for one in ("yes", "no")
+    ]
+    yes, no = (model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts)
+    assert yes > no
+
+
+def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    about = json.loads((folder / "run.json").read_text())
+    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
+    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
+    shutil.rmtree(folder / "checkpoint-20")
+    shutil.rmtree(folder / "model")
+    with pytest.raises(InputRefused, match="task was reward, is dpo"):
+        run(folder, resume=True, task="dpo")
+    run(folder, resume=True)
+    assert json.loads((folder / "run.json").read_text())["loss"] == about["loss"]
+    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert any("score" in name for name in left)
+
+
+def test_one_build_serves_dpo_and_reward_models(llama, data, tmp_path):
+    write_build(data, llama, tmp_path / "built", task="dpo", test_size=4)
+    options = {"model": llama, "output_dir": str(tmp_path / "run")}
+    weights = {
+        task: dry_run(str(tmp_path / "built"), settings={"max_steps": 2}, task=task, **options)[0].weights
+        for task in ("sft", "dpo", "reward")
+    }
+    # The default task is that of the data. DPO needs a reference model.
+    assert weights["sft"] == weights["dpo"] > 1.5 * weights["reward"]
+    full = run(str(tmp_path / "built"), model=llama, output_dir=tmp_path / "run", task="reward", settings=SETTINGS)
+    assert json.loads((full / "run.json").read_text())["reward_accuracy"] == 1.0
