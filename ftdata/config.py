@@ -30,7 +30,7 @@ import msgspec
 import yaml
 
 from ftdata.errors import UsageError, describe_exception, shorten, suggest_names, suggest_path
-from ftdata.options import OPTIONS, check_source_keys
+from ftdata.options import OPTIONS, check_source_keys, parse_list
 from ftdata.redaction import drop_redacted, is_redacted, is_secret_name, redact, redact_text
 from ftdata.yaml12 import check_plain_values, dump_yaml, parse_yaml
 
@@ -152,7 +152,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     quantization: str | dict[str, Any] | None = None
     """`nf4` (QLoRA, Dettmers et al. 2023), `fp4`, `int8`, or fields of `BitsAndBytesConfig`; `None` for none."""
     train: dict[str, Any] = {}
-    """Fields of TRL's `SFTConfig`, or of `DPOConfig` for preference pairs."""
+    """Fields of TRL's `SFTConfig`, `DPOConfig`, `RewardConfig` or `KTOConfig`, depending on `task`."""
     early_stopping: int | None = None
     """Stop after this many evaluations without a lower loss; the best model is kept."""
     samples: int | list[str] = 3
@@ -406,13 +406,13 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
             if isinstance(parsed.get(section), dict) or (isinstance(value, dict) and section in parsed):
                 raise UsageError("setting", f"--set sets both the whole section {section} and single fields of it")
-            parsed[section] = NULL if value is None else value
+            parsed[section] = NULL if value is None else parse_list(section, value)
             continue
         # `--set seed=1` sets the seed of training: the seed of `Config` belongs to the build.
         section, field = (section, field) if dot else ("train", section)
         if not isinstance(parsed.setdefault(section, {}), dict):
             raise UsageError("setting", f"--set sets both the whole section {section} and single fields of it")
-        parsed[section][field] = NULL if value is None and section in SECTIONS else value
+        parsed[section][field] = NULL if value is None and section in SECTIONS else parse_list(field, value)
     return parsed
 
 

@@ -37,14 +37,14 @@ class Option:
     section: str = ""
 
 
-TASKS = {"sft": "sft", "preference": "preference", "dpo": "preference", "reward": "preference"}
+TASKS = {"sft": "sft", "preference": "preference", "dpo": "preference", "reward": "preference", "kto": "kto"}
 """Task -> kind of data. Several trainers can use the same kind of data."""
 
 _OPTIONS = (
     Option("rendering", "template", str | None, None,
            "Template: name, .jinja file or Jinja source (default: the tokenizer's)"),
     Option("task", "task", str, "sft",
-           "Data to build: sft (conversations), or preference, dpo or reward (pairs of answers)", tuple(TASKS)),
+           "Data: sft (conversations), preference, dpo or reward (pairs), or kto (labeled answers)", tuple(TASKS)),
     Option("rows", "schema", str, "auto",
            "Schema of the rows: a name, ./file.py:function, or 'auto' to detect it"),
     Option("rows", "columns", dict[str, str] | None, None,
@@ -133,6 +133,16 @@ def option_names(*selected: str) -> tuple[str, ...]:
     ('where', 'on_bad_rows', 'max_rejects')
     """
     return tuple(name for name, option in OPTIONS.items() if name in selected or option.group in selected)
+
+
+def parse_list(name: str, value: Any) -> Any:
+    """Split the value of an option that is a list, such as `train_parts`, if it is a text with commas.
+
+    >>> parse_list("train_parts", "reasoning, answer"), parse_list("template", "a,b")
+    (['reasoning', 'answer'], 'a,b')
+    """
+    is_list = name in OPTIONS and "list[" in str(OPTIONS[name].type)
+    return [part.strip() for part in value.split(",")] if is_list and isinstance(value, str) else value
 
 
 def select_options(values: Mapping[str, Any], *groups: str) -> dict[str, Any]:

@@ -156,6 +156,7 @@ class Conversation:
         schema: name of the schema that the row matches.
         source: the origin of the row.
         sides: the conversations of a preference pair, in the order of `SIDES`; empty for other rows.
+        feedback: numbers that rate the answer, by their name in `FEEDBACK`.
     """
 
     messages: tuple[Message, ...]
@@ -169,6 +170,7 @@ class Conversation:
     schema: str = "messages"
     source: Source = UNKNOWN_SOURCE
     sides: tuple[Conversation, ...] = ()
+    feedback: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[Conversation, ...]:
@@ -182,6 +184,10 @@ class Conversation:
 
 SIDES = ("chosen", "rejected")
 """The sides of a preference pair, and the names of their columns."""
+
+FEEDBACK = ("score", "margin", "label")
+"""Numbers that rate an answer: the score of a side of a pair; the margin of a pair, by which the reward of the chosen
+side must be higher; and the label of an answer for KTO, 1 if it is desirable and 0 if not."""
 
 
 class Part(StrEnum):

@@ -4,8 +4,9 @@
 
 Each template renders pairs of several kinds (`PAIRS`). The correct mask of a side consists of the turns from the first
 message on in which the sides differ; `oracle.py` determines it without ftdata. A pair is exact if the ids and the
-trained tokens of both sides are exact, or differ only in whitespace after a stop token, which is counted separately.
-Pairs whose correct mask is uncertain, or which the template cannot render, are left out.
+trained tokens of both sides are exact. If they differ only in whitespace after a stop token, which is trained or
+missing, the pair is counted separately. Pairs whose correct mask is uncertain, or which the template cannot render, are
+left out. `pair_peers.py` contains the methods of tools other than TRL.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import oracle
 from corpus import CLOCK, Template, from_folder
+from pair_peers import PEERS
 from run import load_tokenizer, show_progress, silence
 
 Messages = list[dict[str, Any]]
@@ -152,7 +154,7 @@ class _Rows(list[dict[str, Any]]):
         return _Rows(row | function(row, **fn_kwargs) for row in self)
 
 
-METHODS: dict[str, Method] = {"ftdata": ours, "trl": trl}
+METHODS: dict[str, Method] = {"ftdata": ours, "trl": trl, **PEERS}
 
 
 def score_template(folder: str, specials: tuple[str, ...], methods: Sequence[str], template: Template) -> list[Score]:
@@ -219,9 +221,10 @@ def _prints_everything(messages: Messages, text: str) -> bool:
 
 def _compare(side: Side, truth: _Truth) -> str:
     (ids, mask), (expected_ids, trained, blank) = side, truth
-    if ids != expected_ids:
+    count = len(ids)
+    if ids != expected_ids[:count] or not blank[count:].all():
         return "silent"
-    different = np.asarray(mask, bool) != trained
+    different = np.append(np.asarray(mask, bool) != trained[:count], [True] * (len(blank) - count))
     return "silent" if different[~blank].any() else "blanks" if different.any() else "exact"
 
 

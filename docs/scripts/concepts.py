@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tokenizer_makers import CHATML, qwen  # noqa: E402
 
-from ftdata import encode  # noqa: E402
+from ftdata import encode, preview  # noqa: E402
 from ftdata.build.pack import best_fit_decreasing  # noqa: E402
 from ftdata.types import Part  # noqa: E402
 
@@ -167,6 +167,46 @@ def turns_picture(tokenizer):
     return drawing(widest + 8, 8 + 2 * ROW, parts)
 
 
+def preferences_picture(tokenizer):
+    """Draw both sides of a pair: the prompt once, then the answers with what is trained in each."""
+    chosen = [TALK[1], {"role": "user", "content": "4?"}, {"role": "assistant", "content": "Yes."}]
+    rejected = [{"role": "assistant", "content": "It is 22."}]
+    row = {"prompt": [TALK[0]], "chosen": chosen, "rejected": rejected}
+    source = f"{{% for m in messages %}}{SHORT}"
+    (view,) = preview([row], tokenizer, source, task="preference").rows
+    prompt = len(f"<u>{TALK[0]['content']}<|im_end|><a>")
+    parts, widest = [], 0
+    for number, (name, example) in enumerate(zip(("chosen", "rejected"), view.examples, strict=True)):
+        boxes = [(len(text) * CHAR + 4, shown(text), one) for text, one in segments(example, prompt if number else 0)]
+        x = 130 if number == 0 else 130 + prompt_width(view.examples[0], prompt)
+        made, end = strip(8 + number * ROW, boxes, x=x)
+        parts += [says(4, 8 + number * ROW, name), *made]
+        widest = max(widest, end)
+    return drawing(widest + 8, 8 + 2 * ROW, parts)
+
+
+def segments(example, start):
+    """Yield the pieces of a side from a character on, each with how it is drawn."""
+    position = 0
+    for piece in example.segments():
+        position += len(piece.text)
+        if position <= start:
+            continue
+        kinds = ("stop" if piece.stop else "trained") if piece.trained else ("data" if piece.data else "template")
+        yield piece.text, kinds
+
+
+def prompt_width(example, prompt):
+    """Return the width of the pieces of a side before a character."""
+    position = width = 0
+    for piece in example.segments():
+        if position >= prompt:
+            break
+        position += len(piece.text)
+        width += len(piece.text) * CHAR + 4
+    return width
+
+
 def packs_picture():
     """Draw examples in the packs that best fit makes of them, and who may look at whom in the first pack."""
     packs = best_fit_decreasing(LENGTHS, LIMIT).packs
@@ -201,6 +241,7 @@ def main(out):
         (out / "tokens.svg").write_text(tokens_picture(tokenizer))
         (out / "masks.svg").write_text(masks_picture(tokenizer))
         (out / "turns.svg").write_text(turns_picture(tokenizer))
+        (out / "preferences.svg").write_text(preferences_picture(tokenizer))
     (out / "packs.svg").write_text(packs_picture())
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ from numpy.typing import NDArray
 from ftdata.errors import StorageError
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.batches import EncodedText, Encodings
+
+_log = logging.getLogger(__name__)
 
 _MAX_DISK_DIVISOR = 10
 """The maximum size of the cache is the size of the disk divided by this number."""
@@ -129,6 +132,20 @@ def _copy(source: Path, target: Path) -> None:
     with atomic.publish_folder(target) as scratch:
         for path in source.iterdir():
             disk.link(path, scratch / path.name)
+
+
+def check_writable() -> None:
+    """Log a warning if there is a cache folder that cannot be written, because builds continue without the cache."""
+    folder = disk.cache_root()
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        _log.warning("the cache folder %s cannot be written, so the build does not use a cache", folder)
 
 
 def evict_entries() -> None:

@@ -251,6 +251,8 @@ def _convert_row(row: Row | Reject, to: str, options: Options, recipe: Recipe | 
         return make_reject(row, BadRow("too_deep", "the row is nested too deeply to be read"))
     if to == "messages" and conversation.completion_from != last_answer_index(conversation.messages):
         conversation = replace(conversation, notes=conversation.notes | {"completion"})
+    if len(records) > 1:
+        conversation = replace(conversation, notes=conversation.notes | {"split"})
     if has_rejected_side(conversation):
         conversation = replace(conversation, notes=conversation.notes | {"rejected side"})
     return conversation, records

@@ -196,8 +196,8 @@ def write_build(
     for option in options:
         check_choice("option", option, OPTIONS)
     bound = make_recipe(tokenizer, **select_options(options, "task", "rendering", "rows"))
-    if bound.task == "preference" and options.get("packing"):
-        raise UsageError("packing", "preference pairs cannot be packed", hint="remove packing")
+    if bound.task != "sft" and options.get("packing"):
+        raise UsageError("packing", f"data for task={bound.task!r} cannot be packed", hint="remove packing")
     layout = Layout(max_length=bound.max_length, **select_options(options, "layout"))
     if layout.near_duplicate_threshold is not None:
         near_duplicates.require_rensa()
@@ -227,6 +227,7 @@ def _build_unless_current(
 ) -> Report:
     if progress:
         progress(ProgressUpdate("plan"))
+    cache.check_writable()
     report = read_current_report(request, workspace.target, runner)
     if report is None:
         if not request.overwrite:

@@ -34,11 +34,11 @@ def render_dataset_card(report: Report, recipe: Recipe, files: Mapping[str, Sequ
     facts = "".join(f"| {name} | {_cell(value)} |\n" for name, value in _facts(report, recipe))
     title = _escape_markdown(", ".join(Path(ledger.source).name for ledger in report.sources))
     fence = _fence(str(report), 3)
-    columns = (
-        "preference pairs with the token ids and labels of both sides"
-        if recipe.task == "preference"
-        else "token ids, labels (-100 for tokens without loss) and document lengths"
-    )
+    columns = {
+        "sft": "token ids, labels (-100 for tokens without loss) and document lengths",
+        "preference": "preference pairs with the token ids and labels of both sides",
+        "kto": "token ids and labels (-100 for tokens without loss) of answers, and whether each answer is desirable",
+    }[recipe.task]
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{paths}---\n\n# {title}\n\n"
         f"Built by ftdata: {columns}.\n\n"

@@ -16,7 +16,7 @@ from typing import Any
 
 from ftdata._version import __version__
 from ftdata.errors import InternalError, count_noun
-from ftdata.options import SHARE_KEYS
+from ftdata.options import OPTIONS, SHARE_KEYS
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
@@ -257,11 +257,24 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     repeated_tokens = sum(ledger.tokens_repeated for ledger in ledgers)
     flag_notes = describe_flags(flags, repeated_tokens, trains_repeats=recipe.train_on == "all")
     notes = [*_loss_notes(ledgers, recipe.overlong), *flag_notes]
+    notes += _unmasked_notes(ledgers, recipe)
     if recipe.template.uses_date:
         notes.append(f"the template prints the date {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:
         notes.append(f"template variables: {', '.join(f'{name}={value!r}' for name, value in sorted(kwargs.items()))}")
     return (*notes, *reading_notes(ledgers))
+
+
+def _unmasked_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> Iterator[str]:
+    """Yield a note if there are rows to which the mask options of the build do not apply."""
+    schemas = sum((ledger.schemas for ledger in ledgers), Counter[str]())
+    changed = [name for name in ("train_parts", "turns") if getattr(recipe, name) != OPTIONS[name].default]
+    changed += ["train_on"] if recipe.train_on in ("last_assistant", "completion") else []
+    rows = schemas["text"] + schemas["tokens"]
+    if changed and rows:
+        names = " and ".join(filter(None, (", ".join(changed[:-1]), changed[-1])))
+        verb = "does" if len(changed) == 1 else "do"
+        yield f"{count_noun(rows, 'row')} with formatted text or tokens, to which {names} {verb} not apply"
 
 
 _MAX_UNMENTIONED_LOSS = 0.01
@@ -301,6 +314,7 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
     notes = sum((ledger.notes for ledger in ledgers), Counter[str]())
     for kind, title in (
         ("column", "columns that are not read"),
+        ("label", "labels"),
         ("role", "renamed roles"),
         ("where", "rows excluded because they lack a column that where= uses"),
         ("text", "columns that contain messages as text, and are used as text"),
@@ -312,6 +326,12 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
             yield f"{title}: {listed}{f', and {len(items) - 10} more' if len(items) > 10 else ''}"
     for name, sentence in (
         ("quotes", "quotes are text, because the file does not use CSV quoting (override: quoting='csv')"),
+        (
+            "long quotes",
+            "rows with a quoted cell of many lines that look like rows of the file (override: quoting='none')",
+        ),
+        ("ranking", "pairs from ranked lists of answers (one for each two answers of different rank)"),
+        ("split", "conversations written as several texts, because the template rewrites earlier turns"),
         ("rejected side", "preference pairs, of which only the chosen answer is written"),
         ("completion", "completions with several answers, which the messages schema cannot represent"),
     ):

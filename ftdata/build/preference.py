@@ -1,4 +1,4 @@
-"""Build a data set of preference pairs, for DPO and for reward models."""
+"""Build a data set of rated answers, for DPO, reward models and KTO."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftdata.build import remote
 from ftdata.build.dataset import load_build, write_build
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, check_choice
+from ftdata.options import TASKS
 
 if TYPE_CHECKING:
     import datasets
@@ -20,29 +21,36 @@ def build_preference_dataset(
     template: str | Path | None = None,
     *,
     output_dir: str | Path | None = None,
+    task: str = "preference",
     **options: Any,
 ) -> datasets.DatasetDict:
-    """Build a data set of preference pairs: a chosen and a rejected answer to the same prompt.
+    """Build a data set of preference pairs, or of answers that are labeled as desirable or undesirable (KTO).
 
-    Each row of the data has the columns `chosen` and `rejected`, which contain a text or messages, and optionally
-    `prompt`. In both sides, the same tokens are trained as in supervised fine-tuning on that side, but only from the
-    first message on in which the sides differ. Steps that reject, truncate, filter or split rows act on the pair.
+    Each row of a data set of pairs has the columns `chosen` and `rejected`, which contain a text or messages, and
+    optionally `prompt`. In both sides, the same tokens are trained as in supervised fine-tuning on that side, but only
+    from the first message on in which the sides differ. Steps that reject, truncate, filter or split rows act on the
+    pair.
+
+    Each row for KTO is a row for `build_sft_dataset` with the column `label`, which is true if the answer is desirable.
+    The last answer, or the completion, is trained.
 
     Args:
         data: as for `build_sft_dataset`.
         tokenizer: as for `build_sft_dataset`.
         template: as for `build_sft_dataset`.
         output_dir: as for `build_sft_dataset`.
+        task: `"preference"` (or `"dpo"`, `"reward"`) for pairs, `"kto"` for labeled answers.
         options: the other options of `build_sft_dataset`, except `packing`.
 
     Returns:
         A `datasets.DatasetDict` with `"train"` (and `"test"`), and the `Report` as `.report`. Each row is a pair with
         the int32 lists `prompt_ids`, `chosen_ids`, `chosen_labels`, `rejected_ids` and `rejected_labels`. A side
         consists of the prompt followed by its ids. The names of the ids are those of TRL's collators. A label is the
-        token's own id (not shifted), or -100; tokens of the prompt are never trained.
+        token's own id (not shifted), or -100; tokens of the prompt are never trained. If the data has the column
+        `margin`, the rows have it, too (float32). Rows for KTO have the columns of `build_sft_dataset`, and `label`.
 
     Raises:
-        UsageError: `packing` or `task` is given.
+        UsageError: `packing` is given, or `task` is not one of these.
         FtdataError: as for `build_sft_dataset`. Rows that are not pairs are bad rows.
 
     >>> from ftdata.testing import byte_tokenizer
@@ -56,9 +64,10 @@ def build_preference_dataset(
     >>> len(pair["prompt_ids"]), pair["chosen_labels"], pair["rejected_labels"]
     (23, [52, 257, -100], [50, 50, 257, -100])
     """
-    if "task" in options:
-        raise UsageError("task", "the task of this function is always preference", hint="remove task")
+    check_choice("task", task, TASKS)
+    if task == "sft":
+        raise UsageError("task", "task='sft' has no ratings of answers", hint="use build_sft_dataset")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
-        report = write_build(data, tokenizer, target, template=template, task="preference", **options)
+        report = write_build(data, tokenizer, target, template=template, task=task, **options)
         return load_build(remote.local_build(target).resolve(), report, in_memory=output_dir is None)

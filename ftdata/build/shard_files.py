@@ -30,8 +30,15 @@ from numpy.typing import NDArray
 from ftdata.pipeline.batch import Batch
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import disk
-from ftdata.storage.arrow_arrays import int64_array, int64_column, list_offsets, string_array
-from ftdata.types import Conversation, Reject, Source
+from ftdata.storage.arrow_arrays import (
+    float32_array,
+    float32_column,
+    int64_array,
+    int64_column,
+    list_offsets,
+    string_array,
+)
+from ftdata.types import FEEDBACK, Conversation, Reject, Source
 
 _MAX_OPEN_FILES = 64
 """Maximum number of example tables to map separately, because many processes can open only 256 files. More tables are
@@ -47,6 +54,7 @@ _EXAMPLES = pa.schema(
         ("cut", pa.int64()),
         ("flags", pa.list_(pa.string())),
         ("content", pa.binary(24)),
+        *((name, pa.float32()) for name in FEEDBACK),
     ]
 )
 
@@ -122,8 +130,15 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
             list_offsets(map(len, flags)), string_array([flag for names in flags for flag in names])
         ),
         pa.Array.from_buffers(pa.binary(24), len(batch.texts), [None, pa.py_buffer(b"".join(contents))]),
+        *map(float32_array, _feedback(batch)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
+
+
+def _feedback(batch: Batch) -> Iterator[Sequence[float | None]]:
+    """Yield a column for each name in `FEEDBACK`, with a number or `None` for each example."""
+    for name in FEEDBACK:
+        yield [conversation.feedback.get(name) for conversation in batch.example_conversations]
 
 
 @lru_cache(maxsize=64)
@@ -220,6 +235,11 @@ class ExampleTable:
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of each example (int64 `[examples]`)."""
         return self.column("tokens")
+
+    def ratings(self, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """Return the columns of `FEEDBACK` that have values (float32 `[examples]`). A missing number becomes 0."""
+        columns = {name: self.table[name] for name in names}
+        return {name: float32_column(column) for name, column in columns.items() if column.null_count < len(column)}
 
     def column(self, name: str) -> NDArray[np.int64]:
         """Return an integer column of the table (int64 `[examples]`)."""

@@ -6,7 +6,8 @@
     DIR/README.md               dataset card; it lists the files, so that `datasets.load_dataset(DIR)` finds them
     DIR/dataset_dict.json       names of the splits, for `datasets.load_from_disk`
     DIR/train/data-*.arrow      input_ids, labels, seq_lengths; one row per pack (or per example)
-    DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags
+    DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags, and the
+                                    columns of `FEEDBACK` that have values
 
 The folder of a split has the layout of `datasets.save_to_disk`.
 """
@@ -34,8 +35,8 @@ from ftdata.build.shard_files import ExampleTable, MappedArray
 from ftdata.errors import InputRefused, UsageError, suggest_path
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import build_records, disk
-from ftdata.storage.arrow_arrays import int32_array, int64_array, list_offsets
-from ftdata.types import IGNORE_INDEX, Reject
+from ftdata.storage.arrow_arrays import bool_array, float32_array, int32_array, int64_array, list_offsets
+from ftdata.types import FEEDBACK, IGNORE_INDEX, Reject
 
 FORMAT, _SEAL = 4, "sha256"
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
@@ -67,6 +68,10 @@ _PAIRS = pa.schema(
 )
 
 
+_RATINGS = {"label": pa.bool_(), "margin": pa.float32()}
+"""Name of a rating that the rows of a build have, if the data has it -> its type."""
+
+
 @dataclass(frozen=True)
 class PackFile:
     """The plan for one Arrow file of packed sequences: which examples it contains, and in which order.
@@ -80,6 +85,7 @@ class PackFile:
         bounds: int64 `[packs + 1]`, the index of the first example of each pack, and the number of examples.
         batches: the index of the first pack of each record batch, and the number of packs.
         has_pairs: whether each pack contains the two sides of a preference pair, which are written as one row.
+        ratings: float32 `[packs]`, the label or the margin of each pack, by name.
     """
 
     path: Path
@@ -90,6 +96,13 @@ class PackFile:
     bounds: NDArray[np.int64] = field(repr=False)
     batches: Sequence[int] = field(repr=False)
     has_pairs: bool = False
+    ratings: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the file."""
+        columns = _PAIRS if self.has_pairs else _PACKS
+        return pa.schema([*columns, *((name, _RATINGS[name]) for name in self.ratings)])
 
     def __str__(self) -> str:
         return str(self.path)
@@ -123,6 +136,7 @@ def plan_pack_files(
         has_pairs: whether each pack is a preference pair.
     """
     order, bounds = members[plan.order], plan.bounds
+    ratings = examples.ratings(_RATINGS)
     sizes = np.diff(np.concatenate(([0], np.cumsum(examples.lengths[order])))[bounds])
     before = np.cumsum(sizes) - sizes
     batches = np.flatnonzero(np.diff(before // _TOKENS_PER_BATCH, prepend=-1, append=-1))
@@ -131,6 +145,7 @@ def plan_pack_files(
         file_batches = np.flatnonzero(file_of == number)
         packs = batches[file_batches[0] : file_batches[-1] + 2] if len(file_batches) else np.zeros(1, np.int64)
         file_examples = order[bounds[packs[0]] : bounds[packs[-1]]]
+        first_examples = order[bounds[packs[0] : packs[-1]]]
         shard_numbers, shard = np.unique(examples.shard[file_examples], return_inverse=True)
         yield PackFile(
             folder / split / f"data-{number:05d}.arrow",
@@ -141,13 +156,13 @@ def plan_pack_files(
             bounds[packs[0] : packs[-1] + 1] - bounds[packs[0]],
             (packs - packs[0]).tolist(),
             has_pairs,
+            {name: values[first_examples] for name, values in ratings.items()},
         )
 
 
 def write_packs(_: None, file: PackFile) -> WrittenFile:
     """Write one pack file. The label of a trained token is its id. The label of an untrained token is -100."""
-    schema = _PAIRS if file.has_pairs else _PACKS
-    with disk.create(file.path) as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with disk.create(file.path) as sink, pa.ipc.new_stream(sink, file.schema) as writer:
         for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
             writer.write_batch(_pack_batch(file, first, last))
     # The next build may have other shards with the same paths.
@@ -160,8 +175,12 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
     batch = slice(int(bounds[0]), int(bounds[-1]))
     lengths = file.lengths[batch]
     ids, trained = _gather_tokens(file.shards, file.shard[batch], file.start[batch], lengths)
+    ratings = [
+        bool_array(values[first:last] != 0) if name == "label" else float32_array(values[first:last].tolist())
+        for name, values in file.ratings.items()
+    ]
     if file.has_pairs:
-        return _pair_batch(ids, trained, lengths)
+        return pa.RecordBatch.from_arrays([*_pair_columns(ids, trained, lengths), *ratings], schema=file.schema)
     example_bounds = int32_array(bounds - bounds[0])
     token_bounds = int32_array(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
     columns = [
@@ -169,11 +188,13 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
         pa.ListArray.from_arrays(token_bounds, int32_array(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
         pa.ListArray.from_arrays(example_bounds, int32_array(lengths)),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
+    return pa.RecordBatch.from_arrays([*columns, *ratings], schema=file.schema)
 
 
-def _pair_batch(ids: NDArray[np.int32], trained: NDArray[np.bool_], lengths: NDArray[np.int32]) -> pa.RecordBatch:
-    """Return one row per preference pair. `lengths` contains the lengths of the chosen and the rejected side in turn.
+def _pair_columns(
+    ids: NDArray[np.int32], trained: NDArray[np.bool_], lengths: NDArray[np.int32]
+) -> Iterator[pa.ListArray]:
+    """Yield the columns of preference pairs. `lengths` contains the lengths of the chosen and rejected sides in turn.
 
     The prompt consists of the untrained tokens with which both sides begin.
     """
@@ -189,13 +210,8 @@ def _pair_batch(ids: NDArray[np.int32], trained: NDArray[np.bool_], lengths: NDA
         row = (ids[start : start + prompt], ids[chosen], labels[chosen], ids[rejected], labels[rejected])
         for column, values in zip(columns, row, strict=True):
             column.append(values)
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.ListArray.from_arrays(list_offsets(map(len, values)), int32_array(np.concatenate(values)))
-            for values in columns
-        ],
-        schema=_PAIRS,
-    )
+    for lists in columns:
+        yield pa.ListArray.from_arrays(list_offsets(map(len, lists)), int32_array(np.concatenate(lists)))
 
 
 def _gather_tokens(
@@ -252,7 +268,8 @@ def write_split(
     target = folder / split
     write_dataset_files(target, [file.name for file in files])
     order = members[plan.order]
-    table = examples.table.drop_columns(["content"])
+    unrated = [name for name in FEEDBACK if examples.table[name].null_count == len(examples.table)]
+    table = examples.table.drop_columns(["content", *unrated])
     packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(plan.bounds))
     # `Table.take` imports modules that take longer to load than a small build.
     is_identity = np.array_equal(order, np.arange(len(table)))

@@ -165,6 +165,10 @@ def diff(
     if b is None and not set_:
         problem = "the second side B is missing, so there is nothing to compare"
         raise UsageError("diff", problem, hint="pass B, or change an option: --set turns=split")
+    for name in ("template", "template_kwargs"):
+        if options.get(name) and not any(name in side for side in (first, second)):
+            problem = f"{name} does not apply to finished builds"
+            raise UsageError("option_of_finished_build", problem, hint="remove the option")
     with progress_bar() as progress:
         changes = diff_builds(first, second, n=n, html=html, progress=progress)
     print_report(changes, as_json=as_json, pager=pager)

@@ -50,7 +50,9 @@ _READER_OPTIONS = {
 
 
 def parse_number(text: str) -> float:
-    """Parse a number of rows (such as `1`, an int) or a share of the rows (such as `0.1`, a float)."""
+    """Parse a number of rows (such as `1`, an int) or a share of the rows (such as `0.1` or `10%`, a float)."""
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
     return int(text) if text.isdecimal() else float(text)
 
 

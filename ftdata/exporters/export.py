@@ -138,8 +138,8 @@ def export(
         raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
     folder = remote.local_build(build)
     manifest = store.read_manifest(folder)
-    if manifest["options"].get("task") == "preference":
-        problem = f"{folder} contains preference pairs, and export formats contain only single conversations"
+    if (task := manifest["options"].get("task", "sft")) != "sft":
+        problem = f"{folder} was built with task: {task}, and export formats contain only conversations without ratings"
         raise InputRefused("export_task", problem, hint="use the columns of the build directly")
     store.check_intact(folder)
     target = Path(output_dir).resolve()

@@ -380,7 +380,11 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     trained_roles = info.get("roles_to_train", ["assistant"])
     if not trained_roles or not set(trained_roles) <= {"assistant", "gpt"}:
         problem = f"{path}: roles_to_train is {trained_roles}, expected assistant"
-        raise conversion_error(problem, hint="select the trained messages with a function: train_on='./mine.py:select'")
+        hint = (
+            "remove roles_to_train, import the file, and set train_on: ./mine.py:select in the result, with a function "
+            "that selects the trained messages"
+        )
+        raise conversion_error(problem, hint=hint)
     if info.get("train_on_eos", "turn") not in (None, "turn") or info.get("train_on_eot", "turn") not in (None, "turn"):
         draft.add_note(f"{path}: the stop token of every trained turn is trained, regardless of train_on_eos")
     training_key = info.get("message_field_training")

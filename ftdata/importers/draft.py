@@ -15,7 +15,10 @@ KERNELS_NOTE = "left out: results are the same without these kernels; the loss o
 TEXT_TEMPLATE = "{% generation %}{{ text }}{{ eos_token }}{% endgeneration %}"
 """The template of plain texts that end with the EOS token, of which all tokens are trained."""
 
-CONVERT_HINT = "convert rows to messages with a function: schema='./mine.py:convert'"
+CONVERT_HINT = (
+    "remove these settings from the file, import it, and set schema: ./mine.py:convert in the result, with a function "
+    "that converts rows to messages"
+)
 
 Rule = str | Callable[[Any], Mapping[str, Any]]
 """The field that a value is copied to, such as `lora.r`, or a function from the value to fields and their values."""

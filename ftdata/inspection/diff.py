@@ -41,7 +41,7 @@ from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
 from ftdata.inspection.row_views import ExampleView, Heading, RowView, make_row_view, to_single_line
 from ftdata.inspection.target import Target, make_target
 from ftdata.inspection.terminal import has_no_colors, render_plain_text, style_segments
-from ftdata.options import option_names
+from ftdata.options import option_names, parse_list
 from ftdata.progress import Progress
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
@@ -273,8 +273,8 @@ def side_options(
     Args:
         path: The folder of a build, a `.yaml`, `.yml` or `.toml` configuration, or data.
         tokenizer: The tokenizer.
-        template: The template of data; overrides the template of a configuration.
-        template_kwargs: The template variables of data; override those of a configuration.
+        template: The template of data; overrides the template of a configuration, and does not apply to a build.
+        template_kwargs: The template variables of data; override those of a configuration, and do not apply to a build.
         changes: Further options as `name=value`, with YAML values.
 
     Raises:
@@ -285,14 +285,17 @@ def side_options(
         config = load_data_config(Path(path))
         recipe_options = {name: value for name, value in config.build_options().items() if name in _RECIPE_OPTIONS}
         options = {"data": config.data, "tokenizer": config.tokenizer or config.model or None, **recipe_options}
-    arguments = {"tokenizer": tokenizer, "template": template, "template_kwargs": template_kwargs}
+    arguments: dict[str, Any] = {"tokenizer": tokenizer}
+    if stored_builds.find_build_folder(path) is None:
+        arguments |= {"template": template, "template_kwargs": template_kwargs}
     options |= {name: value for name, value in arguments.items() if value is not None}
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise UsageError("set", f"--set is {change!r}, expected name=value, e.g. --set turns=split")
-        check_choice("set", name.strip().replace("-", "_"), ("tokenizer", *_RECIPE_OPTIONS))
-        options[name.strip().replace("-", "_")] = _parse_value(value)
+        name = name.strip().replace("-", "_")
+        check_choice("set", name, ("tokenizer", *_RECIPE_OPTIONS))
+        options[name] = parse_list(name, _parse_value(value))
     return options
 
 

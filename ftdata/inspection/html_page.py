@@ -22,17 +22,14 @@ from numpy.typing import NDArray
 from ftdata._version import __version__
 from ftdata.errors import UsageError, count_noun, escape_unprintable
 from ftdata.inspection.pair_views import find_differing_token, split_pair
+from ftdata.inspection.row_headings import describe_dropped, describe_trained_share, row_heading, row_name
 from ftdata.inspection.row_views import (
     ExampleView,
     Heading,
     RowView,
     Segment,
     SegmentOwner,
-    describe_dropped,
-    describe_trained_share,
     make_visible,
-    row_heading,
-    row_name,
     to_single_line,
 )
 from ftdata.inspection.summary import Summary

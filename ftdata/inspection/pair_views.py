@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ftdata.inspection.row_views import ExampleView, RowView, describe_example
+from ftdata.inspection.row_headings import describe_example
+from ftdata.inspection.row_views import ExampleView, RowView
 from ftdata.types import SIDES
 
 

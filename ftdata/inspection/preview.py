@@ -28,6 +28,7 @@ from ftdata.pipeline.recipe import Options, load_bare_template
 from ftdata.progress import Progress
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column
+from ftdata.schemas import expand_rankings
 from ftdata.spelling import spell_options
 from ftdata.types import SIDES, Reject, Row
 
@@ -297,10 +298,10 @@ def _make_text_page(
         problem = f"{names[0]} needs a tokenizer, but no tokenizer was passed"
         raise UsageError("no_tokenizer", problem, hint="pass the tokenizer of the model: --tokenizer")
     bare = load_bare_template(template if template is not None else "chatml", date, template_kwargs)
-    rows = tuple(
-        make_text_view(row, bare, options)
-        for row in selection.select(row_filter.filter_rows(_stream_rows(resolve_sources(data), selection.numbers)))
-    )
+    selected = selection.select(row_filter.filter_rows(_stream_rows(resolve_sources(data), selection.numbers)))
+    if options.task == "preference":
+        selected = expand_rankings(selected, options.columns)
+    rows = tuple(make_text_view(row, bare, options) for row in selected)
     paths = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(row.source.path for row in rows))
     return HtmlPage(Heading.from_paths(paths, bare.name, "none"), rows)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow, count_noun, escape_unprintable
+from ftdata.errors import BadRow, escape_unprintable
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.recipe import Options, Recipe
@@ -24,7 +24,7 @@ from ftdata.pipeline.render_rows import add_row_flags, check_answers
 from ftdata.schemas import normalize
 from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
-from ftdata.types import SIDES, Conversation, Example, Part, Reject, Rendered, Row, Source, Span
+from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
 _LOSS_FLAGS = {
     "content": frozenset({"message_truncated", "message_dropped", "history_rewritten"}),
@@ -207,6 +207,7 @@ class RowView:
         number: The number of the example, or of the preference pair, in a build; or `None`.
         pack: The number of the packed sequence in a build, or `None`.
         is_pair: Whether the examples are the sides of a preference pair.
+        label: For KTO: `"desirable"` or `"undesirable"`; empty for other rows.
     """
 
     source: Source
@@ -219,6 +220,7 @@ class RowView:
     number: int | None = None
     pack: int | None = None
     is_pair: bool = False
+    label: str = ""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -234,6 +236,7 @@ class RowView:
             "why": list(self.why),
             "dropped": list(self.dropped),
             "pack": self.pack,
+            "label": self.label,
             "lost": [lost._asdict() for lost in self.lost],
             "flags": list(self.flags),
             "rejected": self.rejected,
@@ -285,6 +288,7 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
         number=int(conversation.fields["example"]) if is_document else None,
         pack=int(conversation.fields["pack"]) if is_document and not conversation.sides else None,
         is_pair=bool(conversation.sides),
+        label=_name_label(conversation),
     )
 
 
@@ -330,7 +334,19 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         for number, rendered in enumerate(texts)
     )
     lost = tuple(_find_dropped_in_sides(conversation, texts))
-    return RowView(row.source, conversation.schema, examples, lost, is_pair=bool(conversation.sides))
+    return RowView(
+        row.source,
+        conversation.schema,
+        examples,
+        lost,
+        is_pair=bool(conversation.sides),
+        label=_name_label(conversation),
+    )
+
+
+def _name_label(conversation: Conversation) -> str:
+    label = conversation.feedback.get("label")
+    return "" if label is None else "desirable" if label else "undesirable"
 
 
 def _find_dropped_in_sides(
@@ -459,37 +475,3 @@ def make_visible(text: str) -> str:
 def to_single_line(text: object) -> str:
     """Convert a text to a single line by replacing line breaks and tabs with visible marks."""
     return make_visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")
-
-
-def row_heading(row: RowView) -> str:
-    """Return the heading of a row: its number, source, schema and packed sequence."""
-    pack = "" if row.pack is None else f" · pack {row.pack}"
-    return to_single_line(f"{row_name(row)} · {row.source} · {row.schema or 'rejected'}{pack}")
-
-
-def row_name(row: RowView) -> str:
-    """Return the name of a row, such as `row 3`; in a build, the name of the example or pair."""
-    if row.number is None:
-        return f"row {row.source.row}"
-    return f"{'pair' if row.is_pair else 'example'} {row.number}"
-
-
-def describe_example(row: RowView, number: int) -> str:
-    """Return the heading of an example of a row; an empty string if the row has only one example."""
-    if row.is_pair:
-        return SIDES[number]
-    return f"example {number + 1} of {len(row.examples)}" if len(row.examples) > 1 else ""
-
-
-def describe_trained_share(view: ExampleView) -> str:
-    """Describe how many tokens of an example are trained."""
-    trained, total = view.counts
-    if view.ids is None:
-        return f"{trained:,} of {total:,} characters trained"
-    return f"{trained:,} of {total:,} tokens trained ({trained / max(total, 1):.0%})"
-
-
-def describe_dropped(row: RowView) -> str:
-    """Describe the examples of a row that were removed because they are too long."""
-    examples, tokens = count_noun(len(row.dropped), "example"), count_noun(sum(row.dropped), "token")
-    return f"✂ {examples} dropped: {tokens} beyond max_length"

@@ -44,6 +44,7 @@ class BuildDocument(NamedTuple):
         source: The source of the row.
         flags: The flags of the example.
         cut: The number of truncated tokens.
+        label: For KTO: 1 if the answer is desirable, 0 if not; otherwise `None`.
         ids: int32 `[n]`, the token ids.
         labels: int32 `[n]`, the labels.
     """
@@ -54,6 +55,7 @@ class BuildDocument(NamedTuple):
     source: Source
     flags: frozenset[str]
     cut: int
+    label: float | None
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
 
@@ -171,7 +173,7 @@ def make_source(folder: Path) -> MemorySource:
 
 def _read_documents(
     folder: Path, split: str, check_files: bool
-) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
+) -> Iterator[tuple[int, Source, frozenset[str], int, float | None, Any, Any]]:
     def check(path: Path) -> Path:
         if check_files:
             check_intact(folder, {f"{split}/{path.name}"})
@@ -190,11 +192,15 @@ def _read_documents(
             raise ValueError("provenance.parquet has more rows than the split has examples")
 
 
-def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
+def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int, float | None]]:
+    file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
     names = ["pack", "source", "row", "line", "flags", "cut"]
-    for batch in pq.ParquetFile(pa.memory_map(os.fsencode(path))).iter_batches(columns=names, batch_size=1 << 14):
-        for pack, source, row, line, flags, cut in zip(*(batch[name].to_pylist() for name in names), strict=True):
-            yield pack, Source(source, row, line), frozenset(flags), cut
+    has_labels = "label" in file.schema_arrow.names
+    for batch in file.iter_batches(columns=[*names, *(["label"] if has_labels else [])], batch_size=1 << 14):
+        labels = batch["label"].to_pylist() if has_labels else [None] * len(batch)
+        columns = (batch[name].to_pylist() for name in names)
+        for pack, source, row, line, flags, cut, label in zip(*columns, labels, strict=True):
+            yield pack, Source(source, row, line), frozenset(flags), cut, label
 
 
 def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[Batch]:
@@ -230,7 +236,9 @@ def _to_conversation(documents: Sequence[BuildDocument], masks: Sequence[NDArray
     )
     number = documents[0].number // len(documents)
     fields = {"example": str(number), "pack": str(documents[0].pack)}
-    return replace(sides[0], fields=fields, sides=sides if len(sides) > 1 else ())
+    label = documents[0].label
+    feedback = {} if label is None else {"label": label}
+    return replace(sides[0], fields=fields, sides=sides if len(sides) > 1 else (), feedback=feedback)
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:

@@ -106,6 +106,7 @@ class Survey:
         overlong: int64, the number of tokens of each example that is left out because it exceeds `max_length`.
         lost: The number of answers that truncation removes completely.
         read: The number of rows that were read; `None` if it is the number of built and rejected rows.
+        numbered: The numbers of the sources whose rows can share a line, so that a location also needs the row number.
     """
 
     sources: tuple[str, ...]
@@ -118,6 +119,7 @@ class Survey:
     overlong: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     lost: int = 0
     read: int | None = None
+    numbered: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -127,7 +129,8 @@ class Survey:
     def source(self, row: int) -> Source:
         """Return the file and row number that a built row was read from."""
         numbers = self.numbers
-        return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
+        number, line = int(numbers.source[row]), int(numbers.line[row]) or None
+        return Source(self.sources[number], int(numbers.row[row]), line, 0 if number in self.numbered else None)
 
     def by_row(self) -> Survey:
         """Return a copy of the survey with one entry per row of the sources.
@@ -206,8 +209,11 @@ def survey_rows(
     parts, flags, rejected = list[RowNumbers](), Counter[str](), Counter[str]()
     rejects, overlong = list[Reject](), list[int]()
     rows = tokens = lost = 0
+    numbered = set[int]()
     for source, batch, share in steps:
         parts.append(numbers := _row_numbers(batch, source, schemas))
+        if isinstance(source, int) and batch.conversations and batch.conversations[0].source.offset is not None:
+            numbered.add(source)
         flags.update(flag for example_flags in batch.flags if example_flags for flag in example_flags)
         rejected.update(reject.code for reject in batch.rejects)
         rejects += batch.rejects[: MOST_REJECTS - len(rejects)]
@@ -229,6 +235,7 @@ def survey_rows(
         tuple(rejects),
         np.asarray(overlong, np.int64),
         lost,
+        numbered=frozenset(numbered),
     )
 
 

@@ -12,16 +12,8 @@ from rich.text import Text
 
 from ftdata.errors import count_noun
 from ftdata.inspection.pair_views import split_pair
-from ftdata.inspection.row_views import (
-    ExampleView,
-    RowView,
-    Segment,
-    describe_dropped,
-    describe_trained_share,
-    make_visible,
-    row_heading,
-    to_single_line,
-)
+from ftdata.inspection.row_headings import describe_dropped, describe_trained_share, row_heading
+from ftdata.inspection.row_views import ExampleView, RowView, Segment, make_visible, to_single_line
 from ftdata.spelling import spell_options
 
 _TRAINED, _CONTROL, _SCAFFOLD = "bold green underline", "magenta", "dim"

@@ -147,8 +147,15 @@ class Batch:
         return self.tokens.token_bounds[self._example_bounds]
 
     def hash_rows(self) -> list[tuple[bytes, bytes]]:
-        """Return for each built row a hash of its token ids (16 bytes) and a hash of its labels (8 bytes)."""
-        return self._hash_ranges(self.row_bounds)
+        """Return for each built row a hash of its token ids (16 bytes) and a hash of its labels (8 bytes).
+
+        The second hash also covers the label of an answer for KTO.
+        """
+        hashes = self._hash_ranges(self.row_bounds)
+        undesirable = [number for number, row in enumerate(self.conversations) if row.feedback.get("label") == 0]
+        for number in undesirable:
+            hashes[number] = (hashes[number][0], sha256(hashes[number][1]).digest()[:8])
+        return hashes
 
     def hash_examples(self) -> list[tuple[bytes, bytes]]:
         """Return the same hashes as `hash_rows` for each example."""

@@ -160,7 +160,14 @@ def _trained_examples(
             # A split turn that is empty and has no stop token becomes no example, so another example has its flags.
             extra_flags |= example.flags & {"no_trained_stop", "missing_final_stop"}
     if not trained:
-        raise BadRow("nothing_trained", f"the row has no trained token with train_on={policy_name(recipe.train_on)!r}")
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        if answers and not any(message.get("train", True) for message in answers):
+            problem = "all answers of the row are excluded from training with train: false"
+            raise BadRow("nothing_trained", problem, hint="remove the row, or train one of the answers")
+        problem = f"the row has no trained token with train_on={policy_name(recipe.train_on)!r}"
+        raise BadRow(
+            "nothing_trained", problem, hint="remove the row, or choose other values of train_on and train_parts"
+        )
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         extra_flags |= {"trailing_messages"}
     if extra_flags:

@@ -40,8 +40,8 @@ FLAGS = {
     "no_trained_stop": Flag(
         "error",
         "a trained turn does not end with a trained control token, so the model does not learn to stop",
-        "use a template that prints a control token after every turn; for conversations with a single turn, "
-        "on_missing_stop='append_eos' also works",
+        "use a template that prints a control token after every turn, inside the generation tags if there are any; for "
+        "conversations with a single turn, on_missing_stop='append_eos' also works",
         _NO_STOP,
         (_ALL_STOP,),
     ),
@@ -102,20 +102,24 @@ FLAGS = {
     "prompt_mismatch": Flag(
         "warning",
         "the text lacks template text that the generation prompt contains at inference, such as a thinking tag",
-        "run `ftdata templates check`; add reasoning to the data if the generation prompt opens a thinking block",
+        "set a template variable with which the text and the generation prompt agree, such as --template-kwarg "
+        "enable_thinking=true, or in single rows the column chat_template_kwargs; or add reasoning to the data if the "
+        "generation prompt opens a thinking block, and remove it if the prompt closes the block",
     ),
     "empty_thinking": Flag(
         "warning",
         "an empty thinking block is trained, because the template prints it for messages without reasoning",
-        "pass --template-kwarg enable_thinking=false if the template supports it, which moves the block to the prompt; "
-        "or add reasoning to the data; keep it only if the model should learn to skip thinking",
+        "pass --template-kwarg enable_thinking=false if the template supports it and no row has reasoning, which moves "
+        "the block to the prompt; or add reasoning to the data; keep it only if the model should learn not to think",
         contradicts=("no empty thinking block is trained",),
     ),
     "token_crosses_boundary": Flag(
         "warning",
-        "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
+        "a trained token also contains text that is not trained: the end of the prompt or, with train_parts, the end "
+        "of another part",
         "remove whitespace at the start of the answers, or use a template whose prompt ends with a control token; in a "
-        "prompt template, move the space before the answer into the generation tags",
+        "prompt template, move the space before the answer into the generation tags; with train_parts, also train the "
+        "part before",
         contradicts=("no trained token crosses the boundary of an answer",),
     ),
     "whitespace_removed": Flag(

@@ -112,7 +112,8 @@ def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = N
     if train_parts is None:
         return policy
     if isinstance(train_parts, str) or not isinstance(train_parts, Iterable) or not train_parts:
-        raise UsageError("train_parts", f"train_parts is {train_parts!r}, expected a list of {', '.join(PARTS)}")
+        problem = f"train_parts is {train_parts!r}, expected a list of {', '.join(PARTS)}"
+        raise UsageError("train_parts", problem, hint="pass a list, e.g. train_parts=['answer']")
     for name in train_parts:
         check_choice("train_parts", name, PARTS)
     selected_parts = frozenset(PARTS[name] for name in train_parts)

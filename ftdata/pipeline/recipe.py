@@ -77,10 +77,13 @@ class Options:
             schemas.get(self.schema)
         if self.max_length is not None and (not isinstance(self.max_length, int) or not 2 <= self.max_length < 1 << 31):
             raise UsageError("max_length", f"max_length is {self.max_length!r}, expected an integer of at least 2")
+        if self.max_length is None and self.overlong != "reject":
+            problem = f"overlong={self.overlong!r} has no effect without max_length"
+            raise UsageError("overlong", problem, hint="set max_length, or remove overlong")
         check_columns(self.columns)
         resolve_policy(self.train_on, self.train_parts)
-        if self.task == "preference" and self.train_on == "all":
-            problem = "train_on='all' would train the prompts of preference pairs"
+        if self.task != "sft" and self.train_on == "all":
+            problem = f"train_on='all' would train the prompts, which task={self.task!r} does not allow"
             raise UsageError("train_on", problem, hint="use train_on='assistant'")
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
-from ftdata.schemas import normalize
+from ftdata.schemas import expand_rankings, normalize
 from ftdata.schemas.answer_text import has_answer, has_visible_text
 from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.schemas.training_fields import is_rejected_side
@@ -66,6 +66,8 @@ RowAndOutcome = tuple[Row | Reject, RenderedRow | Reject]
 def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
     """Render rows, and yield batches that fit in memory. Each item is a row with its `RenderedRow` or `Reject`."""
     batch, characters = list[RowAndOutcome](), 0
+    if recipe.task == "preference":
+        rows = expand_rankings(rows, recipe.columns)
     for row, outcome in chain.from_iterable(_render_groups(recipe, iter(rows))):
         size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
         batch.append((row, outcome if size <= MAX_CHARACTERS else _reject_too_long(row, size)))
@@ -468,7 +470,7 @@ def check_answers(conversation: Conversation) -> None:
             problem = "the answer has no visible character outside thinking, so the model would learn empty answers"
             hint = "remove the row, or add the answer"
             if conversation.schema in ("messages", "sharegpt", "chat_log"):
-                hint = "remove the row, or set train: false in the message"
+                hint = "remove the row; or set train: false in the message if the row has other answers"
             raise BadRow("empty_answer", problem, field=f"messages[{index}].content", hint=hint)
 
 

@@ -23,7 +23,11 @@ _MAX_LINES_AHEAD = 10_000
 """Maximum number of lines in which to search for the end of a quote that an invalid row left open."""
 
 
+_MAX_ROW_LIKE = 10
+"""Maximum number of lines of a row that look like rows. More are probably rows after a quote that is not closed."""
+
 _QUOTES_ARE_TEXT = frozenset({"quotes"})
+_LONG_QUOTES = frozenset({"long quotes"})
 
 
 def read_csv(file: Input) -> Iterator[Row | Reject]:
@@ -65,12 +69,14 @@ class _LineReader:
         line: number of lines read so far.
         offset: number of bytes read so far.
         row_lines: number of lines read so far in the current row.
+        row_like: number of these lines that have as many delimiters as the header, so that they look like rows.
     """
 
     def __init__(self, stream: io.BufferedReader, file: Input) -> None:
         self._stream, self._file = stream, file
+        self._delimiter, self._delimiters = "", 0
         self._ahead: deque[bytes] = deque()
-        self.line = self.offset = self._ahead_bytes = self._searched = 0
+        self.line = self.offset = self._ahead_bytes = self._searched = self.row_like = 0
         self.start_row()
 
     def __iter__(self) -> Iterator[str]:
@@ -87,6 +93,8 @@ class _LineReader:
         self.line += 1
         self.offset += len(raw)
         self.row_lines += 1
+        if self._delimiter and self.row_lines > 1:
+            self.row_like += raw.count(self._delimiter.encode()) == self._delimiters
         text = raw.decode("utf-8", "surrogateescape")
         if len(self._row_text) < _RAW_LIMIT:
             self._row_text += text[:_RAW_LIMIT]
@@ -107,7 +115,11 @@ class _LineReader:
 
     def start_row(self) -> None:
         """Reset the line count and the stored text at the beginning of a row."""
-        self.row_lines, self._row_text = 0, ""
+        self.row_lines, self.row_like, self._row_text = 0, 0, ""
+
+    def count_rows(self, delimiter: str, delimiters: int) -> None:
+        """Start to count lines with a number of delimiters as `row_like`."""
+        self._delimiter, self._delimiters = delimiter, delimiters
 
     def _read_line(self) -> bytes:
         raw = self._stream.readline(MAX_LINE + 1)
@@ -172,6 +184,7 @@ def _parse_rows(
         hint = "add rows to the file, or leave the file out"
         raise InputRefused("no_rows", "the file or its header is empty", where=file.path, hint=hint)
     check_names(names, file)
+    lines.count_rows(delimiter, len(names) - 1 if quoted and len(names) > 1 else -1)
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     index = 0
     while True:
@@ -182,20 +195,37 @@ def _parse_rows(
         except StopIteration:
             break
         except csv.Error as error:
-            while quoted and lines.skip_quoted(delimiter):
-                pass
-            extent = f" (the row has {lines.row_lines:,} lines)" if lines.row_lines > 1 else ""
-            fix = "double each quote inside a quoted cell"
-            yield Reject(source, "csv", "", f"is not valid CSV{extent}: {error}", fix, lines.raw)
+            yield _reject_row(error, source, lines, delimiter, quoted=quoted)
             index += 1
             continue
         if not cells:
             continue
-        yield _make_row(names, cells, source, lines.raw, notes)
+        is_suspicious = lines.row_like > _MAX_ROW_LIKE
+        yield _make_row(names, cells, source, lines.raw, notes | _LONG_QUOTES if is_suspicious else notes)
         index += 1
     if index == 0:
         hint = "add rows to the file, or leave the file out"
         raise InputRefused("no_rows", "the file contains no rows below its header", where=file.path, hint=hint)
+
+
+def _reject_row(error: csv.Error, source: Source, lines: _LineReader, delimiter: str, *, quoted: bool) -> Reject:
+    """Return the rejection of a row that is not valid CSV, and skip its remaining lines.
+
+    Raises:
+        InputRefused: the row consists of many lines that look like rows, because a quote is not closed.
+    """
+    while quoted and lines.skip_quoted(delimiter):
+        pass
+    if lines.row_like > _MAX_ROW_LIKE:
+        problem = (
+            f"a quote in this row is not closed correctly, so the row has {lines.row_lines:,} lines, of which "
+            f"{lines.row_like:,} look like rows"
+        )
+        hint = "remove the quote or close it; or set quoting='none' if quotes do not enclose cells"
+        raise InputRefused("csv", problem, where=str(source), hint=hint) from None
+    extent = f" (the row has {lines.row_lines:,} lines)" if lines.row_lines > 1 else ""
+    fix = "double each quote inside a quoted cell"
+    return Reject(source, "csv", "", f"is not valid CSV{extent}: {error}", fix, lines.raw)
 
 
 def _make_row(

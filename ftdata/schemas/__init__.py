@@ -19,15 +19,23 @@ message formats, see `ftdata.schemas.messages`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any
 
-from ftdata.errors import BadRow, UsageError, suggest_names
+from ftdata.errors import BadRow
 from ftdata.registry import is_built_in
+from ftdata.schemas.column_mapping import (
+    TEXT_OR_CHAT_COLUMNS,
+    check_columns,
+    check_mapped_columns,
+    detectable_schemas,
+    map_columns,
+)
+from ftdata.schemas.labels import add_label, split_label
 from ftdata.schemas.messages import (
     ROLES,
     SPECIAL_ROLES,
@@ -40,9 +48,9 @@ from ftdata.schemas.messages import (
     read_messages,
     read_tools,
 )
-from ftdata.schemas.preference import PAIR_SCHEMA, is_pair, read_pair, rename_pair_columns
+from ftdata.schemas.preference import PAIR_SCHEMA, RATING_COLUMNS, is_pair, read_pair, rename_pair_columns
+from ftdata.schemas.rankings import check_ranking, expand_rankings
 from ftdata.schemas.shapes import (
-    ALIASES,
     Convert,
     Schema,
     find_column,
@@ -51,7 +59,7 @@ from ftdata.schemas.shapes import (
     parse_json_list,
     schemas,
 )
-from ftdata.schemas.training_fields import check_training_fields, is_guarded
+from ftdata.schemas.training_fields import check_training_fields, describe_value, is_guarded
 from ftdata.types import Conversation, Message, Row, RowTokens
 
 __all__ = [
@@ -63,13 +71,11 @@ __all__ = [
     "Schema",
     "check_columns",
     "classify_row",
+    "expand_rankings",
     "last_answer_index",
     "normalize",
     "schemas",
 ]
-
-_TEXT_OR_CHAT_COLUMNS = {"prompt", "completion", "response", "chosen", "rejected"}
-"""Columns that can contain a text or messages."""
 
 _MESSAGE_COLUMNS = ((schemas.get("messages"), "messages"), (schemas.get("sharegpt"), "conversations"))
 """Schemas whose rows are messages in one column. Compared by identity: a user can register a changed `Schema`."""
@@ -93,7 +99,7 @@ def normalize(
         schema: `"auto"`, the name of a schema, or `./file.py:function` for a function that converts a row to a
             `Conversation`.
         columns: canonical column name -> name in the data, e.g. `{"instruction": "q", "output": "a"}`.
-        task: `"preference"` reads both sides of a preference pair.
+        task: `"preference"` reads both sides of a preference pair; `"kto"` reads an answer with a label.
 
     Raises:
         BadRow: the schema is unknown or ambiguous, or a value is invalid; `field` is the path of the value.
@@ -105,33 +111,47 @@ def normalize(
     ({'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'})
     """
     try:
-        data, missing = _map_columns(row, columns)
+        data, missing = map_columns(row, columns)
         if task == "preference":
             data = rename_pair_columns(data)
             # The row can also contain the messages of the chosen side, or answers without a preference.
             schema = "preference" if is_pair(data) and schema == "auto" else schema
+        label = False
+        if task == "kto":
+            data, label = split_label(data)
         kwargs = _read_template_kwargs(data) if "chat_template_kwargs" in data else {}
         try:
             kind = classify_row(schema, data)
+            check_mapped_columns(kind.name, missing)
             if kind.guarded:
                 check_training_fields(data, kind.guarded)
             conversation = read_pair(data) if task == "preference" else kind.convert(data)
         except BadRow as error:
-            if missing is None and task == "preference" and error.code == "unknown_schema":
-                hint = "name the columns of a pair, e.g. columns={'prompt': ..., 'chosen': ..., 'rejected': ...}"
-                raise BadRow("unknown_schema", error.message, hint=hint) from None
-            raise missing or error from None
+            raise _choose_error(error, missing, data, task) from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise error.with_location(where) from None
+    if task == "kto":
+        conversation = add_label(conversation, label)
     conversation.kwargs = kwargs
-    notes = _collect_notes(kind, data, conversation.messages)
+    notes = _collect_notes(kind, data, conversation.messages) | conversation.notes
+    if conversation.sides:
+        notes = notes.difference(f"column {name}" for name in RATING_COLUMNS)
     conversation.notes = notes | row.notes if row.notes else notes
     conversation.schema, conversation.source = PAIR_SCHEMA if conversation.sides else kind.name, row.source
     for side in conversation.sides:
         side.kwargs, side.notes = conversation.kwargs, conversation.notes
         side.schema, side.source = conversation.schema, conversation.source
     return conversation
+
+
+def _choose_error(error: BadRow, missing: Mapping[str, BadRow], data: Mapping[str, Any], task: str) -> BadRow:
+    """Return the error that best explains why a row cannot be converted."""
+    if not missing and task == "preference" and error.code == "unknown_schema":
+        check_ranking(data)
+        hint = "name the columns of a pair, e.g. columns={'prompt': ..., 'chosen': ..., 'rejected': ...}"
+        return BadRow("unknown_schema", error.message, hint=hint)
+    return next(iter(missing.values()), error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +227,7 @@ def _make_kind(name: str, data: Mapping[str, Any]) -> RowKind:
     logs = log_columns(data) if name == "chat_log" else ()
     read = {find_column(data, column) for column in schema.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
-    chats = {*_TEXT_OR_CHAT_COLUMNS, "messages", "conversations", "conversation", *logs}
+    chats = {*TEXT_OR_CHAT_COLUMNS, "messages", "conversations", "conversation", *logs}
     message_column = next((column for listed_schema, column in _MESSAGE_COLUMNS if listed_schema is schema), None)
     guarded = tuple(column for column in data if column not in read and is_guarded(str(column), data[column]))
     return RowKind(
@@ -269,119 +289,11 @@ def _collect_notes(kind: RowKind, data: Mapping[str, Any], messages: tuple[Messa
         value = parse_json_list(data[column])
         if is_canonical(value, messages):
             continue
-        if column in _TEXT_OR_CHAT_COLUMNS and isinstance(data[column], str) and is_messages(value):
+        if column in TEXT_OR_CHAT_COLUMNS and isinstance(data[column], str) and is_messages(value):
             notes |= {f"text {column}"}
         else:
             notes = notes.union(message_notes(value))
     return notes
-
-
-def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Check that each key of a `columns=` mapping is a column name that a schema defines.
-
-    Raises:
-        UsageError: a key is not a canonical column of any schema; the hint suggests the closest match.
-    """
-    if columns is not None and not isinstance(columns, Mapping):
-        raise UsageError("columns", f"columns={columns!r} is not a mapping, expected e.g. {{'output': 'answer'}}")
-    canonical = {name for schema in _detectable_schemas().values() for name in schema.columns}
-    for name, actual in (columns or {}).items():
-        if not isinstance(actual, str) or not actual:
-            raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
-        if name not in canonical:
-            if actual in canonical:
-                problem = (
-                    f"columns= maps {name!r} to {actual!r}, expected a schema's column first, then the data's column"
-                )
-                raise UsageError("columns", problem, hint=f"set columns={{{actual!r}: {name!r}}}")
-            message = f"columns= maps {name!r}, but no schema has a column of this name"
-            raise UsageError("unknown_column", message, hint=suggest_names(name, canonical))
-
-
-def _detectable_schemas() -> dict[str, Schema]:
-    return {name: schema for name, schema in schemas.registered().items() if isinstance(schema, Schema)}
-
-
-def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
-    """Rename the columns of a row according to `columns=`. Return the row, and an error if a column is missing.
-
-    The caller raises the error only if the row cannot be converted without the column.
-    """
-    data = row.data
-    if isinstance(data, list):
-        return {"messages": data}, None
-    if type(data) is not dict and not isinstance(data, Mapping):
-        problem = f"the row is a {type(data).__name__}, expected an object or a list of messages"
-        raise BadRow("not_a_row", problem, hint="write each row as an object with named columns")
-    if not columns and not row.flat:
-        return data, None
-    mapped, missing = _rename_columns(data, columns) if columns else (dict(data), None)
-    if row.flat:
-        chats = {name: parse_json_list(mapped[name]) for name in _TEXT_OR_CHAT_COLUMNS & set(mapped)}
-        mapped |= {name: chat for name, chat in chats.items() if is_messages(chat)}
-    return mapped, missing
-
-
-def _rename_columns(data: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], BadRow | None]:
-    """Move the values at the names or paths in `columns` to their canonical columns.
-
-    A mapped column replaces the columns of the same canonical name. If a path leads into an object, the other fields of
-    this object stay in the row, under their paths.
-    """
-    replaced = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
-    nested = [actual for actual in columns.values() if actual not in data]
-    roots = {re.split(r"[.\[]", actual, maxsplit=1)[0] if actual in nested else actual for actual in columns.values()}
-    mapped = {key: value for key, value in data.items() if key not in replaced | roots}
-    paths = [_split_path(actual) for actual in nested]
-    for root in roots & {str(path[0]) for path in paths if path}:
-        mapped |= _unmapped_fields(data.get(root), root, [path[1:] for path in paths if path[:1] == [root]])
-    missing: BadRow | None = None
-    for canonical, actual in columns.items():
-        try:
-            mapped[canonical] = data[actual] if actual in data else _get_path(data, actual, canonical)
-        except BadRow as error:
-            missing = missing or error
-    return mapped, missing
-
-
-def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
-    """Return the value at a path in a row, such as `conversation.turns[0].text`."""
-    value: Any = data
-    for key in _split_path(path):
-        try:
-            if not isinstance(value, list if isinstance(key, int) else Mapping):
-                raise TypeError
-            value = cast("Any", value)[key]
-        except (LookupError, TypeError):
-            message = f"the row has no column {path!r}, which columns= maps to {canonical!r}"
-            raise BadRow("missing_column", message, field=path, hint=suggest_names(path, map(str, data))) from None
-    return value
-
-
-def _split_path(path: str) -> list[str | int]:
-    """Split a path such as `conversation.turns[0].text` into keys and indices."""
-    return [int(number) if number else name for name, number in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", path)]
-
-
-def _unmapped_fields(value: Any, name: str, paths: Sequence[Sequence[str | int]]) -> dict[str, Any]:
-    """Return the fields of an object that are in none of `paths`, as a mapping from path to value.
-
-    >>> _unmapped_fields({"text": "hi", "train": False, "by": {"id": 1}}, "data", [["text"]])
-    {'data.train': False, 'data.by': {'id': 1}}
-    """
-    if [] in paths:
-        return {}
-    followed = {path[0]: [other[1:] for other in paths if other[0] == path[0]] for path in paths}
-    fields = dict[str, Any]()
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            path = f"{name}.{key}"
-            fields |= _unmapped_fields(item, path, followed[key]) if key in followed else {path: item}
-    elif isinstance(value, list):
-        for key, inner_paths in followed.items():
-            if isinstance(key, int) and -len(value) <= key < len(value):
-                fields |= _unmapped_fields(value[key], f"{name}[{key}]", inner_paths)
-    return fields
 
 
 def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,7 +332,7 @@ def _matches_schema(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
 def _match_names(names: tuple[str, ...], version: int) -> dict[str, str]:  # noqa: ARG001  (the version of the schemas)
     """Return canonical column -> the name that differs from it only by case or spelling."""
     folded = {str(name).casefold(): name for name in names}
-    canonical = dict.fromkeys(column for schema in _detectable_schemas().values() for column in schema.columns)
+    canonical = dict.fromkeys(column for schema in detectable_schemas().values() for column in schema.columns)
     matches = {column: get_close_matches(column, folded, n=1, cutoff=0.75) for column in canonical}
     return {column: folded[closest[0]] for column, closest in matches.items() if closest}
 
@@ -441,7 +353,7 @@ def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
         return {}
     similar = _match_names(tuple(data), schemas.version)
     mappings = list[dict[str, str]]()
-    for schema_name, schema in _detectable_schemas().items():
+    for schema_name, schema in detectable_schemas().items():
         mapping = {column: similar[column] for column in schema.columns if column in similar}
         renamed = {**data, **{column: data[name] for column, name in mapping.items()}}
         if len(set(mapping.values())) == len(mapping) and _matches_schema(schema_name, schema, renamed):
@@ -449,12 +361,21 @@ def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
     return mappings[0] if len(mappings) == 1 else {}
 
 
+def _check_message_columns(data: Mapping[str, Any]) -> None:
+    """Raise an error if a row of no known schema has a column for messages that contains another value."""
+    for _, name in _MESSAGE_COLUMNS:
+        if data.get(name) is not None and not isinstance(data[name], list):
+            problem = f"is {describe_value(data[name])}, expected a list of messages"
+            hint = "write a list of messages; or rename the column if it contains other text"
+            raise BadRow("messages_type", problem, field=name, hint=hint)
+
+
 def _detect_schema(data: Mapping[str, Any]) -> str:
-    names = [name for name, schema in _detectable_schemas().items() if _matches_schema(name, schema, data)]
+    names = [name for name, schema in detectable_schemas().items() if _matches_schema(name, schema, data)]
     if len(names) > 1:
         # A table with the columns of several schemas has empty cells in the columns that a row does not use.
         filled = {name: value for name, value in data.items() if value != ""}
-        names = [name for name in names if _matches_schema(name, _detectable_schemas()[name], filled)] or names
+        names = [name for name in names if _matches_schema(name, detectable_schemas()[name], filled)] or names
     if len(names) == 1:
         return names[0]
     logs = log_columns(data) if not names and not is_single_message(data) else []
@@ -470,14 +391,15 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
     if is_single_message(data):
         message = "the row is a single message, expected a whole conversation"
         raise BadRow("one_message", message, hint="put the messages of each conversation in one list")
-    canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
+    _check_message_columns(data)
+    canonical = {column for schema in detectable_schemas().values() for column in schema.columns}
     nulls = [name for name, value in data.items() if value is None and name in canonical]
     null_columns = f"{', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     empty_cells = {**data, **dict.fromkeys(nulls, "")}
-    if nulls and any(_matches_schema(name, schema, empty_cells) for name, schema in _detectable_schemas().items()):
+    if nulls and any(_matches_schema(name, schema, empty_cells) for name, schema in detectable_schemas().items()):
         raise BadRow("missing_column", f"{null_columns}, expected text", hint="remove the row, or add the text")
     candidates = "; ".join(
-        f"{name}: {', '.join(s.columns[:3])}" for name, s in _detectable_schemas().items() if s.columns
+        f"{name}: {', '.join(s.columns[:3])}" for name, s in detectable_schemas().items() if s.columns
     )
     if similar := _find_similar_columns(data):
         renamed = ", ".join(f"{name!r} to {column!r}" for column, name in similar.items())

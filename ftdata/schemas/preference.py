@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas.messages import ROLES, is_single_message, read_role_name
+from ftdata.schemas.rankings import check_ranking
 from ftdata.schemas.shapes import has_columns, join_instruction, read_preferred_side
+from ftdata.schemas.training_fields import describe_value
 from ftdata.types import SIDES, Conversation, Message
 
 PAIR_SCHEMA = "preference_pair"
@@ -22,6 +25,9 @@ _PROMPTS = ("messages", "conversations", "conversation", "question", "instructio
 
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 """Columns with the scores of both sides."""
+
+RATING_COLUMNS = ("margin", *chain.from_iterable(_SCORES))
+"""Columns with ratings of a pair."""
 
 is_pair = has_columns(*SIDES)
 """Return whether a row has the columns of a preference pair."""
@@ -61,21 +67,33 @@ def _starts_with_prompt(side: Any) -> bool:
     return isinstance(first, Mapping) and ROLES.get(str(read_role_name(first))) not in ("assistant", None)
 
 
-def _check_scores(data: Mapping[str, Any]) -> None:
-    """Check that the chosen answer does not have the lower score.
+def _read_feedback(data: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the scores of both sides and the margin of the pair, as far as the row has them.
 
     Raises:
-        BadRow: `score_order`.
+        BadRow: `score_order`, if the chosen answer has the lower score; `margin_value`, if the margin is not a number.
     """
+    feedback: tuple[dict[str, float], dict[str, float]] = ({}, {})
     for chosen, rejected in _SCORES:
-        score, other = _read_score(data.get(chosen)), _read_score(data.get(rejected))
-        if score < other:
-            problem = f"is {other:g}, which is higher than the score {score:g} of the chosen answer"
+        scores = _read_number(data.get(chosen)), _read_number(data.get(rejected))
+        if scores[0] < scores[1]:
+            problem = f"is {scores[1]:g}, which is higher than the score {scores[0]:g} of the chosen answer"
             raise BadRow("score_order", problem, field=rejected, hint="exchange the sides, or remove the row")
+        for side, score in zip(feedback, scores, strict=True):
+            if math.isfinite(score):
+                side.setdefault("score", score)
+    if data.get("margin") is not None:
+        margin = _read_number(data["margin"])
+        if not math.isfinite(margin):
+            problem = f"is {describe_value(data['margin'])}, expected a number"
+            raise BadRow("margin_value", problem, field="margin", hint="correct the margin, or remove the column")
+        for side in feedback:
+            side["margin"] = margin
+    return feedback
 
 
-def _read_score(value: Any) -> float:
-    """Return a score as a number. A file format such as CSV stores it as text. Any other value becomes NaN."""
+def _read_number(value: Any) -> float:
+    """Convert a score or margin, which file formats such as CSV store as text. Any other value becomes NaN."""
     if isinstance(value, str | int | float):
         with suppress(ValueError, OverflowError):
             return float(value)
@@ -88,21 +106,25 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
     In each side, the messages before the first difference of the sides are not trained.
 
     Raises:
-        BadRow: `not_a_pair`, `score_order`, `identical_sides`, `prompt_differs` or `no_answer`; or the messages are
-            invalid.
+        BadRow: `not_a_pair`, `ranking`, `score_order`, `margin_value`, `identical_sides`, `prompt_differs` or
+            `no_answer`; or the messages are invalid.
 
     >>> pair = read_pair({"prompt": "2+2?", "chosen": "4", "rejected": "5"})
     >>> [side.messages[-1]["content"] for side in pair.sides]
     ['4', '5']
     """
     if not is_pair(data):
+        check_ranking(data)
         problem = f"the row has no columns {' and '.join(SIDES)}, which preference data must have"
         hint = "remove the row, or set task='sft' to train on rows without pairs"
         raise BadRow("not_a_pair", problem, hint=hint)
-    _check_scores(data)
+    feedback = _read_feedback(data)
     chosen, rejected = (read_preferred_side(data, name) for name in SIDES)
     first = _find_first_difference(chosen.messages, rejected.messages)
-    sides = tuple(replace(side, messages=_exclude_messages(side.messages, first)) for side in (chosen, rejected))
+    sides = tuple(
+        replace(side, messages=exclude_messages(side.messages, first), feedback=numbers)
+        for side, numbers in zip((chosen, rejected), feedback, strict=True)
+    )
     return replace(chosen, sides=sides, completion_from=first)
 
 
@@ -133,7 +155,7 @@ def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message
     return first
 
 
-def _exclude_messages(messages: tuple[Message, ...], count: int) -> tuple[Message, ...]:
+def exclude_messages(messages: tuple[Message, ...], count: int) -> tuple[Message, ...]:
     """Exclude the assistant messages among the first `count` messages from training."""
     excluded: list[Message] = [
         {**message, "train": False} if message["role"] == "assistant" else message for message in messages[:count]

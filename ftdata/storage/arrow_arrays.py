@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,22 @@ def int64_array(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
     return pa.Array.from_buffers(pa.int64(), len(data), [validity, pa.py_buffer(data)])
 
 
+def float32_array(values: Sequence[float | None]) -> pa.Array:
+    """Convert numbers to an Arrow float32 array. `None` becomes null."""
+    numbers = np.asarray([0 if value is None else value for value in values], np.float32)
+    validity = _pack_bits(np.asarray([value is not None for value in values], np.bool_))
+    return pa.Array.from_buffers(pa.float32(), len(numbers), [validity, pa.py_buffer(numbers)])
+
+
+def bool_array(values: NDArray[np.bool_]) -> pa.Array:
+    """Convert a numpy array to an Arrow bool array."""
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, _pack_bits(values)])
+
+
+def _pack_bits(values: NDArray[np.bool_]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(values, bitorder="little"))
+
+
 def string_array(values: Sequence[str]) -> pa.Array:
     """Convert strings to an Arrow string array. Lone surrogates are escaped."""
     # Most values repeat, such as file names, so each distinct value is encoded once.
@@ -44,9 +61,21 @@ def list_offsets(sizes: Iterable[int]) -> pa.Array:
 
 def int64_column(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """Convert an Arrow int64 column without nulls to a numpy array of shape `[rows]`."""
+    return _join_chunks(column, np.int64)
+
+
+def float32_column(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Convert an Arrow float32 column to a numpy array of shape `[rows]`. A null becomes 0."""
+    values = _join_chunks(column, np.float32).copy()
+    # `to_numpy` would import pandas.
+    values[[value is None for value in column.to_pylist()]] = 0
+    return values
+
+
+def _join_chunks(column: pa.ChunkedArray, dtype: Any) -> NDArray[Any]:
     chunks = [
-        np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk)]
+        np.frombuffer(chunk.buffers()[1], dtype)[chunk.offset : chunk.offset + len(chunk)]
         for chunk in column.chunks
         if len(chunk)
     ]
-    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+    return np.concatenate(chunks) if chunks else np.empty(0, dtype)

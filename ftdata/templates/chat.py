@@ -159,6 +159,9 @@ def _locate_regions(
     """
     has_trusted_tags = chat.template.has_generation_tags and chat.template.strict
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if 0 in turns:
+        message = "the conversation begins with an assistant message, which cannot be trained without a prompt"
+        raise BadRow("no_prompt", message, hint="put a message before it, or set train to false in this message")
     tagged = locate.regions_from_blocks(pieces, assistants, turns) if has_trusted_tags else None
     try:
         located = _locate_turns(chat, text, pieces, turns)

@@ -93,7 +93,7 @@ def run(
         model: folder or Hub id of the base model.
         output_dir: folder for the run: checkpoints, the model, `config.yaml`, `run.json`, the loss as an image and as
             numbers, `samples.jsonl`.
-        settings: fields of TRL's `SFTConfig`, or of `DPOConfig` for preference pairs, as a mapping or as
+        settings: fields of the configuration of TRL's trainer, such as `SFTConfig`, as a mapping or as
             `["learning_rate=1e-4", "lora.r=8"]`.
         resume: whether to resume from the last intact checkpoint in `output_dir`.
         overrides: further fields of `Config`.
@@ -131,7 +131,7 @@ def dry_run(
         source: the same as for `run`.
         model: folder or Hub id of the base model.
         output_dir: folder for the run, which is not created.
-        settings: fields of TRL's `SFTConfig`.
+        settings: as for `run`.
         overrides: further fields of `Config`.
 
     Returns:

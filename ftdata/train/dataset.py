@@ -138,6 +138,11 @@ def has_pairs(split: datasets.Dataset) -> bool:
     return "chosen_ids" in split.column_names
 
 
+def desirable_rows(split: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows of a split without the answers that data for KTO labels as undesirable."""
+    return split.select(np.flatnonzero(split["label"])) if "label" in split.column_names else split
+
+
 def list_lengths(batch: pa.RecordBatch, column: str) -> NDArray[np.int64]:
     """Return the length of each list in a column (int64 `[rows]`)."""
     lengths: NDArray[Any] = pc.list_value_length(batch.column(column)).to_numpy(zero_copy_only=False)

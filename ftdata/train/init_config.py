@@ -137,17 +137,17 @@ def _pack(facts: DataFacts) -> tuple[str, str | None]:
 
 def _bad_rows(facts: DataFacts) -> dict[str, tuple[str, Any]]:
     rejected = sum(facts.statistics.rejected.values())
-    positions = facts.positions or 1 << 20
-    overlong = int((facts.statistics.survey.lengths > positions).sum())
-    if not rejected and not overlong:
+    if not rejected:
         comment = "error: bad rows stop the build. quarantine: bad rows are put aside, and the build continues."
         return {"on_bad_rows": (comment, "error")}
     codes = [f"{count:,} {code}" for code, count in facts.statistics.rejected.items()]
-    codes += [f"up to {overlong:,} too_long"] * bool(overlong)
     comment = f"Rejected rows of {facts.statistics.rows:,}, which are listed in rejects.jsonl: {', '.join(codes)}."
     return {
         "on_bad_rows": (comment, "quarantine"),
-        "max_rejects": ("The build stops if there are more rejected rows.", rejected + overlong),
+        "max_rejects": (
+            "The build stops if there are more rejected rows. Rows that are too long do not count.",
+            rejected,
+        ),
     }
 
 

@@ -317,3 +317,10 @@ def test_cache_that_cannot_be_cleared_is_an_error(kept, files, build, monkeypatc
     monkeypatch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(StorageError, match="cannot remove all files in .*shards"):
         cache.clear_cache()
+
+
+def test_cache_folder_that_cannot_be_written_is_reported(tokenizer_dir, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "file" / "cache"))
+    write_build([{"question": "q", "answer": "a"}], tokenizer_dir("tiny_bpe"), tmp_path / "out")
+    assert "cannot be written, so the build does not use a cache" in caplog.text

@@ -208,3 +208,14 @@ def test_tool_results_get_the_standard_role(tmp_path):
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert [message["role"] for message in row["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert "observation as tool (1 row)" in str(report)
+
+
+def test_conversations_that_become_several_texts_are_reported(tmp_path, tokenizer_dir):
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning_content": "t"},
+    ]
+    target = tmp_path / "out.jsonl"
+    report = convert([{"messages": turns * 2}], target, to="text", tokenizer=tokenizer_dir("qwen"))
+    assert len(target.read_text().splitlines()) == 2
+    assert "conversations written as several texts, because the template rewrites earlier turns: 1 row" in str(report)

@@ -198,3 +198,10 @@ def test_part_depends_on_the_byte_before_it(tmp_path, tokenizer_dir, small, monk
     (tmp_path / "a.jsonl").write_text(f"{row}\n{row} {row}\n{row}\n")
     joined = write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out", **options)
     assert (joined.totals["read"], joined.totals["built"]) == (3, 2)
+
+
+def test_options_of_the_mask_that_do_not_apply_to_text_are_reported(tokenizer_dir, tmp_path):
+    rows = [{"text": "formatted"}, {"question": "q", "answer": "a"}]
+    report = write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "a", turns="joint", train_parts=["answer"])
+    assert "1 row with formatted text or tokens, to which train_parts and turns do not apply" in str(report)
+    assert "formatted text or tokens" not in str(write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "b"))

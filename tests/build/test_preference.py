@@ -185,7 +185,7 @@ def test_unsupported_uses_of_pairs_are_refused(tokenizer_dir, tmp_path):
     [
         (
             {"prompt": "q", "chosen": "one two three", "rejected": "one two four"},
-            {"max_length": 27},
+            {"max_length": 27, "overlong": "truncate"},
             "raise max_length",
         ),
         ({"prompt": "q", "chosen": "a", "rejected": "a "}, {}, "because the template omits the difference"),
@@ -196,7 +196,7 @@ def test_sides_with_identical_tokens_are_rejected(row, options, reason):
         "message.content", "message.content | trim"
     )
     with pytest.raises(BadRows, match=f"identical_sides.*{reason}"):
-        build_preference_dataset([row], byte_tokenizer(), template, overlong="truncate", **options)
+        build_preference_dataset([row], byte_tokenizer(), template, **options)
 
 
 def test_empty_side_is_named():

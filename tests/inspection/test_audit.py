@@ -208,3 +208,14 @@ def test_rejects_with_one_code_keep_their_own_fixes(tokenizer):
     many = [{"question": "q", "answer": "a", f"mask_{n}": [n]} for n in range(9)]
     codes = [one.code for one in audit(many, tokenizer(), CHATML).findings]
     assert codes.count("unknown_mask_field") < 9
+
+
+def test_rows_that_share_a_line_are_located_by_their_number(tokenizer, tmp_path):
+    """`json.dump` writes all rows in one line."""
+    rows = [{"question": "a long question", "answer": answer} for answer in ("one", "two", "one")]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    report = audit(tmp_path / "d.json", tokenizer(), CHATML)
+    (contradiction,) = [one for one in report.findings if one.code == "contradiction"]
+    assert contradiction.where == [f"{tmp_path}/d.json:1[1]"]
+    (duplicate,) = [one for one in report.findings if one.code == "duplicate"]
+    assert duplicate.where == [f"{tmp_path}/d.json:1[2]"]

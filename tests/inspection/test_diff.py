@@ -258,6 +258,11 @@ def test_diff_command_compares_configurations_data_and_builds(data, tokenizer_di
     done = run(data, "-t", tokenizer, "--set", "turns=split", "--json")
     assert json.loads(done.stdout)["rows"]["tokens differ"] == 1
     assert run(data, "-t", tokenizer).returncode == 2
+    build_sft_dataset(data, tokenizer, "zephyr", output_dir=tmp_path / "z")
+    # The template applies only to data.
+    assert run(tmp_path / "z", data, "-t", tokenizer, "--template", "zephyr").returncode == 0
+    assert "does not apply" in run(tmp_path / "z", tmp_path / "a", "--template", "zephyr").stderr
+    assert run(data, "-t", tokenizer, "--set", "train_parts=answer,tool_call").returncode == 0
     assert "did you mean 'turns'" in run(data, "-t", tokenizer, "--set", "turn=split").stderr
     assert run(data, "-t", tokenizer, "--set", "turns").returncode == 2
     assert run(data, "-t", tokenizer, "--set", "where='question 1' in messages[0].content").returncode == 1

@@ -185,3 +185,8 @@ def test_the_table_imports_no_heavy_module():
 def test_values_of_on_bad_rows_equal_the_table():
     with pytest.raises(UsageError, match=f"known: {', '.join(sorted(OPTIONS['on_bad_rows'].choices))}$"):
         RejectLimit("other")
+
+
+def test_overlong_without_max_length_is_refused():
+    with pytest.raises(UsageError, match="overlong='truncate' has no effect without max_length"):
+        Options(overlong="truncate")

@@ -12,6 +12,7 @@ from reader_helpers import CELLS, data_of, outcomes, write
 
 from ftdata import convert, read
 from ftdata.errors import InputRefused, UsageError
+from ftdata.readers import resolve_sources
 from ftdata.types import Reject
 
 
@@ -35,6 +36,21 @@ def test_invalid_csv_rows_are_rejected_at_their_line(tmp_path):
     ]  # fmt: skip
     for one in found:
         assert text[one.source.offset :].startswith(text.split(b"\n")[one.source.line - 1])
+
+
+def test_open_quote_before_many_rows_is_an_error(tmp_path):
+    """Otherwise, hundreds of rows would be lost with one rejected row."""
+    lines = [f"{number},it is {number}" for number in range(100)]
+    lines[5], lines[90] = '5,"it is 5', '90,"it is 90, here"'
+    path = write(tmp_path, "d.csv", "q,a\n" + "\n".join(lines))
+    with pytest.raises(InputRefused, match="86 lines, of which 84 look like rows") as caught:
+        outcomes(path)
+    assert caught.value.where.endswith("d.csv:7")
+    rows = [row for source in resolve_sources({"path": str(path), "quoting": "none"}) for row in source.rows()]
+    assert [one.source.line for one in rows if isinstance(one, Reject)] == [92]
+    lines[90] = '90,it is 90"'
+    (long,) = [one for one in outcomes(write(tmp_path, "e.csv", "q,a\n" + "\n".join(lines))) if one.notes]
+    assert (long.source.line, long.notes) == (7, {"long quotes"})
 
 
 @pytest.mark.parametrize(("text", "code"), [("", "no_rows"), ("a,b\n", "no_rows"), ("a,a\n1,2\n", "repeated_column")])

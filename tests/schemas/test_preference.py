@@ -53,6 +53,14 @@ def test_forms_of_pairs_are_read(row):
     assert pair.completion_from == 1
 
 
+def test_scores_and_margins_of_a_pair_are_read():
+    pair = read({**PAIR, "chosen_score": "3", "rejected_score": 1, "margin": "0.5"})
+    assert [side.feedback for side in pair.sides] == [{"score": 3, "margin": 0.5}, {"score": 1, "margin": 0.5}]
+    assert not [note for note in pair.notes if "score" in note or "margin" in note]
+    with pytest.raises(BadRow, match="margin_value"):
+        read({**PAIR, "margin": "large"})
+
+
 def test_context_of_a_pair_is_read():
     pair = read({"system": "s", "instruction": "q", "input": "i", "history": [["a", "b"]], **SIDES})
     assert [message["content"] for message in pair.sides[1].messages] == ["s", "a", "b", "q\n\ni", "bad"]

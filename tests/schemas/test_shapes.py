@@ -283,6 +283,21 @@ def test_optional_mapped_column_may_be_missing():
         check_columns({"question": ""})
 
 
+def test_missing_mapped_column_is_not_replaced_by_other_messages():
+    """A row that lacks the column of `columns=` must not be trained on another conversation of the row."""
+    row = {"draft": [USER, ASSISTANT]}
+    with pytest.raises(BadRow, match="no column 'final', which columns= maps to 'messages'"):
+        convert(row, columns={"messages": "final"})
+    with pytest.raises(BadRow, match="did you mean 'conversation'"):
+        convert({"conversation": [USER, ASSISTANT]}, columns={"messages": "conversatoin"})
+    assert convert(row, columns={"messages": "draft"}).schema == "messages"
+
+
+def test_text_instead_of_messages_is_named():
+    with pytest.raises(BadRow, match=r"messages_type.*is str 'hello', expected a list of messages"):
+        convert({"id": 1, "messages": "hello"})
+
+
 def test_mapped_column_is_not_replaced_by_an_alias():
     data = {"instruction": "i", "output": "WORSE", "response": "WORST", "best": "BEST"}
     assert contents(data, columns={"output": "best"})[-1] == ("assistant", "BEST")

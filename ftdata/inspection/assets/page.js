@@ -201,6 +201,7 @@ function makeCard(row) {
     head.append(source);
   }
   if (row.schema) head.append(make("span", "", row.schema));
+  if (row.label) head.append(make("span", "", row.label));
   if (row.pack !== null) head.append(make("span", "", `pack ${row.pack}`));
   for (const kind of row.why) head.append(makeBadge("why", kind));
   for (const flag of row.flags) head.append(makeBadge("flag", flag));

@@ -67,9 +67,19 @@ def regions_from_blocks(
         if not owners:
             # The answer is empty. Blocks are in the order of the messages.
             owners = {indices[position] for indices in (assistants, turns) if len(indices) == len(blocks)}
+        if (
+            not owners
+            and regions
+            and not any(
+                piece.part is not Part.SCAFFOLD and regions[-1].end <= piece.start < inside[0].start for piece in parts
+            )
+        ):
+            # Some templates have a block with only the EOS token after the last turn.
+            owners = {regions[-1].message}
         if len(owners) != 1:
             message = f"generation block {position} of the template contains text of {len(owners)} messages, expected 1"
-            raise BadRow("generation_tags", message)
+            hint = "put generation tags around the text that the assistant generates in each message"
+            raise BadRow("generation_tags", message, hint=hint)
         regions.append(TurnRegion(owners.pop(), inside[0].start, inside[-1].end))
     return [region for region in regions if region.message in turns]
 
@@ -88,7 +98,7 @@ def locate_turn(
         stops: how the template ends turns.
 
     Raises:
-        BadRow: `no_prompt`, `history_drift`, `interleaved` or `unknown_stop`, with the rendered text.
+        BadRow: `history_drift`, `interleaved` or `unknown_stop`, with the rendered text.
     """
     start, flags = _find_start(text, parts, turn, prefix, stops)
     answer = _find_answer(text, parts, turn, prefix, start, is_last=turn == count - 1)
@@ -206,9 +216,6 @@ def _find_start(
     text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, stops: TurnStops
 ) -> tuple[int, set[str]]:
     """Find the end of the generation prompt, where the generated text of a turn starts. Also return flags."""
-    if turn == 0:
-        message = "the conversation begins with an assistant message, which cannot be trained without a prompt"
-        raise BadRow("no_prompt", message, hint="put a message before it")
     prompt = prefix(turn, True)
     if text.startswith(prompt):
         return len(prompt), set()

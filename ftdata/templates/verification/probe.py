@@ -66,6 +66,12 @@ _PROBES: Mapping[str, tuple[Message, ...]] = {
 }
 """Feature -> a small conversation that uses the feature."""
 
+_REPORTED_FLAGS = {
+    "prompt_mismatch", "no_trained_stop", "missing_final_stop", "text_after_last_stop", "template_not_probed",
+    "generation_tags_unconfirmed", "generation_tags_overruled", "stop_outside_generation_tags",
+}  # fmt: skip
+"""Flags of the probes that a report contains."""
+
 _FEATURES = ("system", "tools", "tool_calls", "reasoning", "names")
 
 
@@ -84,8 +90,7 @@ class TemplateReport:
         rewrites: what the template changes: `"turns"` (earlier turns), `"reasoning"` (omitted in some turns),
             `"contents"` (any content), `"think_tags"` (removes thinking from contents), `"blanks"` (strips contents).
         adds: text that the template prints before the first message, such as a default system prompt.
-        flags: flags of the probes: `prompt_mismatch`, `no_trained_stop`, `missing_final_stop`, `text_after_last_stop`
-            or `template_not_probed`.
+        flags: flags of the probes that are in `_REPORTED_FLAGS`.
         tagged: whether the template has generation tags.
         uses_date: whether the template prints the current date.
         reasons: why the verdict is `"refused"` or `"split"`.
@@ -178,18 +183,7 @@ def probe_template(template: Template) -> TemplateReport:
         lacks=tuple(name for name in _FEATURES if _lacks(split[name], name)),
         rewrites=tuple(_find_rewrites(joint)),
         adds=_find_added_text(template, single),
-        flags=tuple(
-            sorted(
-                flags
-                & {
-                    "prompt_mismatch",
-                    "no_trained_stop",
-                    "missing_final_stop",
-                    "text_after_last_stop",
-                    "template_not_probed",
-                }
-            )
-        ),
+        flags=tuple(sorted(flags & _REPORTED_FLAGS)),
         reasons=()
         if prefix_stable
         else tuple(filter(None, (plain.error or _describe_rewriting(plain, split["plain"]),))),
@@ -245,6 +239,13 @@ def _describe_rewriting(joint: _ProbeResult, split: _ProbeResult) -> str:
     if not joint.texts or not split.texts:
         return ""
     as_answer, as_history = _generated_text(split.texts[0], 1), _generated_text(joint.texts[0], 1)
+    if as_answer == as_history:
+        # The template rewrites the text before the answer, such as the thinking block of the generation prompt.
+        texts = [text.text[: text.text.index("first answer")][-80:] for text in (split.texts[0], joint.texts[0])]
+        return (
+            f"the text before the first answer ends with {texts[0]!r} when the answer is generated, but with "
+            f"{texts[1]!r} in the history of later turns"
+        )
     return f"the first answer is {as_answer!r} when it is generated, but {as_history!r} in the history of later turns"
 
 

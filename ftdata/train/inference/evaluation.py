@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ftdata.build.dataset import load_build
 from ftdata.errors import InputRefused
 from ftdata.redaction import redact_text
-from ftdata.train.dataset import has_pairs, training_splits
+from ftdata.train.dataset import desirable_rows, has_pairs, training_splits
 from ftdata.train.inference.chat import base_generation_config
 from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
 from ftdata.train.inference.generation import generate_ids
@@ -174,7 +174,7 @@ def _read_build_rows(run: FinishedRun) -> tuple[str, Iterator[tuple[Document, Do
     """
     splits = training_splits(load_build(run.build))
     name = "test" if "test" in splits else "train"
-    note, split = "" if name == "test" else ", which the model was trained on", splits[name]
+    note, split = "" if name == "test" else ", which the model was trained on", desirable_rows(splits[name])
     rows: Iterator[tuple[Document, Document | None]] = zip(read_documents(split), repeat(None))
     if has_pairs(split):
         rows = ((join_side(row, "chosen"), join_side(row, "rejected")) for row in split)

@@ -85,7 +85,7 @@ class FinishedRun:
 
     @property
     def task(self) -> str:
-        """The task of the run: `sft`, `dpo` or `reward`."""
+        """The task of the run: `sft`, `dpo`, `reward` or `kto`."""
         return str(self.metadata["setup"].get("task", "sft"))
 
     @property

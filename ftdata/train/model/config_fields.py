@@ -17,7 +17,7 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal
 
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from ftdata.config import LORA_NAMES
 from ftdata.errors import UsageError, suggest_names
@@ -71,8 +71,8 @@ class ConfigField:
 
 
 def trainer_config_class(task: str) -> Any:
-    """Return the class of TRL that contains the settings of the trainer of a task: `sft`, `dpo` or `reward`."""
-    return {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}[task]
+    """Return the class of TRL that contains the settings of the trainer of a task: `sft`, `dpo`, `reward` or `kto`."""
+    return {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig, "kto": KTOConfig}[task]
 
 
 def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:

@@ -219,9 +219,10 @@ def estimate_run(
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    if config.task == "dpo" and not arguments.precompute_ref_log_probs:
-        # The reference model also has a forward pass. With an adapter, it is the model without the adapter.
-        shares += 2
+    if config.task in ("dpo", "kto") and not arguments.precompute_ref_log_probs:
+        # The reference model also has a forward pass. With an adapter, it is the model without the adapter. KTO has
+        # another forward pass of both models, for answers to other prompts.
+        shares += 2 if config.task == "dpo" else 6
         weights *= 1 if lora is not None else 2
     evaluation_flops = flops_per_token * test_tokens * count_evaluations(steps, len(rows.lengths), arguments)
     flops_per_second = device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION * device.process_count()

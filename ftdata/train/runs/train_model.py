@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # torch raises it for a pickle that could run code
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from msgspec import structs
+from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -27,7 +29,7 @@ from ftdata.spelling import spell_options
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.dataset import TrainingData, open_training_data
+from ftdata.train.dataset import TrainingData, desirable_rows, open_training_data
 from ftdata.train.inference.prompts import encode_messages, read_documents, rebuild_recipe, split_last_turn
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_lora, make_lora_config
@@ -37,12 +39,24 @@ from ftdata.train.model.load import fit_vocabulary, load_model, load_model_confi
 from ftdata.train.model.quantization import quantization_config
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
-from ftdata.train.runs.pair_trainer import DPORunTrainer, PairCollator, RewardRunTrainer
+from ftdata.train.runs.preference_trainers import (
+    DPORunTrainer,
+    KTORunTrainer,
+    LabelCollator,
+    PairCollator,
+    RewardRunTrainer,
+)
 from ftdata.train.runs.trainer import BuildTrainer, RunTrainer
 from ftdata.train.runs.trainer_arguments import check_devices, check_first_batch, check_settings, make_trainer_config
+from ftdata.train.runs.unpadding import run_without_padding
 
-_TRAINERS: dict[str, type[RunTrainer]] = {"sft": BuildTrainer, "dpo": DPORunTrainer, "reward": RewardRunTrainer}
-"""Task -> trainer."""
+_TRAINERS: dict[str, tuple[type[RunTrainer], Callable[[int], Any] | None]] = {
+    "sft": (BuildTrainer, None),
+    "dpo": (DPORunTrainer, PairCollator),
+    "reward": (RewardRunTrainer, partial(PairCollator, for_rewards=True)),
+    "kto": (KTORunTrainer, LabelCollator),
+}
+"""Task -> trainer, and its collator, which is created from the id of the pad token; `None` for TRL's collator."""
 
 
 def train_model(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
@@ -80,7 +94,7 @@ def _train_in(
     for skipped in before.skipped if before else ():
         console.print(f"skipped {run.name}/{skipped}", style="yellow", highlight=False, markup=False)
     data = open_training_data(build or _build_data(config, run, before, console), str(config.tokenizer))
-    estimate = _estimate(config, model_config, data, isolated=not data.has_pairs)
+    estimate = _estimate(config, model_config, data, isolated=config.task == "sft")
     console.print(str(estimate), highlight=False, markup=False, soft_wrap=True)
     check_memory(estimate)
     if before and before.step > estimate.steps:
@@ -167,7 +181,7 @@ def estimate_training(config: Config, build: Path | None) -> tuple[Estimate, lis
             notes += (spell_options(note) for note in report.notes if note.startswith("left out"))
         data = open_training_data(build, str(config.tokenizer))
         leaks = has_leaking_architecture(model_config, config.attn_implementation)
-        leaks = leaks and not data.has_pairs
+        leaks = leaks and config.task == "sft"
         if leaks and data.is_packed:
             raise _leak_error(config.model, model_config.model_type)
         estimate = _estimate(config, model_config, data, isolated=not leaks)
@@ -205,15 +219,13 @@ def make_trainer(
     settings = make_trainer_config(config, isolated=isolated, packed=packed, evaluates="test" in splits)
     lengths = count_split(splits["train"]).lengths
     max_checkpoints, settings.save_total_limit = settings.save_total_limit, None
-    if not isolated and not data.has_pairs:
+    if not isolated and config.task == "sft":
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
     lora = make_lora_config(config, model, grows=has_new_tokens)
-    kind = _TRAINERS[config.task]
-    arguments: dict[str, Any] = {}
-    if data.has_pairs:
-        arguments["data_collator"] = PairCollator(tokenizer.pad_token_id, for_rewards=config.task == "reward")
-    if config.task == "dpo" and lora is None and not settings.precompute_ref_log_probs:
+    kind, make_collator = _TRAINERS[config.task]
+    arguments: dict[str, Any] = {"data_collator": make_collator(tokenizer.pad_token_id)} if make_collator else {}
+    if config.task in ("dpo", "kto") and lora is None and not settings.precompute_ref_log_probs:
         # The embeddings of new tokens are random, so the reference model must be a copy.
         arguments["ref_model"] = copy.deepcopy(model)
     try:
@@ -236,15 +248,23 @@ def make_trainer(
         # An invalid value can raise any exception in other libraries.
         message = f"the trainer of TRL rejects the settings: {describe_exception(error, 2_000)}"
         raise UsageError("train_setting", message) from error
+    _adjust_models(trainer, isolated=isolated)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _adjust_models(trainer: RunTrainer, *, isolated: bool) -> None:
+    """Remove the padding of batches if documents do not attend to each other, and correct the dtype of adapters."""
+    if isolated and isinstance(trainer, DPORunTrainer | KTORunTrainer):
+        for model in filter(None, (trainer.model, trainer.ref_model)):
+            run_without_padding(model.get_base_model() if isinstance(model, PeftModel) else model)
     if not torch.cuda.is_available():
         for weight in trainer.model.parameters():
             # TRL casts the adapters of quantized models to bfloat16. It is slow on CPUs, and it makes a resumed run
             # differ from an uninterrupted run.
             if weight.requires_grad:
                 weight.data = weight.data.float()
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
 
 
 def _check_config(config: Config) -> Any:
@@ -267,7 +287,7 @@ def _check_config(config: Config) -> Any:
 
 
 def _resolve_config(config: Config, build: Path | None) -> Config:
-    """Return a configuration with absolute paths, and with the task of the trainer: `sft`, `dpo` or `reward`."""
+    """Return a configuration with absolute paths, and with the task of the trainer: `sft`, `dpo`, `reward` or `kto`."""
     check_choice("task", config.task, TASKS)
     task, data = config.task, TASKS[config.task]
     if build and data != (built := read_manifest(build)["options"].get("task", "sft")):
@@ -333,13 +353,13 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     options: dict[str, Any] = {"dtype": weights_dtype(config), "attention": attention, "trust_remote_code": trusts}
     options["task"] = config.task
     model = load_model(config.model, config.quantization, **options)
-    isolated = not data.has_pairs and measure_leak(model) <= LEAK
+    isolated = config.task != "reward" and measure_leak(model) <= LEAK
     if data.is_packed and not isolated:
         raise _leak_error(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
     seal = checkpoints.CheckpointSeal(data.manifest["fingerprint"], checkpoints.read_run_json(run)["setup"])
     trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
-    check_first_batch(trainer, padding_free=isolated)
-    if not isolated and not data.has_pairs:
+    check_first_batch(trainer, padding_free=isolated and config.task == "sft")
+    if not isolated and config.task == "sft":
         note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
         console.print(note, highlight=False, markup=False)
     template = data.manifest["options"]["template"]
@@ -370,7 +390,7 @@ def _make_sample_callback(
     tokenizer = load_tokenizer(config.tokenizer)
     expected: list[list[int] | None]
     if isinstance(config.samples, int):
-        held_out = read_documents(data.splits["test"]) if "test" in data.splits else iter(())
+        held_out = read_documents(desirable_rows(data.splits["test"])) if "test" in data.splits else iter(())
         turns = (turn for ids, labels in held_out if (turn := split_last_turn(ids, labels, stop_ids)) is not None)
         samples = [turn for _, turn in zip(range(config.samples), turns, strict=False)]
         prompts, expected = [prompt for prompt, _ in samples], [answer for _, answer in samples]

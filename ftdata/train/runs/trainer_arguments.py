@@ -64,14 +64,15 @@ METRICS = {
     "sft": ("loss", "perplexity"),
     "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "reward": ("loss", "accuracy", "margin"),
+    "kto": ("loss", "rewards/margins"),
 }
 """Task -> metrics of an evaluation that can select the best checkpoint."""
 
 
-_LEARNING_RATES = {"sft": (2e-5, 2e-4), "dpo": (1e-6, 1e-5), "reward": (1e-5, 1e-4)}
+_LEARNING_RATES = {"sft": (2e-5, 2e-4), "dpo": (1e-6, 1e-5), "reward": (1e-5, 1e-4), "kto": (1e-6, 1e-5)}
 """Task -> default learning rates of full fine-tuning and of an adapter. Full fine-tuning changes pretrained weights, so
-it needs smaller steps than an adapter that starts at zero. The rate of full DPO is the default of TRL, and so is the
-rate of an adapter of a reward model."""
+it needs smaller steps than an adapter that starts at zero. The rates of full DPO and KTO are the defaults of TRL,
+and so is the rate of an adapter of a reward model."""
 
 _NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 
@@ -87,6 +88,9 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
     for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
+        if task == "kto" and name == "precompute_ref_log_probs" and value:
+            reason = "KTO compares the answers of each batch, and the batches of each epoch differ"
+            raise UsageError("fixed_setting", f"train.{name} cannot be set: {reason}")
         if name not in fields:
             suggestion = suggest_names(str(name), fields).partition("known: ")[0].strip()
             hint = suggestion or f"see the documentation of TRL's {kind.__name__} for its fields"
@@ -191,7 +195,8 @@ def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluat
         defaults["greater_is_better"] = False
     fixed = {
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "padding_free": isolated,
+        # For other tasks, `run_without_padding` removes the padding.
+        "padding_free": isolated and config.task == "sft",
         "packing": False,
         "max_length": None,
         "shuffle_dataset": False,
@@ -224,7 +229,12 @@ def check_first_batch(trainer: Any, *, padding_free: bool) -> None:
         indices = list(iter(trainer._get_train_sampler()))[: trainer.args.train_batch_size]
         rows = [trainer.train_dataset[index] for index in indices]
         batch = trainer.data_collator([dict(row) for row in rows])
-    compare = _compare_concatenated if padding_free else _compare_pairs if "chosen_ids" in rows[0] else _compare_padded
+    if "chosen_ids" in rows[0]:
+        compare = _compare_pairs
+    elif "label" in rows[0]:
+        compare = _compare_labeled
+    else:
+        compare = _compare_concatenated if padding_free else _compare_padded
     problems = list(compare(batch, rows))
     if problems:
         raise InternalError("hand_over", f"the trainer's first batch has {'; '.join(problems)}")
@@ -258,16 +268,29 @@ def _compare_padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
 
 def _compare_pairs(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for index, (side, row) in enumerate((side, row) for side in SIDES for row in rows):
-        ids = [*row["prompt_ids"], *row[f"{side}_ids"]]
         trained = np.pad(np.asarray(row[f"{side}_labels"]) != IGNORE_INDEX, (len(row["prompt_ids"]), 0))
-        width = batch["input_ids"].shape[1]
-        mask = np.pad(trained, (0, width - len(ids)))
-        yield from _compare(f"{side} tokens", batch["input_ids"][index][: len(ids)], np.asarray(ids))
-        # The batches of a reward model have no mask.
-        if "completion_mask" in batch and not np.array_equal(batch["completion_mask"][index].numpy() != 0, mask):
-            yield f"{side} labels that differ from the build"
-        if not np.array_equal(batch["attention_mask"][index].numpy(), np.arange(width) < len(ids)):
-            yield "unmasked padding"
+        yield from _compare_document(batch, index, [*row["prompt_ids"], *row[f"{side}_ids"]], trained)
+
+
+def _compare_labeled(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for index, row in enumerate(rows):
+        trained = np.asarray(row["labels"]) != IGNORE_INDEX
+        yield from _compare_document(batch, index, row["input_ids"], trained)
+        if bool(batch["label"][index]) != row["label"]:
+            yield "a label of an answer that differs from the build"
+
+
+def _compare_document(
+    batch: Mapping[str, Any], index: int, ids: Sequence[int], trained: NDArray[np.bool_]
+) -> Iterator[str]:
+    width = batch["input_ids"].shape[1]
+    yield from _compare("tokens", batch["input_ids"][index][: len(ids)], np.asarray(ids))
+    mask = np.pad(trained, (0, width - len(ids)))
+    # The batches of a reward model have no mask.
+    if "completion_mask" in batch and not np.array_equal(batch["completion_mask"][index].numpy() != 0, mask):
+        yield "labels that differ from the build"
+    if not np.array_equal(batch["attention_mask"][index].numpy(), np.arange(width) < len(ids)):
+        yield "unmasked padding"
 
 
 def _compare(kind: str, actual: torch.Tensor, expected: NDArray[Any]) -> Iterator[str]:

@@ -10,9 +10,14 @@ from chat_templates import (
     TURN,
     USER,
     refusal,
+    shown,
     template,
     trained,
 )
+
+from ftdata import encode
+from ftdata.errors import BadRow
+from ftdata.testing import byte_tokenizer
 
 
 def test_r2_turn_starts_where_its_generation_prompt_ends():
@@ -29,6 +34,18 @@ def test_r2_turn_starts_where_its_generation_prompt_ends():
         by_itself.partition("{% for m in messages %}")[2].partition("{% endfor %}")[0], PROMPT + "<think>\n"
     )
     assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], {"empty_thinking"})
+
+
+def test_block_with_only_the_end_of_the_text_belongs_to_the_last_turn(tmp_path):
+    """The training templates of TRL for Phi-3 contain such a block."""
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n"
+    )
+    source += "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    source += "{% if add_generation_prompt %}<assistant>{% else %}{% generation %}<|end|>{% endgeneration %}{% endif %}"
+    (tmp_path / "tagged.jinja").write_text(source)
+    (example,) = encode(TALK, byte_tokenizer(), str(tmp_path / "tagged.jinja"))
+    assert shown(example) == "a1<|im_end|>\na2<|im_end|>\n<|end|>"
 
 
 def test_r2_without_a_prompt_generation_tags_locate_the_turn():
@@ -113,3 +130,11 @@ def test_r4_history_not_compared_is_flagged():
         + "<|im_end|>\n"
     )
     assert trained(source, TOOLED)[1] == {"history_not_compared", "empty_thinking"}
+
+
+def test_conversation_that_begins_with_an_answer_is_rejected_with_generation_tags():
+    """The built-in template has generation tags, which do not depend on a prompt."""
+    with pytest.raises(BadRow, match="no_prompt"):
+        encode([*TALK[1:]], byte_tokenizer(), "chatml")
+    (example,) = encode([{**TALK[1], "train": False}, *TALK[2:]], byte_tokenizer(), "chatml")
+    assert shown(example) == "a2<|im_end|>"

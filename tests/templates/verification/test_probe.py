@@ -1,6 +1,13 @@
 """Reports of `check_template`."""
 
+from tokenizer_makers import CHATML
+
 from ftdata import check_template
+
+MARKED = (
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}"
+)
 
 
 def test_template_reports_contain_verdict_and_properties(tokenizer_dir):
@@ -16,3 +23,23 @@ def test_template_reports_contain_verdict_and_properties(tokenizer_dir):
     assert refused.verdict == "refused"
     assert "never" in refused.reasons[0]
     assert check_template("alpaca").kind == "prompt"
+
+
+def test_reports_contain_the_flags_of_generation_tags(tmp_path):
+    """A file with tags that leave out the stop token is used, so the report must say so."""
+    path = tmp_path / "tagged.jinja"
+    path.write_text(CHATML.replace("{{ message.content }}", MARKED))
+    assert check_template(path).flags == ("generation_tags_unconfirmed",)
+    path.write_text(CHATML)
+    assert check_template(path).flags == ()
+
+
+def test_rewritten_text_before_an_answer_is_the_reason():
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n</think>"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n</think>{% endif %}"
+    )
+    (reason,) = check_template(source).reasons
+    assert "the text before the first answer ends with" in reason
+    assert "</think>'" in reason

@@ -16,11 +16,13 @@ pytestmark = pytest.mark.train
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 from ftdata.train import compare, dry_run, generate, run  # noqa: E402
-from ftdata.train.runs.pair_trainer import DPORunTrainer, PairCollator  # noqa: E402
+from ftdata.train.runs.preference_trainers import DPORunTrainer, PairCollator  # noqa: E402
+from ftdata.train.runs.unpadding import run_without_padding  # noqa: E402
 
 # No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
 TEMPLATE = (
@@ -58,8 +60,9 @@ def trained(llama, data, tmp_path_factory):
     return run(data, model=llama, output_dir=folder, settings=settings, **options)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter):
+def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter, padding_free):
     rows = make_pairs(8)
     config = DPOConfig(
         str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
@@ -86,6 +89,9 @@ def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adap
 
             more["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = kind(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more)
+        if kind is DPORunTrainer and padding_free:
+            for part in filter(None, (trainer.model, trainer.ref_model)):
+                run_without_padding(part.get_base_model() if adapter else part)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -208,3 +214,27 @@ def test_estimate_and_settings_of_pairs(llama, data, tmp_path):
     ):
         with pytest.raises(UsageError, match=problem):
             dry_run(data, settings=setting, **options)
+
+
+def test_batches_are_processed_without_padding(llama, data, tmp_path, monkeypatch):
+    """The rows of a batch become one sequence, and each row has the same log-probabilities as alone."""
+    shapes, forward = [], LlamaModel.forward
+
+    def record(self, *args, **kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", record)
+    run(data, model=llama, output_dir=tmp_path / "run", task="dpo", settings={**SETTINGS, "max_steps": 1}, samples=0)
+    # A padded batch of 4 pairs would have 8 rows. The trained model and the reference model see one row.
+    assert 8 not in {rows for rows, _ in shapes}
+    monkeypatch.undo()
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    add_fused_lm_head(model)
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.tensor([[1] * count + [0] * (9 - count) for count in (9, 2, 5)])
+    labels = ids.masked_fill((mask == 0) | (torch.arange(9) < 1), -100)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
+    padded = model(**inputs).log_probs
+    run_without_padding(model)
+    assert torch.allclose(model(**inputs).log_probs, padded, atol=1e-5)

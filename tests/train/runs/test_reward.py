@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer  # no
 from trl import RewardConfig, RewardTrainer  # noqa: E402
 
 from ftdata.train import compare, dry_run, merge, run, start_chat  # noqa: E402
-from ftdata.train.runs.pair_trainer import PairCollator, RewardRunTrainer  # noqa: E402
+from ftdata.train.runs.preference_trainers import PairCollator, RewardRunTrainer  # noqa: E402
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

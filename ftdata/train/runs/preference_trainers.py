@@ -1,0 +1,207 @@
+"""Train on rated answers with TRL's `DPOTrainer`, `RewardTrainer` and `KTOTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import SequentialSampler
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
+
+from ftdata.train.runs.trainer import RunTrainer
+from ftdata.types import IGNORE_INDEX, SIDES
+
+
+class PreferenceTrainer(RunTrainer):
+    """The base class of the trainers of rated answers: it uses the tokens of a build, and its evaluations are exact.
+
+    Attributes:
+        scores: names of the scores in `run.json` -> metrics of the trainer of TRL.
+    """
+
+    scores: Mapping[str, str]
+
+    def __init__(self, **arguments: Any) -> None:
+        self._evaluated = list[dict[str, int]]()
+        super().__init__(**arguments)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # The sampler of the parent class can group rows by the length of `input_ids`, which pairs do not have.
+        return SequentialSampler(eval_dataset)
+
+    def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        """Evaluate a batch, and record how many rows its metrics cover."""
+        self._evaluated.append(self._count_rows(inputs))
+        return super().prediction_step(model, inputs, *arguments, **options)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log metrics. A metric of an evaluation is the mean over all rows.
+
+        The parent class averages over batches instead, which gives more weight to the rows of a short last batch.
+        """
+        if not self.model.training:
+            for name, values in self._metrics["eval"].items():
+                counts = (rows.get(name.rpartition("/")[2], rows["all"]) for rows in self._evaluated)
+                # A batch without rows of a kind has no metric of this kind.
+                weights = [count for count in counts if count]
+                if len(values) == len(weights):
+                    self._metrics["eval"][name] = [float(np.average(values, weights=weights))]
+            self._evaluated.clear()
+        super().log(logs, start_time)
+
+    def _count_rows(self, inputs: Mapping[str, Any]) -> dict[str, int]:
+        """Return the number of rows of a batch (`all`), and of rows that metrics with other last names cover."""
+        raise NotImplementedError
+
+    def test_scores(self) -> dict[str, float | None]:
+        """Return the scores of the test split, or `None` for each if there is no test split.
+
+        The accuracy is the share of pairs whose chosen answer has the higher reward. The margin is the mean reward of
+        the chosen (desirable) answers minus the mean reward of the rejected (undesirable) answers.
+        """
+        metrics = self.evaluate() if self.eval_dataset is not None else {}
+        return {name: metrics.get(f"eval_{metric}") for name, metric in self.scores.items()}
+
+
+class PairTrainer(PreferenceTrainer):
+    """The base class of the trainers of pairs."""
+
+    def _count_rows(self, inputs: Mapping[str, Any]) -> dict[str, int]:
+        return {"all": len(inputs["input_ids"]) // 2}
+
+
+class DPORunTrainer(PairTrainer, DPOTrainer):
+    """A subclass of `DPOTrainer` that trains on the labels of a build.
+
+    `DPOTrainer` always tokenizes the data again, and trains on all tokens after the prompt. This class does neither.
+    The reward of an answer is beta times the difference between its log-probabilities under the trained model and under
+    the reference model (Rafailov et al. 2023, equation 5).
+    """
+
+    scores = MappingProxyType(
+        {"test_loss": "loss", "reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
+    )
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # The parent class would store the log-probabilities in the folder of the build.
+        folder = Path(self.args.output_dir)
+        dataset._get_cache_file_path = lambda fingerprint: str(folder / f"reference-{name}-{fingerprint}.arrow")
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+class RewardRunTrainer(PairTrainer, RewardTrainer):
+    """A subclass of `RewardTrainer` that trains on the tokens of a build, which `RewardTrainer` would tokenize again.
+
+    The model computes the reward of a side, including its prompt, at the last token.
+    """
+
+    scores = MappingProxyType({"test_loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"})
+
+
+class KTORunTrainer(PreferenceTrainer, KTOTrainer):
+    """A subclass of `KTOTrainer` that trains on the labels of a build, which `KTOTrainer` would tokenize again."""
+
+    scores = MappingProxyType({"test_loss": "loss", "reward_margin": "rewards/margins"})
+
+    def __init__(self, **arguments: Any) -> None:
+        settings = arguments["args"]
+        # The parent class pairs answers once, so it requires a fixed order. `LabelCollator` pairs them in each batch.
+        strategy, settings.train_sampling_strategy = settings.train_sampling_strategy, "sequential"
+        super().__init__(**arguments)
+        settings.train_sampling_strategy = strategy
+
+    def _count_rows(self, inputs: Mapping[str, Any]) -> dict[str, int]:
+        rows, desirable = len(inputs["label"]), int(inputs["label"].sum())
+        both = rows if 0 < desirable < rows else 0
+        return {"all": rows, "chosen": desirable, "rejected": rows - desirable, "margins": both}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log metrics. The margin of an evaluation is the difference of the mean rewards."""
+        super().log(logs, start_time)
+        chosen, rejected = (logs.get(f"eval_rewards/{kind}") for kind in ("chosen", "rejected"))
+        if chosen is not None and rejected is not None:
+            logs["eval_rewards/margins"] = chosen - rejected
+
+
+@dataclass(frozen=True)
+class LabelCollator:
+    """Creates a batch of answers with labels for KTO.
+
+    KTO estimates the divergence from the reference model on answers to other prompts (Ethayarajh et al. 2024,
+    section 4.1): each prompt is also followed by the answer of the row before it in the batch.
+
+    Attributes:
+        pad_id: the token id of the padding on the right.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return int64 tensors of shape `[rows, tokens]`, and the bool tensor `label` of shape `[rows]`.
+
+        `completion_mask` is 1 for each trained token. The names of the tensors with other answers begin with `KL_`.
+        """
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        trained = [torch.tensor(row["labels"]) != IGNORE_INDEX for row in rows]
+        starts = [int(mask.int().argmax()) for mask in trained]
+        batch = _pad_documents(ids, trained, self.pad_id)
+        other_batch = _pad_documents(_join_previous(ids, starts), _join_previous(trained, starts), self.pad_id)
+        batch |= {f"KL_{name}": tensor for name, tensor in other_batch.items()}
+        return batch | {"label": torch.tensor([row["label"] for row in rows])}
+
+
+def _join_previous(documents: Sequence[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
+    """Join the part of each tensor before its start with the part of the previous tensor from its start on."""
+    return [
+        torch.cat((documents[index][:start], documents[index - 1][starts[index - 1] :]))
+        for index, start in enumerate(starts)
+    ]
+
+
+def _pad_documents(
+    ids: Sequence[torch.Tensor], trained: Sequence[torch.Tensor], pad_id: int
+) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": pad_sequence([*ids], batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+        "completion_mask": pad_sequence([mask.long() for mask in trained], batch_first=True),
+    }
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Creates a batch of pairs: first all chosen sides, then all rejected sides, each with its prompt.
+
+    Attributes:
+        pad_id: the token id of the padding on the right.
+        for_rewards: whether the batch is for a reward model, which is not trained on tokens, so there is no mask.
+    """
+
+    pad_id: int
+    for_rewards: bool = False
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return int64 tensors of shape `[2 * rows, tokens]`, and float tensors of shape `[rows]`.
+
+        `completion_mask` is 1 for each trained token. The float tensors exist if the rows contain them: the
+        log-probabilities of the reference model, or the margins for a reward model.
+        """
+        sides = [(row, side) for side in SIDES for row in rows]
+        ids = [torch.tensor([*row["prompt_ids"], *row[f"{side}_ids"]]) for row, side in sides]
+        labels = [
+            torch.tensor([IGNORE_INDEX] * len(row["prompt_ids"]) + [*row[f"{side}_labels"]]) for row, side in sides
+        ]
+        batch = _pad_documents(ids, [one != IGNORE_INDEX for one in labels], self.pad_id)
+        if self.for_rewards:
+            del batch["completion_mask"]
+        numbers = ("margin",) if self.for_rewards else ("ref_chosen_logps", "ref_rejected_logps")
+        return batch | {name: torch.tensor([row[name] for row in rows]) for name in numbers if name in rows[0]}

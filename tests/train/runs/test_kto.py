@@ -1,0 +1,150 @@
+"""KTO on the labels of a build: the losses of TRL where its mask is right, exact resume, and a model that learns."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from ftdata import build_preference_dataset
+from ftdata.errors import UsageError
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from trl import KTOConfig, KTOTrainer  # noqa: E402
+
+from ftdata.train import compare, dry_run, run  # noqa: E402
+from ftdata.train.runs.preference_trainers import KTORunTrainer, LabelCollator  # noqa: E402
+
+# No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SETTINGS = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+
+
+def make_rows(count):
+    """Return answers that repeat the question; they are desirable if they begin with yes."""
+    generator = random.Random(0)
+    rows = []
+    for number in range(count):
+        word = "".join(generator.choices("abcdefgh", k=4))
+        label = number % 3 != 0
+        rows.append({"prompt": f"Say {word}", "completion": f"{'yes' if label else 'no'} {word}", "label": label})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(60)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(llama, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = {"task": "kto", "test_size": 18, "lora": {"r": 4}}
+    return run(data, model=llama, output_dir=folder, settings={**SETTINGS, "save_steps": 10}, **options)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter, loss):
+    rows = make_rows(12)
+    config = KTOConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, loss_type=loss,
+        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, max_length=None,
+        activation_checkpointing=False, remove_unused_columns=False, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "label": row["label"],
+        }
+        for row in rows
+    ]
+    built = build_preference_dataset(rows, llama, TEMPLATE, task="kto")["train"]
+    own = {"data_collator": LabelCollator(tokenizer.pad_token_id), "seal": None}
+    own |= {"max_checkpoints": None, "lengths": np.ones(12, int)}
+    losses = []
+    for kind, given, more in ((KTOTrainer, Dataset.from_list(messages), {}), (KTORunTrainer, built, own)):
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        if adapter:
+            from peft import LoraConfig
+
+            more["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = kind(model=model, args=config, train_dataset=given, processing_class=tokenizer, **more)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_model_learns_the_difference_between_desirable_and_undesirable_answers(trained):
+    about = json.loads((trained / "run.json").read_text())
+    assert about["reward_margin"] > 0.1
+    assert about["test_loss"] < 0.49
+    assert "- kto" in (trained / "model" / "README.md").read_text()
+    found = compare(trained, n=4, max_new_tokens=2)
+    assert all(row.expected.startswith("yes") for row in found.rows)
+    assert found.tuned.perplexity < found.base.perplexity
+
+
+def test_metrics_of_an_evaluation_are_means_over_rows(llama, data, tmp_path):
+    """The last batch has fewer rows than the others, and some batches have only one kind of answer."""
+    margins = []
+    for size in (5, 18):
+        settings = {**SETTINGS, "max_steps": 4, "per_device_eval_batch_size": size, "loss_type": "apo_zero_unpaired"}
+        out = run(data, model=llama, output_dir=tmp_path / f"run{size}", settings=settings, task="kto",
+                  test_size=18, lora={"r": 4})  # fmt: skip
+        about = json.loads((out / "run.json").read_text())
+        margins.append([about["test_loss"], about["reward_margin"]])
+    assert margins[0] == pytest.approx(margins[1], rel=1e-3)
+
+
+def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    about = json.loads((folder / "run.json").read_text())
+    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
+    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
+    shutil.rmtree(folder / "checkpoint-20")
+    shutil.rmtree(folder / "model")
+    run(folder, resume=True)
+    assert json.loads((folder / "run.json").read_text())["loss"] == about["loss"]
+    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_answers_of_other_prompts_keep_their_masks(llama):
+    """The batch for the divergence joins each prompt with the answer of the row before."""
+    rows = build_preference_dataset(make_rows(3), llama, TEMPLATE, task="kto")["train"].to_list()
+    batch = LabelCollator(0)(rows)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    for index, row in enumerate(rows):
+        before = rows[index - 1]
+        trained = batch["KL_completion_mask"][index].bool()
+        assert batch["KL_input_ids"][index][trained].tolist() == [one for one in before["labels"] if one != -100]
+        start = row["labels"].index(next(one for one in row["labels"] if one != -100))
+        assert batch["KL_input_ids"][index][:start].tolist() == row["input_ids"][:start]
+    assert "yes" in tokenizer.decode(batch["KL_input_ids"][0])
+    assert batch["label"].tolist() == [False, True, True]
+
+
+def test_settings_and_data_of_other_tasks_are_refused(llama, data, tmp_path):
+    options = {"model": llama, "output_dir": str(tmp_path / "run"), "task": "kto"}
+    with pytest.raises(UsageError, match="train.precompute_ref_log_probs cannot be set"):
+        dry_run(data, settings={"precompute_ref_log_probs": True}, **options)
+    with pytest.raises(UsageError, match="data for task='kto' cannot be packed"):
+        dry_run(data, packing="bfd", max_length=64, **options)
