@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftdata.importers.axolotl_ratings import PREFERENCE_KEYS, convert_method, is_rated, read_rated_format
 from ftdata.importers.draft import (
     CONVERT_HINT,
     KERNELS_NOTE,
@@ -123,7 +124,7 @@ KEYS = KeyRules(
         "cosine_min_lr_ratio": "left out: use lr_scheduler_type: cosine_with_min_lr",
     },
     unsupported={
-        **dict.fromkeys(("reward_model", "process_reward_model", "pretraining_dataset"), _OTHER_METHOD),
+        **dict.fromkeys(("process_reward_model", "pretraining_dataset"), _OTHER_METHOD),
         **dict.fromkeys(
             ("lora_model_dir", "relora", "unfrozen_parameters", "lisa_n_layers", "loraplus_lr_ratio", "embedding_lr",
              "lr_groups", "qat",
@@ -144,7 +145,7 @@ _DEFAULTS = {
     "lr_scheduler": "cosine", "save_total_limit": 4, "gradient_checkpointing": False, "output_dir": "model-out",
 }  # fmt: skip
 _CONVERTED_BELOW = (
-    "datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
+    "reward_model", "datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
     "excess_length_strategy", "rl", "train_on_inputs", "evals_per_epoch", "saves_per_epoch", "lora_target_linear",
 )  # fmt: skip
 _SOURCE_KEYS = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
@@ -153,18 +154,6 @@ _MESSAGE_FIELDS = {
     "content": ("content", "value", "text", "message"),
 }
 _SUFFIXES = ("json", "jsonl", "csv", "parquet", "arrow")
-_PREFERENCE_KEYS = {
-    "rl_beta": "beta", "dpo_beta": "beta", "dpo_label_smoothing": "label_smoothing", "dpo_loss_type": "loss_type",
-    "dpo_loss_weights": "loss_weights", "dpo_use_weighting": "use_weighting",
-}  # fmt: skip
-"""Settings of preference training -> fields of `DPOConfig`."""
-
-_PAIR_COLUMNS: Mapping[str, dict[str, str]] = {
-    "default": {}, "intel": {"prompt": "question"}, "icr": {"prompt": "input"}, "prompt_pairs": {}, "ultra": {},
-    "argilla_chat": {},
-}  # fmt: skip
-"""Name of a format of preference pairs -> the columns that it reads."""
-
 _IGNORED_KEYS = ("field_tools", "field_system", "field_thinking", "template_thinking_key", "weight")
 _TYPE_KEYS = ("field_instruction", "field_input", "field_output", "format", "no_input_format", "system_prompt")
 _UNSUPPORTED_KEYS = (
@@ -192,8 +181,8 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     if "warmup_steps" not in values:
         values.setdefault("warmup_ratio", 0.03)
-    apply_rules(values, KEYS, draft, skip=(*_CONVERTED_BELOW, *(_PREFERENCE_KEYS if values.get("rl") else ())))
-    _convert_method(values, draft)
+    apply_rules(values, KEYS, draft, skip=(*_CONVERTED_BELOW, *(PREFERENCE_KEYS if is_rated(values) else ())))
+    convert_method(values, draft)
     _convert_datasets(values, selection, draft)
     _convert_adapter(values, draft)
     _convert_overlong(values, draft)
@@ -215,23 +204,6 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
         draft.set_field("lora.target_modules", "all-linear")
     remove_evaluation(draft)
     return draft
-
-
-def _convert_method(values: Mapping[str, Any], draft: Draft) -> None:
-    """Convert the key `rl`, which selects the training method, and its settings."""
-    method = values.get("rl")
-    check_setting("", "rl", method, (None, "dpo", "ipo"), _OTHER_METHOD)
-    if method is None:
-        return
-    draft.set_field("task", "preference")
-    if method == "ipo":
-        draft.set_field("train.loss_type", ["ipo"])
-    for key, field in _PREFERENCE_KEYS.items():
-        if values.get(key) is not None:
-            draft.set_field(f"train.{field}", values[key])
-    if draft.fields.pop("packing", None):
-        draft.add_note("sample_packing: left out, because preference pairs are not packed")
-    draft.add_note("rl: Axolotl trains all text after the prompt; ftdata trains only what the assistant generates")
 
 
 def _convert_adapter(values: Mapping[str, Any], draft: Draft) -> None:
@@ -315,8 +287,9 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
 def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
     """Convert the settings of an Axolotl data set to ftdata options: schema, columns, template and `train_on`."""
     kind, path = info.get("type"), str(info["path"])
-    if values.get("rl"):
-        return _pair_options(info, values, draft)
+    if is_rated(values):
+        renamed, template = read_rated_format(info, values)
+        return {**({"columns": renamed} if renamed else {}), **_template_options(template, values, draft)}
     train_on = {"train_on": "all"} if values.get("train_on_inputs") else {}
     if isinstance(kind, Mapping):
         return {**_prompt_template_options(kind), **train_on}
@@ -343,25 +316,6 @@ def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draf
         else "write the format as a Jinja template, and set template to that file"
     )
     raise conversion_error(f"{path}: ftdata has no equivalent for the data set type {kind}", hint=hint)
-
-
-def _pair_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    """Convert a data set of preference pairs: `chat_template.default`, or a format with a fixed template."""
-    kind, path = str(info.get("type")), str(info["path"])
-    family, _, name = kind.partition(".")
-    name = name or "default"
-    fields = {"messages": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
-    columns = {field: str(info[key]) for field, key in fields.items() if info.get(key, field) != field}
-    if kind == "chat_template.default":
-        return {**({"columns": columns} if columns else {}), **_template_options(info, values, draft)}
-    if family not in ("chatml", "llama3") or name not in _PAIR_COLUMNS:
-        known = ", ".join(["chat_template.default", *(f"chatml.{name}" for name in _PAIR_COLUMNS)])
-        raise conversion_error(f"{path}: ftdata has no equivalent for the data set type {kind}", hint=f"known: {known}")
-    columns = _PAIR_COLUMNS[name]
-    return {
-        **({"columns": columns} if columns else {}),
-        **_template_options({"chat_template": family}, values, draft),
-    }
 
 
 def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ftdata.importers.draft import (
     remove_packing,
     test_size_of,
 )
+from ftdata.schemas.labels import LABEL_COLUMNS
 
 _INFO_FILE = "dataset_info.json"
 _NO_EQUIVALENT = "it affects training, and ftdata has no equivalent"
@@ -114,7 +115,15 @@ _DEFAULTS = {
 _CONVERTED_BELOW = (
     "stage", "dataset", "dataset_dir", "template", "finetuning_type", "quantization_bit", "mix_strategy",
 )  # fmt: skip
-_PREFERENCE_KEYS = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "ref_model", "ref_model_adapters")
+_STAGES = {"sft": "sft", "pt": "sft", "dpo": "preference", "rm": "reward", "kto": "kto"}
+"""Stage that can be imported -> task of ftdata."""
+
+_PREFERENCE_KEYS = {
+    "dpo": ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "ref_model", "ref_model_adapters"),
+    "kto": ("pref_beta", "kto_chosen_weight", "kto_rejected_weight", "ref_model", "ref_model_adapters"),
+}
+"""Stage -> keys that are converted only for this stage."""
+
 _MIX_HINT = "remove mix_strategy and interleave_probs, and set weight for each data set in ftdata's configuration"
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _OPTIONAL_COLUMNS = {"query": "input", "system": "system", "history": "history"}
@@ -140,11 +149,11 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
         UsageError: `cannot_import`.
     """
     stage = values.get("stage", "sft")
-    check_setting("", "stage", stage, ("sft", "pt", "dpo"))
+    check_setting("", "stage", stage, _STAGES)
     check_setting("", "mix_strategy", values.get("mix_strategy", "concat"), ("concat",), _MIX_HINT)
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
-    apply_rules(values, KEYS, draft, skip=(*_CONVERTED_BELOW, *(_PREFERENCE_KEYS if stage == "dpo" else ())))
+    apply_rules(values, KEYS, draft, skip=(*_CONVERTED_BELOW, *_PREFERENCE_KEYS.get(stage, ())))
     _convert_weights(values, draft)
     _convert_lengths(values, draft)
     listed = values.get("dataset") or ""
@@ -163,9 +172,8 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
         _convert_texts(infos, selected, data_dir, draft)
         remove_evaluation(draft)
         return draft
-    _convert_datasets(infos, selected, data_dir, draft, pairs=stage == "dpo")
-    if stage == "dpo":
-        _convert_preference(values, draft)
+    _convert_datasets(infos, selected, data_dir, draft, _STAGES[stage])
+    _convert_preference(stage, values, draft)
     if values.get("val_size") and any(infos[name].get("num_samples") for name in selected):
         draft.add_note(
             "num_samples: LLaMA-Factory splits off val_size after it selects num_samples rows; ftdata makes the test "
@@ -223,7 +231,7 @@ def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str],
     if not names:
         problem = f"the file contains {len(values)} data sets, and none is selected"
         raise conversion_error(problem, hint=f"select data sets with --dataset: {', '.join(values)}")
-    _convert_datasets(values, names, folder, draft, pairs=_has_ranking(values, names))
+    _convert_datasets(values, names, folder, draft, "preference" if _has_ranking(values, names) else "sft")
     return draft
 
 
@@ -266,31 +274,42 @@ def _has_ranking(infos: Mapping[str, Any], names: Sequence[str]) -> bool:
     return all(isinstance(infos.get(name), Mapping) and infos[name].get("ranking") for name in names)
 
 
-def _convert_datasets(
-    infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft, *, pairs: bool
-) -> None:
-    """Convert data sets of conversations or of preference pairs, which have the setting `ranking`."""
+def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft, task: str) -> None:
+    """Convert data sets of conversations, of preference pairs (with the setting `ranking`), or of labeled answers."""
     _check_names(infos, names, folder)
+    pairs = task in ("preference", "reward")
     for name in names:
+        if task == "kto" and not (infos[name].get("columns") or {}).get("kto_tag"):
+            raise conversion_error(f"{name}: the column kto_tag is missing, which stage: kto needs")
         if pairs != bool(infos[name].get("ranking")):
             problem = f"{name}: the setting ranking is {bool(infos[name].get('ranking'))}, expected {pairs}"
-            hint = "ranking is for stage: dpo; for other stages, remove it to train on the column chosen only"
+            hint = "ranking is for stage: dpo and rm; for other stages, remove it to train on the column chosen only"
             raise conversion_error(problem, hint=hint)
     draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
-    if pairs:
-        draft.set_field("task", "preference")
-    convert = _pair_options if pairs else _row_options
+    if task != "sft":
+        draft.set_field("task", task)
+    convert = _pair_options if pairs else _labeled_options if task == "kto" else _row_options
     merge_dataset_options({name: convert(name, infos[name], draft) for name in names}, draft)
 
 
-def _convert_preference(values: Mapping[str, Any], draft: Draft) -> None:
-    """Convert the settings of `stage: dpo`."""
-    loss = values.get("pref_loss", "sigmoid")
-    check_setting("", "pref_loss", loss, ("sigmoid", "hinge", "ipo"), "use one of these losses")
+def _convert_preference(stage: str, values: Mapping[str, Any], draft: Draft) -> None:
+    """Convert the settings of the stages for rated answers."""
+    if _STAGES[stage] == "sft":
+        return
+    if draft.fields.pop("packing", None):
+        draft.add_note("packing: left out, because rated answers are not packed")
+    if stage == "rm":
+        return
     if values.get("ref_model"):
         problem = "ref_model is another model, but ftdata uses the model before the training as the reference"
         raise conversion_error(problem, hint="remove ref_model")
     draft.set_field("train.beta", values.get("pref_beta", 0.1))
+    if stage == "kto":
+        draft.set_field("train.desirable_weight", values.get("kto_chosen_weight", 1.0))
+        draft.set_field("train.undesirable_weight", values.get("kto_rejected_weight", 1.0))
+        return
+    loss = values.get("pref_loss", "sigmoid")
+    check_setting("", "pref_loss", loss, ("sigmoid", "hinge", "ipo"), "use one of these losses")
     if share := values.get("pref_ftx"):
         draft.set_field("train.loss_type", [loss, "sft"])
         draft.set_field("train.loss_weights", [1.0, share])
@@ -298,8 +317,15 @@ def _convert_preference(values: Mapping[str, Any], draft: Draft) -> None:
         draft.set_field("train.loss_type", [loss])
     if smoothing := values.get("dpo_label_smoothing"):
         draft.set_field("train.label_smoothing", smoothing)
-    if draft.fields.pop("packing", None):
-        draft.add_note("packing: left out, because preference pairs are not packed")
+
+
+def _labeled_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
+    """Convert the columns of a data set for KTO: those of conversations, and the label."""
+    columns = dict(info["columns"])
+    label = columns.pop("kto_tag")
+    options = _row_options(name, {**info, "columns": columns}, draft)
+    mapping = options.get("columns", {}) | ({} if label in LABEL_COLUMNS else {"label": label})
+    return {**options, **({"columns": mapping} if mapping else {})}
 
 
 def _pair_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rl": "kto"}, "rl is 'kto', expected dpo or ipo"),
+        ({"rl": "orpo"}, "rl is 'orpo', expected dpo, ipo or kto"),
         ({"adapter": "oft"}, "adapter is 'oft'"),
         ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
         ({"excess_length_strategy": "split"}, "excess_length_strategy is 'split'"),
@@ -369,7 +369,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stage": "kto"}, "stage is 'kto'"),
+        ({"stage": "ppo"}, "stage is 'ppo'"),
         (
             {"dataset": "faq,chats"},
             "need different values of schema, columns .faq: schema alpaca.*data to the list of these folders",
