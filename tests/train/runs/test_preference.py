@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import time
 
 import pytest
 
@@ -132,6 +134,32 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
     resumed = json.loads((folder / "run.json").read_text())
     assert resumed["loss"] == about["loss"]
     left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+KILLED = """
+import sys
+from ftdata.train import run
+
+run(**eval(sys.argv[1]))
+"""
+
+
+def test_killed_run_resumes_exactly_in_the_middle_of_an_epoch(training_python, trained, llama, data, tmp_path):
+    """An epoch has 8 steps. The run is killed while it writes the checkpoint of step 10."""
+    options = {"task": "preference", "test_size": 16, "lora": {"r": 4, "dropout": 0.1}}
+    settings = {**SETTINGS, "max_steps": 20, "save_steps": 5}
+    given = {"source": data, "model": llama, "output_dir": str(tmp_path / "run"), "settings": settings, **options}
+    call = training_python("-c", KILLED, repr(given))
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run" / "checkpoint-10").is_dir():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(tmp_path / "run", resume=True)
+    about, resumed = (json.loads((folder / "run.json").read_text()) for folder in (trained, tmp_path / "run"))
+    assert resumed["loss"] == about["loss"]
+    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, tmp_path / "run"))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
