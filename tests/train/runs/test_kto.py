@@ -1,10 +1,8 @@
 """KTO on the labels of a build: the losses of TRL where its mask is right, exact resume, and a model that learns."""
 
-import json
-import random
-import shutil
-
 import pytest
+from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
+from preference_runs import as_messages, assert_equal_runs, copy_interrupted, make_words, read_run, write_rows
 
 from ftdata import build_preference_dataset
 from ftdata.errors import UsageError
@@ -13,39 +11,27 @@ pytest.importorskip("trl")
 pytestmark = pytest.mark.train
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import KTOConfig, KTOTrainer  # noqa: E402
 
 from ftdata.train import compare, dry_run, run  # noqa: E402
 from ftdata.train.runs.preference_trainers import KTORunTrainer, LabelCollator  # noqa: E402
 
-# No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SETTINGS = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
 
 
 def make_rows(count):
     """Return answers that repeat the question; they are desirable if they begin with yes."""
-    generator = random.Random(0)
-    rows = []
-    for number in range(count):
-        word = "".join(generator.choices("abcdefgh", k=4))
-        label = number % 3 != 0
-        rows.append({"prompt": f"Say {word}", "completion": f"{'yes' if label else 'no'} {word}", "label": label})
+    rows = [{"prompt": f"Say {word}", "completion": f"yes {word}", "label": True} for word in make_words(count)]
+    for row in rows[::3]:
+        row |= {"completion": row["completion"].replace("yes", "no"), "label": False}
     return rows
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(60)))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows(60))
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +52,7 @@ def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adap
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
-    messages = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-            "label": row["label"],
-        }
-        for row in rows
-    ]
+    messages = [*map(as_messages, rows)]
     built = build_preference_dataset(rows, llama, TEMPLATE, task="kto")["train"]
     own = {"data_collator": LabelCollator(tokenizer.pad_token_id), "seal": None}
     own |= {"max_checkpoints": None, "lengths": np.ones(12, int)}
@@ -92,7 +71,7 @@ def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adap
 
 
 def test_model_learns_the_difference_between_desirable_and_undesirable_answers(trained):
-    about = json.loads((trained / "run.json").read_text())
+    about = read_run(trained)
     assert about["reward_margin"] > 0.1
     assert about["test_loss"] < 0.49
     assert "- kto" in (trained / "model" / "README.md").read_text()
@@ -108,23 +87,15 @@ def test_metrics_of_an_evaluation_are_means_over_rows(llama, data, tmp_path):
         settings = {**SETTINGS, "max_steps": 4, "per_device_eval_batch_size": size, "loss_type": "apo_zero_unpaired"}
         out = run(data, model=llama, output_dir=tmp_path / f"run{size}", settings=settings, task="kto",
                   test_size=18, lora={"r": 4})  # fmt: skip
-        about = json.loads((out / "run.json").read_text())
+        about = read_run(out)
         margins.append([about["test_loss"], about["reward_margin"]])
     assert margins[0] == pytest.approx(margins[1], rel=1e-3)
 
 
 def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    about = json.loads((folder / "run.json").read_text())
-    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
-    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
-    shutil.rmtree(folder / "checkpoint-20")
-    shutil.rmtree(folder / "model")
-    run(folder, resume=True)
-    assert json.loads((folder / "run.json").read_text())["loss"] == about["loss"]
-    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    copy_interrupted(trained, tmp_path / "run")
+    run(tmp_path / "run", resume=True)
+    assert_equal_runs(trained, tmp_path / "run")
 
 
 def test_answers_of_other_prompts_keep_their_masks(llama):

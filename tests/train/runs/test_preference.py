@@ -1,12 +1,12 @@
 """DPO on the labels of a build: the losses of TRL where its mask is right, exact resume, and a model that learns."""
 
-import json
-import random
 import shutil
 import subprocess
 import time
 
 import pytest
+from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
+from preference_runs import as_messages, assert_equal_runs, copy_interrupted, make_pairs, read_run, write_rows
 
 from ftdata import build_preference_dataset
 from ftdata.build.dataset import write_build
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.train
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
@@ -26,11 +25,6 @@ from ftdata.train import compare, dry_run, generate, run  # noqa: E402
 from ftdata.train.runs.preference_trainers import DPORunTrainer, PairCollator  # noqa: E402
 from ftdata.train.runs.unpadding import run_without_padding  # noqa: E402
 
-# No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right.
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SETTINGS = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,
@@ -40,18 +34,9 @@ SETTINGS = {
 }
 
 
-def make_pairs(count):
-    """Return pairs in which the chosen answer repeats the question, and the rejected answer does not."""
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(count)]
-    return [{"prompt": f"Say {word}", "chosen": f"yes {word}", "rejected": f"no {word}"} for word in words]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(48)))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(48))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +58,7 @@ def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adap
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
-    messages = [
-        {name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}] for name in row}
-        for row in rows
-    ]
+    messages = [*map(as_messages, rows)]
     built = build_preference_dataset(rows, llama, TEMPLATE, seed=0)["train"]
     losses = []
     for kind, data, more in (
@@ -101,7 +83,7 @@ def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adap
 
 
 def test_model_prefers_the_chosen_answers_of_held_out_pairs(trained):
-    about = json.loads((trained / "run.json").read_text())
+    about = read_run(trained)
     assert about["reward_accuracy"] == 1.0
     assert about["reward_margin"] > 0.1
     assert about["loss"][0] == pytest.approx(0.6931, abs=1e-3)
@@ -123,18 +105,9 @@ def test_models_are_compared_on_both_sides(trained, data):
 
 
 def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    about = json.loads((folder / "run.json").read_text())
-    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
-    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
-    shutil.rmtree(folder / "checkpoint-20")
-    shutil.rmtree(folder / "model")
-    run(folder, resume=True)
-    resumed = json.loads((folder / "run.json").read_text())
-    assert resumed["loss"] == about["loss"]
-    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    copy_interrupted(trained, tmp_path / "run")
+    run(tmp_path / "run", resume=True)
+    assert_equal_runs(trained, tmp_path / "run")
 
 
 KILLED = """
@@ -157,17 +130,14 @@ def test_killed_run_resumes_exactly_in_the_middle_of_an_epoch(training_python, t
     process.kill()
     process.wait()
     run(tmp_path / "run", resume=True)
-    about, resumed = (json.loads((folder / "run.json").read_text()) for folder in (trained, tmp_path / "run"))
-    assert resumed["loss"] == about["loss"]
-    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, tmp_path / "run"))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert_equal_runs(trained, tmp_path / "run")
 
 
 @pytest.mark.parametrize("precompute", [False, True])
 def test_full_fine_tuning_keeps_the_reference_model(llama, data, tmp_path, precompute):
     settings = {**SETTINGS, "precompute_ref_log_probs": precompute}
     out = run(data, model=llama, output_dir=tmp_path / "run", task="preference", settings=settings)
-    losses = json.loads((out / "run.json").read_text())["loss"]
+    losses = read_run(out)["loss"]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < 0.5
 
@@ -197,7 +167,7 @@ def test_metrics_of_an_evaluation_are_means_over_pairs(llama, data, tmp_path):
         options = {"task": "preference", "test_size": 16, "lora": {"r": 4}}
         settings = {**SETTINGS, "per_device_eval_batch_size": size}
         out = run(data, model=llama, output_dir=tmp_path / f"run{size}", settings=settings, **options)
-        about = json.loads((out / "run.json").read_text())
+        about = read_run(out)
         scores.append([about[name] for name in ("test_loss", "reward_accuracy", "reward_margin")])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 

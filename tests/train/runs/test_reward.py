@@ -1,10 +1,8 @@
 """Reward models on the tokens of a build: the losses of TRL, a model that learns, and resumed runs."""
 
-import json
-import random
-import shutil
-
 import pytest
+from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
+from preference_runs import as_messages, assert_equal_runs, copy_interrupted, make_pairs, read_run, write_rows
 
 from ftdata import build_preference_dataset
 from ftdata.build.dataset import write_build
@@ -23,25 +21,12 @@ from trl import RewardConfig, RewardTrainer  # noqa: E402
 from ftdata.train import compare, dry_run, merge, run, start_chat  # noqa: E402
 from ftdata.train.runs.preference_trainers import PairCollator, RewardRunTrainer  # noqa: E402
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SETTINGS = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
-
-
-def make_pairs(count):
-    """Return pairs in which the chosen answer repeats the question, and the rejected answer does not."""
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(count)]
-    return [{"prompt": f"Say {word}", "chosen": f"yes {word}", "rejected": f"no {word}"} for word in words]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(48)))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(48))
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +46,7 @@ def test_losses_equal_those_of_trl(llama, tmp_path):
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
-    messages = [
-        {name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}] for name in row}
-        for row in rows
-    ]
+    messages = [*map(as_messages, rows)]
     built = build_preference_dataset(rows, llama, TEMPLATE, seed=0)["train"]
     own = {"data_collator": PairCollator(tokenizer.pad_token_id, for_rewards=True), "seal": None}
     own |= {"max_checkpoints": None, "lengths": np.ones(8, int)}
@@ -80,7 +62,7 @@ def test_losses_equal_those_of_trl(llama, tmp_path):
 
 
 def test_model_prefers_the_chosen_answers_of_held_out_pairs(trained):
-    about = json.loads((trained / "run.json").read_text())
+    about = read_run(trained)
     assert about["reward_accuracy"] == 1.0
     assert about["reward_margin"] > 0.5
     card = (trained / "model" / "README.md").read_text()
@@ -108,19 +90,12 @@ def test_merged_reward_model_computes_the_same_rewards(trained, tmp_path):
 
 def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    about = json.loads((folder / "run.json").read_text())
-    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
-    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
-    shutil.rmtree(folder / "checkpoint-20")
-    shutil.rmtree(folder / "model")
+    copy_interrupted(trained, folder)
     with pytest.raises(InputRefused, match="task was reward, is dpo"):
         run(folder, resume=True, task="dpo")
     run(folder, resume=True)
-    assert json.loads((folder / "run.json").read_text())["loss"] == about["loss"]
-    left, right = (load_file(path / "model" / "adapter_model.safetensors") for path in (trained, folder))
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    assert any("score" in name for name in left)
+    assert_equal_runs(trained, folder)
+    assert any("score" in name for name in load_file(folder / "model" / "adapter_model.safetensors"))
 
 
 def test_one_build_serves_dpo_and_reward_models(llama, data, tmp_path):
@@ -133,4 +108,4 @@ def test_one_build_serves_dpo_and_reward_models(llama, data, tmp_path):
     # The default task is that of the data. DPO needs a reference model.
     assert weights["sft"] == weights["dpo"] > 1.5 * weights["reward"]
     full = run(str(tmp_path / "built"), model=llama, output_dir=tmp_path / "run", task="reward", settings=SETTINGS)
-    assert json.loads((full / "run.json").read_text())["reward_accuracy"] == 1.0
+    assert read_run(full)["reward_accuracy"] == 1.0
