@@ -212,6 +212,7 @@ def write_build(
         raise UsageError("train_on", problem, hint="use a named function, or workers=1")
     sources = resolve_sources(data)
     _check_split_names(sources)
+    store.check_source_builds([source.path for source in sources], bound.tokenizer.fingerprint)
     _check_output(output_dir, sources)
     parts = sources if row_filter.limit else split_into_parts(sources)
     request = BuildRequest(bound, layout, row_filter, reject_limit, describe_data(data), parts, overwrite)
@@ -368,7 +369,10 @@ def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
     # The hashes of millions of rows take much memory, so they are loaded only if they are compared.
     if layout.dedup or layout.test_size is not None or len(set(splits)) > 1:
         content = hashes = examples.contents
-        leakage_group = np.ascontiguousarray(hashes.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
+        # Rows with the same tokens, or with an equal example after a split, must be in the same split.
+        row_hashes = np.ascontiguousarray(hashes.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
+        row_groups = np.unique(row_hashes, return_index=True, return_inverse=True)
+        leakage_group = near_duplicates.merge_labels(row_groups[1][row_groups[2]], examples.token_hashes)
     if threshold is not None:
         minhashes = np.concatenate([read_minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
         content = near_duplicates.merge_labels(near_duplicates.first_similar(minhashes, threshold), hashes)

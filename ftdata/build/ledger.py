@@ -319,6 +319,7 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
         ("where", "rows excluded because they lack a column that where= uses"),
         ("text", "columns that contain messages as text, and are used as text"),
         ("message key", "message keys that only some templates read"),
+        ("trained", "messages with train: true whose role is not assistant, which are not trained"),
     ):
         items = [(note.removeprefix(kind).strip(), rows) for note, rows in notes.most_common() if note.startswith(kind)]
         if items:

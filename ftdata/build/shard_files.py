@@ -54,6 +54,7 @@ _EXAMPLES = pa.schema(
         ("cut", pa.int64()),
         ("flags", pa.list_(pa.string())),
         ("content", pa.binary(24)),
+        ("tokens_hash", pa.binary(16)),
         *((name, pa.float32()) for name in FEEDBACK),
     ]
 )
@@ -119,6 +120,9 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
     contents = [
         content for hashes, count in zip(batch.hash_rows(), batch.counts, strict=True) for content in hashes * count
     ]
+    # The examples of a split conversation can equal examples of other rows.
+    has_split_rows = len(batch.counts) < len(batch.texts)
+    token_hashes = [ids for ids, _ in batch.hash_examples()] if has_split_rows else contents[::2]
     columns = [
         string_array([_redact_path(source.path) for source in batch.sources]),
         int64_array([source.row for source in batch.sources]),
@@ -130,6 +134,7 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
             list_offsets(map(len, flags)), string_array([flag for names in flags for flag in names])
         ),
         pa.Array.from_buffers(pa.binary(24), len(batch.texts), [None, pa.py_buffer(b"".join(contents))]),
+        pa.Array.from_buffers(pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(token_hashes))]),
         *map(float32_array, _feedback(batch)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
@@ -256,12 +261,20 @@ class ExampleTable:
     @cached_property
     def contents(self) -> NDArray[np.bytes_]:
         """For each example, a 24-byte hash of the tokens and labels of its whole row (`[examples]`)."""
+        return self._read_hashes("content", 24)
+
+    @cached_property
+    def token_hashes(self) -> NDArray[np.bytes_]:
+        """For each example, a 16-byte hash of its token ids (`[examples]`)."""
+        return self._read_hashes("tokens_hash", 16)
+
+    def _read_hashes(self, name: str, size: int) -> NDArray[np.bytes_]:
         chunks = [
-            np.frombuffer(chunk.buffers()[1], np.dtype("S24"))[chunk.offset : chunk.offset + len(chunk)]
-            for chunk in self.table["content"].chunks
+            np.frombuffer(chunk.buffers()[1], np.dtype(f"S{size}"))[chunk.offset : chunk.offset + len(chunk)]
+            for chunk in self.table[name].chunks
             if len(chunk)
         ]
-        return np.concatenate(chunks) if chunks else np.empty(0, "S24")
+        return np.concatenate(chunks) if chunks else np.empty(0, f"S{size}")
 
     def add_offsets(self, table: pa.Table, shard: NDArray[np.int64]) -> pa.Table:
         """Return a copy of the table in which row and line numbers count from the start of the file, not of the shard.

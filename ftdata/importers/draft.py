@@ -181,8 +181,10 @@ def check_roles(roles: Mapping[str, str], where: str) -> None:
         UsageError: `cannot_import`.
     """
     synonyms = {"observation": "tool", "function": "tool"}
+    # ShareGPT data has tool calls in turns of the role `function_call`.
+    known = {**dict.fromkeys(SPECIAL_ROLES, "tool"), **ROLES, "function_call": "assistant"}
     for role, meaning in roles.items():
-        normalized = ROLES.get(role, "tool" if role in SPECIAL_ROLES else None)
+        normalized = known.get(role)
         if normalized != synonyms.get(meaning, meaning):
             difference = f"ftdata reads it as {normalized}" if normalized else "ftdata does not support this role"
             problem = f"{where}: role {role!r} means {meaning} in the file, but {difference}"

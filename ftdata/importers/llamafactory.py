@@ -231,7 +231,7 @@ def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str],
     if not names:
         problem = f"the file contains {len(values)} data sets, and none is selected"
         raise conversion_error(problem, hint=f"select data sets with --dataset: {', '.join(values)}")
-    _convert_datasets(values, names, folder, draft, "preference" if _has_ranking(values, names) else "sft")
+    _convert_datasets(values, names, folder, draft, _find_task(values, names))
     return draft
 
 
@@ -270,8 +270,12 @@ def _check_names(infos: Mapping[str, Any], names: Sequence[str], folder: Path) -
             raise conversion_error(problem, hint=suggest_names(name, infos))
 
 
-def _has_ranking(infos: Mapping[str, Any], names: Sequence[str]) -> bool:
-    return all(isinstance(infos.get(name), Mapping) and infos[name].get("ranking") for name in names)
+def _find_task(infos: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the task of data sets of which all have pairs (`ranking`), or all have labels (`kto_tag`)."""
+    selected = [infos[name] if isinstance(infos.get(name), Mapping) else {} for name in names]
+    if all(info.get("ranking") for info in selected):
+        return "preference"
+    return "kto" if all((info.get("columns") or {}).get("kto_tag") for info in selected) else "sft"
 
 
 def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft, task: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdata._version import __version__
-from ftdata.build.store import check_intact, read_manifest
+from ftdata.build.store import check_intact, check_source_builds, read_manifest
 from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.row_views import Heading
@@ -90,7 +90,8 @@ def make_target(
         options: Further options of `build_sft_dataset` that are part of the recipe.
 
     Raises:
-        UsageError: An option is unknown, invalid, or does not apply to a build; or `tokenizer` is missing.
+        UsageError: An option is unknown, invalid, or does not apply to a build; `tokenizer` is missing; or a build
+            among the data was made with another tokenizer.
         InputRefused: A source cannot be read. A damaged build is detected when its rows are read.
     """
     for name in options:
@@ -106,6 +107,7 @@ def make_target(
         hint = "pass the tokenizer of the model: --tokenizer"
         raise UsageError("no_tokenizer", "a tokenizer is required, but no tokenizer was passed", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
+    check_source_builds([source.path for source in sources], recipe.tokenizer.fingerprint)
     labeled_sources = [(source, source.split or "train") for source in sources]
     if against is not None:
         held_out_build = stored_builds.find_build_folder(against)

@@ -90,12 +90,12 @@ def _truncate_row(
         return make_reject(row, error)
     lengths = tuple(map(len, examples.values()))
     fitting, dropped, length_error = dict[int, Example](), list[int](), None
-    for number, example in examples.items():
+    for position, (number, example) in enumerate(examples.items()):
         try:
             fitting[number] = truncate(example, recipe.max_length, recipe.overlong)
         except BadRow as error:
             length_error = error
-            length_error.field = SIDES[number] if conversation.sides else ""
+            length_error.field = SIDES[position] if conversation.sides else ""
             dropped.append(len(example))
     try:
         # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.

@@ -406,6 +406,6 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
         hint = f"rename {renamed} in this row; if all rows have these names, set columns={similar!r}"
     else:
         example = "columns={'prompt': ..., 'completion': ...}"
-        hint = f"map its columns with columns=, e.g. {example}. Known schemas: {candidates}"
+        hint = f"correct the row; or if all rows are like it, set columns=, e.g. {example}. Known schemas: {candidates}"
     columns += f" ({null_columns})" if nulls else ""
     raise BadRow("unknown_schema", f"the row matches no schema; its columns: {columns}", hint=hint)

@@ -52,6 +52,7 @@ _BLOCK_ARGUMENT_KEYS = ("input", "arguments", "parameters", "args")
 _CHAT_KEYS = {"role", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "thinking", "id"}
 _COMMON_KEYS = {*_CHAT_KEYS, *_ROLE_KEYS, *_CONTENT_KEYS, *TRAIN_FIELDS}
 _TOOL_ROLES = {"tool", *STANDS_FOR}
+_ANSWER_ROLES = {name for name, role in ROLES.items() if role == "assistant"}
 _PART_TYPES = {
     "text", "input_text", "output_text", "refusal", "thinking", "reasoning", "tool_use", "tool_result", "file",
     "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio", "document",
@@ -140,6 +141,8 @@ def message_notes(value: Any) -> Iterator[str]:
         if isinstance(item, Mapping):
             yield from (f"message key {key}" for key in item if key not in _COMMON_KEYS)
             role = read_role_name(item)
+            if role not in _ANSWER_ROLES and any(item.get(key) in (1, "true") for key in TRAIN_FIELDS):
+                yield f"trained {role}"
             if isinstance(role, str) and role not in _EXPECTED_ROLES:
                 yield f"role {role} as {ROLES.get(role.strip().lower(), 'assistant')}"
 

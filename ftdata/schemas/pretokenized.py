@@ -58,6 +58,7 @@ def read_token_row(data: Mapping[str, Any]) -> Conversation:
                 f"the mask differs from {other}: token {index} is {states[0]} in {name}, but {states[1]} in {other}"
             )
             raise BadRow("two_masks", problem, field=f"{name}[{index}]", hint=f"keep only {name} or {other}")
+    trained[0] = False  # There is no context from which the model could predict the first token.
     return Conversation(messages=(), tokens=RowTokens(ids.astype(np.int32), trained))
 
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
 
+from ftdata import preview
 from ftdata.build import store
 from ftdata.build.dataset import write_build
 from ftdata.build.pack import best_fit_decreasing, plan_packs
-from ftdata.errors import InputRefused
+from ftdata.errors import InputRefused, UsageError
 from ftdata.readers import file_parts, resolve_sources
 from ftdata.readers.file_parts import split_into_parts
 from ftdata.types import Reject
@@ -205,3 +206,16 @@ def test_options_of_the_mask_that_do_not_apply_to_text_are_reported(tokenizer_di
     report = write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "a", turns="joint", train_parts=["answer"])
     assert "1 row with formatted text or tokens, to which train_parts and turns do not apply" in str(report)
     assert "formatted text or tokens" not in str(write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "b"))
+
+
+def test_builds_with_another_tokenizer_are_not_combined(tokenizer_dir, tmp_path):
+    """Their ids would be read as other tokens."""
+    rows = [{"question": "q", "answer": "a"}]
+    write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "a")
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    for data in (tmp_path / "a", [str(tmp_path / "a"), str(tmp_path / "d.json")]):
+        with pytest.raises(UsageError, match="was built with another tokenizer"):
+            write_build(data, tokenizer_dir("qwen"), tmp_path / "b")
+    with pytest.raises(UsageError, match="was built with another tokenizer"):
+        preview([str(tmp_path / "a"), str(tmp_path / "a")], tokenizer_dir("qwen"))
+    assert write_build([str(tmp_path / "a")], tokenizer_dir("tiny_bpe"), tmp_path / "b").total("built") == 1

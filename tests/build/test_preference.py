@@ -233,3 +233,16 @@ def test_builds_of_pairs_are_inspected_like_their_rows(tokenizer_dir, tmp_path):
     built, read = (str(stats(tmp_path / "built")), str(stats(rows, **source)))
     assert " 60       120 " in built
     assert " 60       120 " in read
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_pair_that_is_too_long_after_another_pair_is_rejected(task):
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    rows = [pair, {**pair, "chosen": "much too long " * 9}, {**pair, "rejected": "much too long " * 9}, pair]
+    options = {"max_length": 60, "task": task, "on_bad_rows": "quarantine", "max_rejects": 2}
+    ds = build_preference_dataset(rows, byte_tokenizer(), CHATML, **options)
+    assert len(ds["train"]) == 2
+    assert [reject.split()[:3:2] for reject in ds.report.rejects] == [
+        ["[overlong]", "chosen:"],
+        ["[overlong]", "rejected:"],
+    ]

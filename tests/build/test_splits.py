@@ -399,3 +399,17 @@ def test_groups_of_equal_rows_are_merged():
     labels, equal = np.array([0, 1, 1, 3, 4]), np.array(["a", "b", "c", "c", "d"])
     united = near_duplicates.merge_labels(labels, equal)
     assert [[x == y for y in united] for x in united] == [[x == y for y in (0, 1, 1, 1, 4)] for x in (0, 1, 1, 1, 4)]
+
+
+def test_equal_examples_of_split_conversations_are_in_one_split(tokenizer_dir, tmp_path):
+    """The first turn of a conversation that a template splits can equal another conversation."""
+    rows = []
+    for number in range(12):
+        first = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}]
+        thanks = [{"role": "user", "content": "thanks"}, {"role": "assistant", "content": f"welcome {number}"}]
+        rows += [{"messages": first}, {"messages": first + thanks}]
+    ds = build_sft_dataset(rows, tokenizer_dir("qwen"), test_size=0.3, output_dir=tmp_path / "built")
+    train, test = ({tuple(ids) for ids in ds[name]["input_ids"]} for name in ("train", "test"))
+    assert train
+    assert test
+    assert train.isdisjoint(test)

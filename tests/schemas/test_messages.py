@@ -189,3 +189,10 @@ def test_history_may_be_messages_and_cells_are_parsed_only_in_message_columns():
     assert convert({"messages": [USER, ASSISTANT], "tools": [{"name": "t"}], "functions": [{"name": "f"}]}).notes == {
         "column functions"
     }
+
+
+def test_trained_messages_of_other_roles_are_reported():
+    """Axolotl trains them."""
+    row = {"messages": [{**USER, "train": True}, ASSISTANT]}
+    assert "trained user" in convert(row).notes
+    assert not convert({"messages": [{**USER, "train": False}, {**ASSISTANT, "train": True}]}).notes

@@ -139,8 +139,12 @@ def _check_message(
         if on_dropped_message == "flag" and message["role"] != "assistant":
             return {"message_dropped"}
         problem = f"the template changes or omits the text of this {message['role']} message"
-        hint = "use a template that prints the message with its tool calls, or remove them from the data"
-        raise BadRow("message_dropped", problem, field=f"{rendered.field}.{dropped_key}", hint=hint)
+        field = f"{rendered.field}.{dropped_key}"
+        if dropped_key == "tool_calls":
+            hint = "use a template that prints tool calls, or remove them from the data"
+            raise BadRow("message_dropped", problem, field=field, hint=hint)
+        hint = "use a template that prints the message, change its role, or remove the message from the data"
+        raise BadRow("message_dropped", problem, field=field, hint=hint)
     flags = _flag_reasoning(message, rendered.printed[Part.REASONING])
     if not _content_printed(rendered) or not _all_printed(
         _expected_texts(message, Part.TOOL_CALL), rendered.printed[Part.TOOL_CALL]

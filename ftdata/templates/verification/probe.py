@@ -171,10 +171,11 @@ def probe_template(template: Template) -> TemplateReport:
     split = {name: _run_probe(template, name, "split") for name in _PROBES}
     results = [*joint.values(), *split.values()]
     plain, single = joint["plain"], split["single"]
-    prefix_stable = bool(plain.texts) and "history_rewritten" not in plain.flags
+    unstable = next((name for name in ("plain", "reasoning") if "history_rewritten" in joint[name].flags), None)
+    prefix_stable = bool(plain.texts) and unstable is None
     contradictions = tuple(result.contradiction for result in results if result.contradiction)
     has_texts = any(result.texts for result in results)
-    flags = plain.flags | single.flags
+    flags = plain.flags | single.flags | _flag_untrained_stop(template, single)
     return TemplateReport(
         kind="chat",
         verdict="refused" if contradictions or not has_texts else "exact" if prefix_stable else "split",
@@ -186,11 +187,20 @@ def probe_template(template: Template) -> TemplateReport:
         flags=tuple(sorted(flags & _REPORTED_FLAGS)),
         reasons=()
         if prefix_stable
-        else tuple(filter(None, (plain.error or _describe_rewriting(plain, split["plain"]),))),
+        else tuple(
+            filter(None, (plain.error or _describe_rewriting(joint[unstable or "plain"], split[unstable or "plain"]),))
+        ),
         contradictions=contradictions,
         proved=sum(len(result.texts) for result in results),
         **facts,
     )
+
+
+def _flag_untrained_stop(template: Template, single: _ProbeResult) -> frozenset[str]:
+    """Return the flag `no_trained_stop` if the template prints a stop token after a turn, but outside its tags."""
+    stop = template.stops.stop.strip() if template.stops.stop else ""
+    is_untrained = bool(stop) and bool(single.texts) and stop not in _generated_text(single.texts[-1], 1)
+    return frozenset({"no_trained_stop"} if is_untrained else ())
 
 
 def _run_probe(template: Template, name: str, turns: str) -> _ProbeResult:

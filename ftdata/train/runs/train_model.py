@@ -114,6 +114,8 @@ def _train_in(
     try:
         if before and before.is_done(estimate.steps, config.early_stopping):
             trainer.load_checkpoint(before.checkpoint)
+            note = f"the run has already trained all {before.step:,} steps; the model is evaluated and saved again"
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
         else:
             _train(trainer, before)
     except torch.OutOfMemoryError:

@@ -29,7 +29,7 @@ def test_reports_contain_the_flags_of_generation_tags(tmp_path):
     """A file with tags that leave out the stop token is used, so the report must say so."""
     path = tmp_path / "tagged.jinja"
     path.write_text(CHATML.replace("{{ message.content }}", MARKED))
-    assert check_template(path).flags == ("generation_tags_unconfirmed",)
+    assert check_template(path).flags == ("generation_tags_unconfirmed", "no_trained_stop")
     path.write_text(CHATML)
     assert check_template(path).flags == ()
 
@@ -43,3 +43,14 @@ def test_rewritten_text_before_an_answer_is_the_reason():
     (reason,) = check_template(source).reasons
     assert "the text before the first answer ends with" in reason
     assert "</think>'" in reason
+
+
+def test_templates_that_leave_out_earlier_reasoning_split_conversations():
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.reasoning_content %}<think>"
+        "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    report = check_template(source)
+    assert (report.verdict, report.prefix_stable) == ("split", False)
+    assert "<think>first thought</think>first answer" in report.reasons[0]
