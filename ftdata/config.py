@@ -30,7 +30,7 @@ import msgspec
 import yaml
 
 from ftdata.errors import UsageError, describe_exception, shorten, suggest_names, suggest_path
-from ftdata.options import OPTIONS, check_source_keys, parse_list
+from ftdata.options import OPTIONS, SOURCE_KEYS, check_source_keys, parse_list
 from ftdata.redaction import drop_redacted, is_redacted, is_secret_name, redact, redact_text
 from ftdata.yaml12 import check_plain_values, dump_yaml, parse_yaml
 
@@ -297,6 +297,10 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     if unknown := [key for key in merged if key not in Config.__struct_fields__]:
         names = suggest_names(str(unknown[0]), (*Config.__struct_fields__, *SECTIONS))
         hint = _FAMILIAR_NAMES.get(str(unknown[0]), f"{names}; settings of the trainer belong in the section train")
+        if unknown[0] in SOURCE_KEYS:
+            hint = "set this key in the mapping of a source: data: [{path: ..., " + f"{unknown[0]}: ...}}]"
+        if unknown[0] in ("workers", "engine", "overwrite"):
+            hint = f"pass it on the command line, because it does not change the build: --{unknown[0]}"
         raise UsageError("config", f"the configuration contains the unknown key {unknown[0]!r}", where=file, hint=hint)
     if isinstance(lora := merged.get("lora"), dict):
         extra_fields = {name: value for name, value in lora.items() if name not in Lora.__struct_fields__[:-1]}

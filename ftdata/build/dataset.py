@@ -32,7 +32,13 @@ from ftdata.build.ledger import Report, report_notes
 from ftdata.build.merge_shards import MergedShards
 from ftdata.build.pack import plan_packs, plan_pairs, plan_unpacked
 from ftdata.build.reject_limit import RejectLimit
-from ftdata.build.request import BuildRequest, check_same_options, describe_data, read_current_report
+from ftdata.build.request import (
+    BuildRequest,
+    check_same_options,
+    check_source_builds,
+    describe_data,
+    read_current_report,
+)
 from ftdata.build.run_tasks import TaskRunner, check_all_rereadable
 from ftdata.build.shard_files import read_minhashes
 from ftdata.build.shards import ShardResult
@@ -50,6 +56,7 @@ from ftdata.readers.streams import is_url
 from ftdata.redaction import redact, redact_for_storage, redact_text
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.encoders import EncodersDiffer
+from ftdata.types import SIDES
 
 if TYPE_CHECKING:
     import datasets
@@ -212,7 +219,7 @@ def write_build(
         raise UsageError("train_on", problem, hint="use a named function, or workers=1")
     sources = resolve_sources(data)
     _check_split_names(sources)
-    store.check_source_builds([source.path for source in sources], bound.tokenizer.fingerprint)
+    check_source_builds([source.path for source in sources], bound.tokenizer.fingerprint)
     _check_output(output_dir, sources)
     parts = sources if row_filter.limit else split_into_parts(sources)
     request = BuildRequest(bound, layout, row_filter, reject_limit, describe_data(data), parts, overwrite)
@@ -314,7 +321,7 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
         progress(ProgressUpdate("pack", rows, tokens))
     merged = MergedShards(results)
     request.reject_limit.check(merged.ledgers, merged.rejects, request.describe_missing_column)
-    plan = assign_splits(_example_facts(merged, layout), layout)
+    plan = assign_splits(_example_facts(merged, layout, has_pairs=recipe.task == "preference"), layout)
     if not len(plan.splits["train"]):
         reasons = ", ".join(_split_notes(plan, layout)) or "the sources have no rows, or their shares are too small"
         raise InputRefused("no_rows_built", f"no row is left to train on: {reasons}")
@@ -360,7 +367,7 @@ def _log_reuse(results: Sequence[ShardResult]) -> None:
         _log.info("%d of %d parts of the data come from the cache (see: ftdata cache)", counts["cached"], len(results))
 
 
-def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
+def _example_facts(merged: MergedShards, layout: Layout, *, has_pairs: bool) -> ExampleFacts:
     threshold, examples = layout.near_duplicate_threshold, merged.examples
     tasks = [result.task for result in merged.results]
     splits = [task.source.split for task in tasks]
@@ -369,10 +376,11 @@ def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
     # The hashes of millions of rows take much memory, so they are loaded only if they are compared.
     if layout.dedup or layout.test_size is not None or len(set(splits)) > 1:
         content = hashes = examples.contents
-        # Rows with the same tokens, or with an equal example after a split, must be in the same split.
+        # Rows with the same tokens, or with an equal example after a split, or with the prompt of another rated answer,
+        # must be in the same split.
         row_hashes = np.ascontiguousarray(hashes.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
         row_groups = np.unique(row_hashes, return_index=True, return_inverse=True)
-        leakage_group = near_duplicates.merge_labels(row_groups[1][row_groups[2]], examples.token_hashes)
+        leakage_group = near_duplicates.merge_labels(row_groups[1][row_groups[2]], examples.group_hashes)
     if threshold is not None:
         minhashes = np.concatenate([read_minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
         content = near_duplicates.merge_labels(near_duplicates.first_similar(minhashes, threshold), hashes)
@@ -380,7 +388,8 @@ def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
         leakage_group = near_duplicates.merge_labels(similar, leakage_group)
     return ExampleFacts(
         source=examples.shard,
-        row=examples.column("row"),
+        # A ranked list of answers becomes several pairs, which are selected like rows.
+        row=np.arange(len(examples.lengths)) // len(SIDES) if has_pairs else examples.column("row"),
         content=content,
         leakage_group=leakage_group,
         tokens=examples.lengths,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,3 +142,23 @@ def describe_data(data: Any) -> list[Any] | None:
         if isinstance(item, str | Path) or (isinstance(item, Mapping) and isinstance(item.get("path"), str | Path))
     ]
     return described if len(described) == len(items) else None
+
+
+def check_source_builds(paths: Iterable[str], fingerprint: str) -> None:
+    """Check that builds that are read as data contain the ids of the same tokenizer.
+
+    Args:
+        paths: the paths of the sources; other paths than files of builds are ignored.
+        fingerprint: the fingerprint of the tokenizer.
+
+    Raises:
+        UsageError: `tokenizer_differs`.
+    """
+    for folder in {Path(path).parent.parent for path in paths if path.endswith(".arrow")}:
+        if not (folder / "manifest.json").is_file():
+            continue
+        tokenizer = store.read_manifest(folder)["options"]["tokenizer"]
+        if tokenizer["fingerprint"] != fingerprint:
+            problem = f"{folder} was built with another tokenizer ({tokenizer['name']}), so its token ids do not fit"
+            hint = "build all data with the same tokenizer, or pass the tokenizer of the build: --tokenizer"
+            raise UsageError("tokenizer_differs", problem, hint=hint)

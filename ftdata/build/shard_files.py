@@ -54,7 +54,7 @@ _EXAMPLES = pa.schema(
         ("cut", pa.int64()),
         ("flags", pa.list_(pa.string())),
         ("content", pa.binary(24)),
-        ("tokens_hash", pa.binary(16)),
+        ("group_hash", pa.binary(16)),
         *((name, pa.float32()) for name in FEEDBACK),
     ]
 )
@@ -120,9 +120,6 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
     contents = [
         content for hashes, count in zip(batch.hash_rows(), batch.counts, strict=True) for content in hashes * count
     ]
-    # The examples of a split conversation can equal examples of other rows.
-    has_split_rows = len(batch.counts) < len(batch.texts)
-    token_hashes = [ids for ids, _ in batch.hash_examples()] if has_split_rows else contents[::2]
     columns = [
         string_array([_redact_path(source.path) for source in batch.sources]),
         int64_array([source.row for source in batch.sources]),
@@ -134,10 +131,27 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
             list_offsets(map(len, flags)), string_array([flag for names in flags for flag in names])
         ),
         pa.Array.from_buffers(pa.binary(24), len(batch.texts), [None, pa.py_buffer(b"".join(contents))]),
-        pa.Array.from_buffers(pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(token_hashes))]),
+        pa.Array.from_buffers(pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(_hash_groups(batch)))]),
         *map(float32_array, _feedback(batch)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
+
+
+def _hash_groups(batch: Batch) -> Iterator[bytes]:
+    """Yield a hash of each example (16 bytes). Examples with equal hashes must be in the same split.
+
+    It is the hash of the tokens, because an example of a split conversation can equal an example of another row. For a
+    rated answer, it is the hash of the prompt, because data sets contain several rated answers to one prompt.
+    """
+    hashes = batch.hash_examples()
+    bounds = batch.tokens.token_bounds.tolist()
+    for number, conversation in enumerate(batch.example_conversations):
+        if not conversation.feedback and not batch.has_pairs:
+            yield hashes[number][0]
+            continue
+        start, end = bounds[number : number + 2]
+        prompt_end = start + int(batch.trained[start:end].argmax())
+        yield hashlib.sha256(batch.tokens.ids[start:prompt_end].tobytes()).digest()[:16]
 
 
 def _feedback(batch: Batch) -> Iterator[Sequence[float | None]]:
@@ -264,9 +278,9 @@ class ExampleTable:
         return self._read_hashes("content", 24)
 
     @cached_property
-    def token_hashes(self) -> NDArray[np.bytes_]:
-        """For each example, a 16-byte hash of its token ids (`[examples]`)."""
-        return self._read_hashes("tokens_hash", 16)
+    def group_hashes(self) -> NDArray[np.bytes_]:
+        """For each example, a 16-byte hash; examples with equal hashes must be in the same split (`[examples]`)."""
+        return self._read_hashes("group_hash", 16)
 
     def _read_hashes(self, name: str, size: int) -> NDArray[np.bytes_]:
         chunks = [

@@ -160,26 +160,6 @@ def plan_pack_files(
         )
 
 
-def check_source_builds(paths: Iterable[str], fingerprint: str) -> None:
-    """Check that builds that are read as data contain the ids of the same tokenizer.
-
-    Args:
-        paths: the paths of the sources; other paths than files of builds are ignored.
-        fingerprint: the fingerprint of the tokenizer.
-
-    Raises:
-        UsageError: `tokenizer_differs`.
-    """
-    for folder in {Path(path).parent.parent for path in paths if path.endswith(".arrow")}:
-        if not (folder / "manifest.json").is_file():
-            continue
-        tokenizer = read_manifest(folder)["options"]["tokenizer"]
-        if tokenizer["fingerprint"] != fingerprint:
-            problem = f"{folder} was built with another tokenizer ({tokenizer['name']}), so its token ids do not fit"
-            hint = "build all data with the same tokenizer, or pass the tokenizer of the build: --tokenizer"
-            raise UsageError("tokenizer_differs", problem, hint=hint)
-
-
 def write_packs(_: None, file: PackFile) -> WrittenFile:
     """Write one pack file. The label of a trained token is its id. The label of an untrained token is -100."""
     with disk.create(file.path) as sink, pa.ipc.new_stream(sink, file.schema) as writer:
@@ -289,7 +269,7 @@ def write_split(
     write_dataset_files(target, [file.name for file in files])
     order = members[plan.order]
     unrated = [name for name in FEEDBACK if examples.table[name].null_count == len(examples.table)]
-    table = examples.table.drop_columns(["content", "tokens_hash", *unrated])
+    table = examples.table.drop_columns(["content", "group_hash", *unrated])
     packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(plan.bounds))
     # `Table.take` imports modules that take longer to load than a small build.
     is_identity = np.array_equal(order, np.arange(len(table)))

@@ -42,7 +42,7 @@ _MAIN_OPTIONS = ("template", "train_on", "max_length", "packing", "test_size", "
 
 _READER_OPTIONS = {
     "format": f"Format of the data if its name has another suffix: {', '.join(FORMATS)}",
-    "encoding": "Text encoding if not UTF-8/16/32, e.g. cp1252",
+    "encoding": "Text encoding of all files, if not UTF-8/16/32, e.g. cp1252",
     "quoting": "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
     "split": "Name of the split to read, if the data has several splits",
 }

@@ -277,6 +277,9 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
     if files and Path(path).is_dir():
         # Axolotl resolves these paths relative to the working directory.
         return [{"path": file, **options} for file in ([files] if isinstance(files, str) else files)]
+    if files and path in _SUFFIXES:
+        # The name of a format with files, as in `datasets.load_dataset`.
+        return [{"path": file, **options} for file in ([files] if isinstance(files, str) else files)]
     if Path(path).suffix[1:] in _SUFFIXES or Path(path).is_file():
         # A file has only a train split.
         needs_format = kind in _SUFFIXES and Path(path).suffix[1:] not in (kind, "jsonl")

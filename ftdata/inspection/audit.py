@@ -399,6 +399,7 @@ class Auditor:
             survey,
             scripts,
             target.held_out,
+            target.recipe.task != "sft",
             target.recipe.task == "preference",
             self.near_duplicate_threshold,
             signatures,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ftdata._version import __version__
-from ftdata.build.store import check_intact, check_source_builds, read_manifest
+from ftdata.build.request import check_source_builds
+from ftdata.build.store import check_intact, read_manifest
 from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.row_views import Heading

@@ -90,6 +90,11 @@ class Batch:
         """The conversations of the built rows."""
         return [outcome for outcome in self.outcomes if not isinstance(outcome, Reject)]
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the rows are preference pairs."""
+        return any(conversation.sides for conversation in self.conversations)
+
     @cached_property
     def rejects(self) -> list[Reject]:
         """The rejected rows."""
@@ -149,12 +154,13 @@ class Batch:
     def hash_rows(self) -> list[tuple[bytes, bytes]]:
         """Return for each built row a hash of its token ids (16 bytes) and a hash of its labels (8 bytes).
 
-        The second hash also covers the label of an answer for KTO.
+        The second hash also covers the ratings of the row that training uses: the label and the margin.
         """
         hashes = self._hash_ranges(self.row_bounds)
-        undesirable = [number for number, row in enumerate(self.conversations) if row.feedback.get("label") == 0]
-        for number in undesirable:
-            hashes[number] = (hashes[number][0], sha256(hashes[number][1]).digest()[:8])
+        for number, row in enumerate(self.conversations):
+            if ratings := [item for part in row.parts for item in part.feedback.items() if item[0] != "score"]:
+                ids, labels = hashes[number]
+                hashes[number] = (ids, sha256(labels + repr(ratings).encode()).digest()[:8])
         return hashes
 
     def hash_examples(self) -> list[tuple[bytes, bytes]]:

@@ -98,9 +98,9 @@ def _truncate_row(
             length_error.field = SIDES[position] if conversation.sides else ""
             dropped.append(len(example))
     try:
-        # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
+        # In a split conversation, each example is a group of whole turns, so some of the examples may be dropped.
         # Both sides of a preference pair are kept or rejected.
-        can_drop = recipe.overlong == "drop_turns" and not conversation.sides
+        can_drop = recipe.overlong != "reject" and not conversation.sides
         if length_error is not None and not (can_drop and fitting):
             if fitting:
                 part = f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"

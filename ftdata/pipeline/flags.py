@@ -40,8 +40,9 @@ FLAGS = {
     "no_trained_stop": Flag(
         "error",
         "a trained turn does not end with a trained control token, so the model does not learn to stop",
-        "use a template that prints a control token after every turn, inside the generation tags if there are any; for "
-        "conversations with a single turn, on_missing_stop='append_eos' also works",
+        "use a template that prints a control token after every turn, inside the generation tags if there are any; "
+        "with train_parts, also train the last part of a turn; for conversations with a single turn, "
+        "on_missing_stop='append_eos' also works",
         _NO_STOP,
         (_ALL_STOP,),
     ),
@@ -135,7 +136,13 @@ FLAGS = {
     "generation_tags_unconfirmed": Flag(
         "warning",
         "the text inside the template's generation tags is trained, although the model might not generate it",
-        "correct the generation tags of the template, or remove them: ftdata locates turns without them",
+        "correct the generation tags of the template, or remove them; the template must print the header of an answer "
+        "if add_generation_prompt is set, so that ftdata can locate turns",
+    ),
+    "header_trained": Flag(
+        "warning",
+        "the template does not print the header of an answer as the generation prompt, so the header is trained",
+        "at the end of the template, print the header inside {% if add_generation_prompt %}{% endif %}",
     ),
     "stop_outside_generation_tags": Flag(
         "note",

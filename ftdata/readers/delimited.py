@@ -240,7 +240,7 @@ def _make_row(
         return Reject(source, "ragged_row", "", reason, "quote cells that contain a delimiter or a line break", raw)
     for name, cell in zip(names, cells, strict=True):
         if not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell):
-            fix = "pass the encoding of the file, e.g. encoding='cp1252'"
+            fix = "set the encoding, e.g. encoding='cp1252', or {path: ..., encoding: cp1252} if only this file has it"
             return Reject(source, "encoding", name, "is not valid text in the encoding of the file", fix, raw)
     return Row(dict(zip(names, cells, strict=True)), source, flat=True, notes=notes)
 

@@ -228,7 +228,10 @@ def describe_invalid_utf8(invalid: bytes, offset: int) -> tuple[str, str]:
         reason = f"is not valid text in the encoding of the file: byte 0x{ord(surrogate) - 0xDC00:02x}"
         return reason, "pass a different encoding"
     reason = f"is not UTF-8 text: byte 0x{invalid[0]:02x} at offset {offset} of the row"
-    return reason, "pass the encoding of the file, e.g. encoding='cp1252'"
+    return (
+        reason,
+        "set the encoding, e.g. encoding='cp1252', or {path: ..., encoding: cp1252} if only this file has it",
+    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

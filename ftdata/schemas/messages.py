@@ -18,12 +18,14 @@ Unknown keys are kept, because a template can read them. Null values are dropped
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, cast
 
 from ftdata.errors import BadRow, suggest_names
+from ftdata.schemas.answer_text import THINKING_NAMES
 from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, describe_value, is_guarded, read_flag
 from ftdata.types import Message
 
@@ -42,6 +44,7 @@ STANDS_FOR = {"ipython": "tool", "observation": "tool", "function": "tool", "env
 SPECIAL_ROLES = (*STANDS_FOR, "context", "documents", "latest_reminder")
 """Roles that are passed on unchanged to templates that support them."""
 
+_THINKING_START = re.compile(rf"\s*<({THINKING_NAMES})>.*?</\1>", re.DOTALL)
 _MAX_KEYS = 1000
 """Maximum number of keys of a message."""
 
@@ -214,6 +217,9 @@ def _read_message(item: Any, field: str) -> Iterator[Message]:
     trained = [_read_required_flag(item[key], f"{field}.{key}") for key in TRAIN_FIELDS if item.get(key) is not None]
     if trained:
         message["train"] = all(trained)
+    if message.get("reasoning_content") and _starts_with_thinking(message.get("content")):
+        problem = "the message has reasoning_content, and its content also begins with a thinking block"
+        raise BadRow("two_reasonings", problem, field=field, hint="keep only one of them")
     if isinstance(content := message.get("content"), list) and _has_blocks(content):
         yield from cast(Iterator[Message], _split_blocks(message, field))
         return
@@ -221,6 +227,10 @@ def _read_message(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(content, str) and not (role in _TOOL_ROLES and is_tool_result(content)):
         message.update(_check_content(content, has_calls=bool(message.get("tool_calls")), field=f"{field}.content"))
     yield cast(Message, message)
+
+
+def _starts_with_thinking(content: Any) -> bool:
+    return isinstance(content, str) and _THINKING_START.match(content) is not None
 
 
 def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -32,7 +33,8 @@ def expand_rankings(rows: Iterable[Row | Reject], columns: Mapping[str, str] | N
     answers_name, scores_name = ((columns or {}).get(name, name) for name in RANKING_COLUMNS)
     for row in rows:
         data = row.data if isinstance(row, Row) else None
-        if not isinstance(row, Row) or not isinstance(data, Mapping) or answers_name not in data:
+        is_list = isinstance(data, Mapping) and answers_name in data and "chosen" not in data
+        if not isinstance(row, Row) or not isinstance(data, Mapping) or not is_list:
             yield row
             continue
         try:
@@ -63,7 +65,7 @@ def _rank(answers: Any, scores: Any) -> Sequence[Mapping[str, Any]]:
     if scores is None:
         return [{"chosen": answers[left], "rejected": answers[right]} for left, right in _pairs(len(answers))]
     is_valid = isinstance(scores, list) and len(scores) == len(answers)
-    if not is_valid or not all(isinstance(score, int | float) for score in scores):
+    if not is_valid or not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
         problem = f"is {describe_value(scores)}, expected a list of {len(answers)} numbers, one for each answer"
         raise BadRow("ranking", problem, field="scores", hint="correct the scores, or remove them to use the order")
     order = sorted(range(len(answers)), key=lambda number: -scores[number])

@@ -160,7 +160,10 @@ def _check_preference(name: str, value: Any, where: str) -> None:
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
     if is_false and not is_class:
         message = f"is {describe_value(value)}, which marks the answer as undesirable (KTO data)"
-        hint = f'to leave out these rows, pass where="{name} | default(1) != {value!r}"; or remove the field'
+        hint = (
+            "build with task='kto' to train on answers with labels; or leave out these rows: "
+            f'where="{name} | default(1) != {value!r}"'
+        )
         raise BadRow("row_not_trained", message, field=where, hint=hint)
 
 

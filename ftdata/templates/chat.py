@@ -183,7 +183,18 @@ def _locate_regions(
             "generation_tags_overruled",
             *(["stop_outside_generation_tags"] if marked and _has_earlier_ends(marked, nonempty) else []),
         }
+    if "add_generation_prompt" not in chat.template.variables:
+        flags |= _flag_trained_headers(text, pieces, regions)
     return regions, flags
+
+
+def _flag_trained_headers(text: str, pieces: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
+    """Return the flag `header_trained` if a turn begins with template text of a template without generation prompt."""
+    for region in regions:
+        first = next((p.start for p in pieces if p.part is not Part.SCAFFOLD and p.start >= region.start), region.start)
+        if text[region.start : min(first, region.end)].strip():
+            return frozenset({"header_trained"})
+    return frozenset()
 
 
 def _has_later_starts(tagged: Sequence[TurnRegion], detected: Sequence[TurnRegion]) -> bool:

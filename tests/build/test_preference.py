@@ -246,3 +246,35 @@ def test_pair_that_is_too_long_after_another_pair_is_rejected(task):
         ["[overlong]", "chosen:"],
         ["[overlong]", "rejected:"],
     ]
+
+
+def split_prompts(ds):
+    """Return the prompts of each split."""
+    return [{tuple(row["prompt_ids"]) for row in ds[name]} for name in ("train", "test")]
+
+
+def test_pairs_with_the_same_prompt_are_in_the_same_split():
+    rows = [
+        {"prompt": f"q{number % 10}", "chosen": f"good {number}", "rejected": f"bad {number}"} for number in range(40)
+    ]
+    train, test = split_prompts(build_preference_dataset(rows, byte_tokenizer(), CHATML, test_size=0.3))
+    assert len(train) + len(test) == 10
+    assert train.isdisjoint(test)
+
+
+def test_pairs_of_ranked_lists_are_selected_one_by_one():
+    rows = [{"prompt": "q", "completions": ["a", "b", last]} for last in "cdc"]
+    ds = build_preference_dataset(rows, byte_tokenizer(), CHATML, dedup=True)
+    assert len(ds["train"]) == 5  # a > b, a > c, b > c, a > d, b > d
+    lists = [{"prompt": f"q{number}", "completions": ["a", "b", "c"]} for number in range(10)]
+    train, test = split_prompts(build_preference_dataset(lists, byte_tokenizer(), CHATML, test_size=6))
+    assert train.isdisjoint(test)
+
+
+def test_margins_are_part_of_the_content():
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    built = [build_preference_dataset([{**pair, "margin": margin}], byte_tokenizer(), CHATML) for margin in (1, 2)]
+    assert built[0].report.fingerprint != built[1].report.fingerprint
+    both = [{**pair, "margin": margin} for margin in (1, 2, 1)]
+    ds = build_preference_dataset(both, byte_tokenizer(), CHATML, dedup=True)
+    assert ds["train"]["margin"] == [1.0, 2.0]

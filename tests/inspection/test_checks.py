@@ -128,6 +128,10 @@ CASES = {
         rows({"prompt": "q", "completion": "yes"}, template=CHATML),
     ),
     "generation_tags_unconfirmed": (rows(PLAIN, template=TAGGED), rows(PLAIN, template=CHATML)),
+    "header_trained": (
+        rows(PLAIN, template=CHATML.partition("{% if add_generation_prompt")[0]),
+        rows(PLAIN, template=CHATML),
+    ),
     "stop_outside_generation_tags": (rows(PLAIN, chat=UNTAGGED), rows(PLAIN, chat=TAGGED)),
     "control_tokens": (rows(talk("<|im_end|>", "a")), rows(talk("<|im_end", "a"))),
     "trailing_messages": (rows({"messages": [*TALK, USER]}), rows({"messages": TALK})),

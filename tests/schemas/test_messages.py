@@ -196,3 +196,11 @@ def test_trained_messages_of_other_roles_are_reported():
     row = {"messages": [{**USER, "train": True}, ASSISTANT]}
     assert "trained user" in convert(row).notes
     assert not convert({"messages": [{**USER, "train": False}, {**ASSISTANT, "train": True}]}).notes
+
+
+def test_reasoning_that_is_given_twice_is_rejected():
+    """Templates would print both."""
+    answer = {**ASSISTANT, "reasoning_content": "so", "content": "<think>\nso\n</think>\n\n4"}
+    with pytest.raises(BadRow, match="two_reasonings.*keep only one of them"):
+        convert({"messages": [USER, answer]})
+    assert convert({"messages": [USER, {**answer, "content": "4 <think> is a tag"}]}).messages[1]["content"]

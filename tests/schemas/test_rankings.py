@@ -56,3 +56,10 @@ def test_builds_and_previews_contain_the_pairs():
     assert "pairs from ranked lists of answers (one for each two answers of different rank): 3 rows" in str(ds.report)
     for shown in (preview([LIST], byte_tokenizer(), "chatml", task="dpo"), preview([LIST], task="dpo")):
         assert str(shown).count("── chosen ──") == 3
+
+
+def test_explicit_sides_are_not_replaced():
+    row = {**LIST, "chosen": "good", "rejected": "bad"}
+    assert pairs(row) == [("good", "bad")]
+    with pytest.raises(BadRow, match="expected a list of 3 numbers"):
+        pairs({**LIST, "scores": [3, float("nan"), 1]})

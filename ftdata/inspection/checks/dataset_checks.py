@@ -68,8 +68,8 @@ def _check_near_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     "keep one of the answers, unless the prompt has several good answers",
 )
 def _check_contradictions(data: CheckedDataset) -> Iterator[tuple[int, str]]:
-    if data.has_pairs:
-        return  # Preference pairs often have several answers to the same prompt.
+    if data.is_rated:
+        return  # Data sets of rated answers have several answers to the same prompt.
     numbers, is_train = data.survey.numbers, ~data.is_held_out
     first_rows = _first_rows(numbers.prompt_hash, is_train)
     for row in np.flatnonzero(is_train & (numbers.prompt_hash != 0)).tolist():

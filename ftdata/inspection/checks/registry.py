@@ -73,6 +73,7 @@ class CheckedDataset:
         survey: The numbers of all rows.
         scripts: int64 `[rows]`, one bit for each script of `text_detectors.SCRIPTS` that the answers are written in.
         held_out_sources: For each source number, whether the rows of the source are held out.
+        is_rated: Whether the rows are rated answers: preference pairs, or answers for KTO.
         has_pairs: Whether the rows are preference pairs.
         near_duplicate_threshold: The similarity above which rows are near-duplicates; `None` to find exact duplicates
             only.
@@ -82,6 +83,7 @@ class CheckedDataset:
     survey: Survey
     scripts: Ints
     held_out_sources: Sequence[bool]
+    is_rated: bool = False
     has_pairs: bool = False
     near_duplicate_threshold: float | None = None
     signatures: NDArray[np.uint32] | None = None

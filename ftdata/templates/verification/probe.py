@@ -68,7 +68,7 @@ _PROBES: Mapping[str, tuple[Message, ...]] = {
 
 _REPORTED_FLAGS = {
     "prompt_mismatch", "no_trained_stop", "missing_final_stop", "text_after_last_stop", "template_not_probed",
-    "generation_tags_unconfirmed", "generation_tags_overruled", "stop_outside_generation_tags",
+    "generation_tags_unconfirmed", "generation_tags_overruled", "stop_outside_generation_tags", "header_trained",
 }  # fmt: skip
 """Flags of the probes that a report contains."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,7 @@ class TrainingProgressCallback(TrainerCallback):
             self._status["loss"] = f"loss {loss:.4f}"
             self._update_speed(logs)
         if "eval_loss" in logs:
-            accuracy = logs.get("eval_rewards/accuracies")
-            measure = (
-                f"perplexity {math.exp(min(logs['eval_loss'], 700)):.3f}"
-                if accuracy is None
-                else f"reward accuracy {accuracy:.1%}"
-            )
-            self._status["eval"] = f"eval_loss {logs['eval_loss']:.4f}  {measure}"
+            self._status["eval"] = f"eval_loss {logs['eval_loss']:.4f}{_describe_measure(logs)}"
             # The time for an evaluation does not count toward the training speed.
             self._last_log_time = time.perf_counter()
         self._bar.update(self._task, status="  ".join(self._status.values()))
@@ -168,3 +162,16 @@ class SampleCallback(TrainerCallback):
         line = Text.assemble("  ", (prompt[-50:], "dim"), " → ", (answer, "green"))
         line.truncate(max(self.console.width, 60), overflow="ellipsis")
         self.console.print(line)
+
+
+def _describe_measure(logs: Mapping[str, float]) -> str:
+    """Return the measure of an evaluation other than the loss, with two spaces before it."""
+    for name, text in (
+        ("eval_perplexity", "perplexity {:.3f}"),
+        ("eval_rewards/accuracies", "reward accuracy {:.1%}"),
+        ("eval_accuracy", "reward accuracy {:.1%}"),
+        ("eval_rewards/margins", "reward margin {:.3f}"),
+    ):
+        if name in logs:
+            return f"  {text.format(logs[name])}"
+    return ""

@@ -70,9 +70,10 @@ def _usage(config: Config, *, adapter: bool) -> str:
     kind = f"AutoPeftModelFor{head}" if adapter else f"AutoModelFor{head}"
     package = "peft" if adapter else "transformers"
     folder = repr(f"{config.output_dir}/model")
+    more = ", num_labels=1" if adapter and config.task == "reward" else ""
     return (
         f"from transformers import AutoTokenizer\nfrom {package} import {kind}\n\n"
-        f"model = {kind}.from_pretrained({folder})\ntokenizer = AutoTokenizer.from_pretrained({folder})\n"
+        f"model = {kind}.from_pretrained({folder}{more})\ntokenizer = AutoTokenizer.from_pretrained({folder})\n"
     )
 
 

@@ -56,11 +56,15 @@ class PreferenceTrainer(RunTrainer):
                 if len(values) == len(weights):
                     self._metrics["eval"][name] = [float(np.average(values, weights=weights))]
             self._evaluated.clear()
+            self._complete_metrics(self._metrics["eval"])
         super().log(logs, start_time)
 
     def _count_rows(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Return the number of rows of a batch (`all`), and of rows that metrics with other last names cover."""
         raise NotImplementedError
+
+    def _complete_metrics(self, metrics: dict[str, list[float]]) -> None:
+        """Compute metrics of an evaluation from its other metrics."""
 
     def test_scores(self) -> dict[str, float | None]:
         """Return the scores of the test split, or `None` for each if there is no test split.
@@ -92,9 +96,10 @@ class DPORunTrainer(PairTrainer, DPOTrainer):
     )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # The parent class would store the log-probabilities in the folder of the build.
-        folder = Path(self.args.output_dir)
-        dataset._get_cache_file_path = lambda fingerprint: str(folder / f"reference-{name}-{fingerprint}.arrow")
+        # The parent class would store the log-probabilities in the folder of the build, and its fingerprint does not
+        # depend on the data of a build.
+        folder, build = Path(self.args.output_dir), self._seal.fingerprint
+        dataset._get_cache_file_path = lambda model: str(folder / f"reference-{name}-{build}-{model}.arrow")
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
@@ -124,12 +129,9 @@ class KTORunTrainer(PreferenceTrainer, KTOTrainer):
         both = rows if 0 < desirable < rows else 0
         return {"all": rows, "chosen": desirable, "rejected": rows - desirable, "margins": both}
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log metrics. The margin of an evaluation is the difference of the mean rewards."""
-        super().log(logs, start_time)
-        chosen, rejected = (logs.get(f"eval_rewards/{kind}") for kind in ("chosen", "rejected"))
-        if chosen is not None and rejected is not None:
-            logs["eval_rewards/margins"] = chosen - rejected
+    def _complete_metrics(self, metrics: dict[str, list[float]]) -> None:
+        if metrics.get("rewards/chosen") and metrics.get("rewards/rejected"):
+            metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,11 @@ class LabelCollator:
 
     Attributes:
         pad_id: the token id of the padding on the right.
+        max_tokens: the number of tokens after which a prompt with another answer is cut; `None` for no limit.
     """
 
     pad_id: int
+    max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape `[rows, tokens]`, and the bool tensor `label` of shape `[rows]`.
@@ -154,7 +158,11 @@ class LabelCollator:
         trained = [torch.tensor(row["labels"]) != IGNORE_INDEX for row in rows]
         starts = [int(mask.int().argmax()) for mask in trained]
         batch = _pad_documents(ids, trained, self.pad_id)
-        other_batch = _pad_documents(_join_previous(ids, starts), _join_previous(trained, starts), self.pad_id)
+        others = [
+            [document[: self.max_tokens] for document in _join_previous(documents, starts)]
+            for documents in (ids, trained)
+        ]
+        other_batch = _pad_documents(others[0], others[1], self.pad_id)
         batch |= {f"KL_{name}": tensor for name, tensor in other_batch.items()}
         return batch | {"label": torch.tensor([row["label"] for row in rows])}
 

@@ -227,6 +227,9 @@ def make_trainer(
     lora = make_lora_config(config, model, grows=has_new_tokens)
     kind, make_collator = _TRAINERS[config.task]
     arguments: dict[str, Any] = {"data_collator": make_collator(tokenizer.pad_token_id)} if make_collator else {}
+    if config.task == "kto":
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        arguments["data_collator"] = LabelCollator(tokenizer.pad_token_id, positions)
     if config.task in ("dpo", "kto") and lora is None and not settings.precompute_ref_log_probs:
         # The embeddings of new tokens are random, so the reference model must be a copy.
         arguments["ref_model"] = copy.deepcopy(model)

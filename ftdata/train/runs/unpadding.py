@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 _TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
@@ -17,8 +18,9 @@ def run_without_padding(model: Any) -> None:
     """
     forward = model.forward
 
-    @functools.wraps(forward)
-    def forward_without_padding(*args: Any, **kwargs: Any) -> Any:
+    # Accelerate follows `__wrapped__` to restore the forward method of the class after the training.
+    @functools.wraps(type(model).forward)
+    def forward_without_padding(_: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("fused_lm_head") or kwargs.get("attention_mask") is None:
             return forward(*args, **kwargs)
         mask = kwargs.pop("attention_mask").bool()
@@ -34,4 +36,4 @@ def run_without_padding(model: Any) -> None:
                 output[name] = values.new_zeros(is_predicted.shape).masked_scatter(is_predicted, kept)
         return output
 
-    model.forward = forward_without_padding
+    model.forward = types.MethodType(forward_without_padding, model)

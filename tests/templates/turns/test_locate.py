@@ -51,6 +51,7 @@ def test_block_with_only_the_end_of_the_text_belongs_to_the_last_turn(tmp_path):
 def test_r2_without_a_prompt_generation_tags_locate_the_turn():
     body = "{% if m.role == 'assistant' %}{% generation %}" + TURN.strip() + "{% endgeneration %}\n{% else %}" + TURN
     tagged = template(HEAD + body + "{% endif %}", "")
+    # The headers would be trained if the tags were not there.
     assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], {"generation_tags_unconfirmed"})
     untagged = template(HEAD + TURN, "")
     assert trained(untagged)[0] == [f"<|im_start|>assistant\n{answer}<|im_end|>" for answer in ("a1", "a2")]
@@ -138,3 +139,10 @@ def test_conversation_that_begins_with_an_answer_is_rejected_with_generation_tag
         encode([*TALK[1:]], byte_tokenizer(), "chatml")
     (example,) = encode([{**TALK[1], "train": False}, *TALK[2:]], byte_tokenizer(), "chatml")
     assert shown(example) == "a2<|im_end|>"
+
+
+def test_trained_header_of_a_template_without_generation_prompt_is_flagged():
+    assert "header_trained" in trained(template(HEAD + TURN, ""))[1]
+    # Templates such as Mistral's print no header before an answer.
+    assert "header_trained" not in trained(template("{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
+                                                    "{{ m.content }}<|im_end|>{% endif %}", ""))[1]  # fmt: skip

@@ -119,3 +119,11 @@ def test_settings_and_data_of_other_tasks_are_refused(llama, data, tmp_path):
         dry_run(data, settings={"precompute_ref_log_probs": True}, **options)
     with pytest.raises(UsageError, match="data for task='kto' cannot be packed"):
         dry_run(data, packing="bfd", max_length=64, **options)
+
+
+def test_prompts_with_other_answers_are_cut_to_the_limit_of_the_model(llama):
+    rows = build_preference_dataset(make_rows(3), llama, TEMPLATE, task="kto")["train"].to_list()
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = LabelCollator(0, longest - 2)(rows)
+    assert batch["KL_input_ids"].shape[1] == longest - 2
+    assert batch["input_ids"].shape[1] == longest

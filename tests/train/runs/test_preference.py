@@ -236,3 +236,29 @@ def test_batches_are_processed_without_padding(llama, data, tmp_path, monkeypatc
     padded = model(**inputs).log_probs
     run_without_padding(model)
     assert torch.allclose(model(**inputs).log_probs, padded, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_full_fine_tuning_with_mixed_precision_is_saved_and_reloaded(llama, tmp_path, task):
+    """Accelerate restores the forward method of the model after a training in bfloat16."""
+    rows = make_pairs(8)
+    if task == "kto":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    settings = {**SETTINGS, "max_steps": 2, "bf16": True}
+    out = run(data, model=llama, output_dir=tmp_path / "run", task=task, settings=settings)
+    assert read_run(out)["finished"]
+
+
+def test_reference_log_probabilities_belong_to_the_data(llama, tmp_path):
+    """A run that was interrupted before its first checkpoint can start again with other data."""
+    settings = {**SETTINGS, "max_steps": 1, "precompute_ref_log_probs": True}
+    rows = make_pairs(4)
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    for number, given in enumerate((rows, swapped)):
+        data = write_rows(tmp_path / f"{number}.jsonl", given)
+        out = run(data, model=llama, output_dir=tmp_path / "run", task="dpo", settings=settings)
+        assert read_run(out)["loss"][0] == pytest.approx(0.6931, abs=1e-3)
+        for path in out.iterdir():
+            if not path.name.startswith("reference-"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
