@@ -136,7 +136,7 @@ def stats(
     print_report(report, as_json=as_json)
 
 
-@add_options("template", "template_kwargs")
+@add_options("task", "template", "template_kwargs")
 def diff(
     a: Annotated[
         str,
@@ -165,7 +165,7 @@ def diff(
     if b is None and not set_:
         problem = "the second side B is missing, so there is nothing to compare"
         raise UsageError("diff", problem, hint="pass B, or change an option: --set turns=split")
-    for name in ("template", "template_kwargs"):
+    for name in ("task", "template", "template_kwargs"):
         if options.get(name) and not any(name in side for side in (first, second)):
             problem = f"{name} does not apply to finished builds"
             raise UsageError("option_of_finished_build", problem, hint="remove the option")

@@ -264,6 +264,7 @@ def side_options(
     path: str,
     *,
     tokenizer: str | None = None,
+    task: str | None = None,
     template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
@@ -273,6 +274,7 @@ def side_options(
     Args:
         path: The folder of a build, a `.yaml`, `.yml` or `.toml` configuration, or data.
         tokenizer: The tokenizer.
+        task: The task of data; overrides the task of a configuration, and does not apply to a build.
         template: The template of data; overrides the template of a configuration, and does not apply to a build.
         template_kwargs: The template variables of data; override those of a configuration, and do not apply to a build.
         changes: Further options as `name=value`, with YAML values.
@@ -287,7 +289,7 @@ def side_options(
         options = {"data": config.data, "tokenizer": config.tokenizer or config.model or None, **recipe_options}
     arguments: dict[str, Any] = {"tokenizer": tokenizer}
     if stored_builds.find_build_folder(path) is None:
-        arguments |= {"template": template, "template_kwargs": template_kwargs}
+        arguments |= {"task": task, "template": template, "template_kwargs": template_kwargs}
     options |= {name: value for name, value in arguments.items() if value is not None}
     for change in changes:
         name, equals, value = change.partition("=")

@@ -28,7 +28,7 @@ from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import MemorySource
 from ftdata.tokenizing.batches import Encodings, RenderedBatch, end_offsets
-from ftdata.types import IGNORE_INDEX, SIDES, Conversation, Reject, Rendered, RowTokens, Source
+from ftdata.types import FEEDBACK, IGNORE_INDEX, SIDES, Conversation, Reject, Rendered, RowTokens, Source
 
 _BATCH_SIZE = 256
 _NO_TEXT = Rendered("", ())
@@ -44,7 +44,7 @@ class BuildDocument(NamedTuple):
         source: The source of the row.
         flags: The flags of the example.
         cut: The number of truncated tokens.
-        label: For KTO: 1 if the answer is desirable, 0 if not; otherwise `None`.
+        feedback: The ratings of the example, by their name in `FEEDBACK`.
         ids: int32 `[n]`, the token ids.
         labels: int32 `[n]`, the labels.
     """
@@ -55,7 +55,7 @@ class BuildDocument(NamedTuple):
     source: Source
     flags: frozenset[str]
     cut: int
-    label: float | None
+    feedback: Mapping[str, float]
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
 
@@ -173,7 +173,7 @@ def make_source(folder: Path) -> MemorySource:
 
 def _read_documents(
     folder: Path, split: str, check_files: bool
-) -> Iterator[tuple[int, Source, frozenset[str], int, float | None, Any, Any]]:
+) -> Iterator[tuple[int, Source, frozenset[str], int, Mapping[str, float], Any, Any]]:
     def check(path: Path) -> Path:
         if check_files:
             check_intact(folder, {f"{split}/{path.name}"})
@@ -192,15 +192,15 @@ def _read_documents(
             raise ValueError("provenance.parquet has more rows than the split has examples")
 
 
-def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int, float | None]]:
+def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int, Mapping[str, float]]]:
     file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
     names = ["pack", "source", "row", "line", "flags", "cut"]
-    has_labels = "label" in file.schema_arrow.names
-    for batch in file.iter_batches(columns=[*names, *(["label"] if has_labels else [])], batch_size=1 << 14):
-        labels = batch["label"].to_pylist() if has_labels else [None] * len(batch)
-        columns = (batch[name].to_pylist() for name in names)
-        for pack, source, row, line, flags, cut, label in zip(*columns, labels, strict=True):
-            yield pack, Source(source, row, line), frozenset(flags), cut, label
+    rated = [name for name in FEEDBACK if name in file.schema_arrow.names]
+    for batch in file.iter_batches(columns=[*names, *rated], batch_size=1 << 14):
+        columns = (batch[name].to_pylist() for name in (*names, *rated))
+        for pack, source, row, line, flags, cut, *ratings in zip(*columns, strict=True):
+            feedback = {name: value for name, value in zip(rated, ratings, strict=True) if value is not None}
+            yield pack, Source(source, row, line), frozenset(flags), cut, feedback
 
 
 def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[Batch]:
@@ -231,14 +231,20 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
 def _to_conversation(documents: Sequence[BuildDocument], masks: Sequence[NDArray[np.bool_]]) -> Conversation:
     """Return the row of one stored example, or of the two examples of a preference pair, which are its sides."""
     sides = tuple(
-        Conversation((), tokens=RowTokens(document.ids, trained), schema=document.split, source=document.source)
+        Conversation(
+            (),
+            tokens=RowTokens(document.ids, trained),
+            schema=document.split,
+            source=document.source,
+            feedback=document.feedback,
+        )
         for document, trained in zip(documents, masks, strict=True)
     )
     number = documents[0].number // len(documents)
     fields = {"example": str(number), "pack": str(documents[0].pack)}
-    label = documents[0].label
-    feedback = {} if label is None else {"label": label}
-    return replace(sides[0], fields=fields, sides=sides if len(sides) > 1 else (), feedback=feedback)
+    if len(sides) == 1:
+        return replace(sides[0], fields=fields)
+    return replace(sides[0], fields=fields, sides=sides, feedback={})
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:

@@ -156,16 +156,13 @@ class Batch:
 
         The second hash also covers the ratings of the row that training uses: the label and the margin.
         """
-        hashes = self._hash_ranges(self.row_bounds)
-        for number, row in enumerate(self.conversations):
-            if ratings := [item for part in row.parts for item in part.feedback.items() if item[0] != "score"]:
-                ids, labels = hashes[number]
-                hashes[number] = (ids, sha256(labels + repr(ratings).encode()).digest()[:8])
-        return hashes
+        hashes = zip(self._hash_ranges(self.row_bounds), self.conversations, strict=True)
+        return [_add_ratings(row_hashes, row.parts) for row_hashes, row in hashes]
 
     def hash_examples(self) -> list[tuple[bytes, bytes]]:
         """Return the same hashes as `hash_rows` for each example."""
-        return self._hash_ranges(self.tokens.token_bounds)
+        hashes = zip(self._hash_ranges(self.tokens.token_bounds), self.example_conversations, strict=True)
+        return [_add_ratings(example_hashes, [conversation]) for example_hashes, conversation in hashes]
 
     def _hash_ranges(self, bounds: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         ids, trained = self.tokens.ids.data, self.trained.data
@@ -205,6 +202,15 @@ class Batch:
             cut=cut[numbers],
             dropped=dropped,
         )
+
+
+def _add_ratings(hashes: tuple[bytes, bytes], parts: Sequence[Conversation]) -> tuple[bytes, bytes]:
+    """Return hashes whose second hash also covers the ratings that training uses: the label and the margin."""
+    ratings = [
+        (name, float(part.feedback[name])) for part in parts if part.feedback for name in ("label", "margin")
+        if name in part.feedback
+    ]  # fmt: skip
+    return (hashes[0], sha256(hashes[1] + repr(ratings).encode()).digest()[:8]) if ratings else hashes
 
 
 def check_row_tokens(tokenizer: Tokenizer, tokens: RowTokens) -> None:

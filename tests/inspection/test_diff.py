@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_makers import CHATML
 
-from ftdata import build_sft_dataset, diff
+from ftdata import build_preference_dataset, build_sft_dataset, diff
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection.diff import find_edits
 from ftdata.inspection.row_views import ExampleView, SegmentOwner
@@ -318,3 +318,17 @@ def test_unchanged_tokens_are_equal_on_both_sides(left, right):
         kept.append([one for at, one in enumerate(side) if at not in changed])
     assert kept[0] == kept[1]
     assert bool(edits) == (left != right)
+
+
+def test_ratings_of_answers_are_compared(tokenizer_dir, tmp_path):
+    """The tokens are equal, but the labels of the answers or the margins of the pairs differ."""
+    row, pair = {"prompt": "q", "completion": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for task, rows in (
+        ("kto", [{**row, "label": True}, {**row, "label": False}]),
+        ("dpo", [{**pair, "margin": 1.5}, {**pair, "margin": 2.5}]),
+    ):
+        sides = [{"data": [one], "tokenizer": tokenizer_dir("tiny_bpe"), "task": task} for one in rows]
+        assert diff(*sides).rows["labels differ"] == 1
+        build_preference_dataset(rows[:1], tokenizer_dir("tiny_bpe"), task=task, output_dir=tmp_path / task)
+        assert not diff(sides[0], tmp_path / task)
+        assert diff(sides[1], tmp_path / task)

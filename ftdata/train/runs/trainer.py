@@ -258,6 +258,10 @@ def add_filler_row(rows: Any) -> Any:
         "chosen_labels": untrained,
         "rejected_ids": [first * 2],
         "rejected_labels": untrained,
+        "label": [False],
+        "margin": [0.0],
+        "ref_chosen_logps": [0.0],
+        "ref_rejected_logps": [0.0],
     }
     columns = {name: filler[name] for name in rows.column_names}
     return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(columns, features=rows.features)])

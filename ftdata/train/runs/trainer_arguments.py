@@ -91,6 +91,9 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
         if task == "kto" and name == "precompute_ref_log_probs" and value:
             reason = "KTO compares the answers of each batch, and the batches of each epoch differ"
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {reason}")
+        if task == "kto" and name.startswith("per_device_") and name.endswith("_batch_size") and value == 1:
+            problem = f"train.{name} is 1, expected at least 2, because KTO compares the answers of a batch"
+            raise UsageError("train_setting", problem)
         if name not in fields:
             suggestion = suggest_names(str(name), fields).partition("known: ")[0].strip()
             hint = suggestion or f"see the documentation of TRL's {kind.__name__} for its fields"

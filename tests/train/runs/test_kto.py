@@ -117,6 +117,8 @@ def test_settings_and_data_of_other_tasks_are_refused(llama, data, tmp_path):
     options = {"model": llama, "output_dir": str(tmp_path / "run"), "task": "kto"}
     with pytest.raises(UsageError, match="train.precompute_ref_log_probs cannot be set"):
         dry_run(data, settings={"precompute_ref_log_probs": True}, **options)
+    with pytest.raises(UsageError, match="per_device_eval_batch_size is 1, expected at least 2"):
+        dry_run(data, settings={"per_device_eval_batch_size": 1}, **options)
     with pytest.raises(UsageError, match="data for task='kto' cannot be packed"):
         dry_run(data, packing="bfd", max_length=64, **options)
 
