@@ -118,6 +118,9 @@ def check_same_options(request: BuildRequest, target: Path) -> None:
 
 def _compare_values(name: str, stored: Any, requested: Any) -> str:
     """Return the name of an option, and both values if they are short."""
+    templates = [value for value in (stored, requested) if name == "template" and isinstance(value, dict)]
+    if len(templates) == 2 and templates[0].get("source") == templates[1].get("source"):
+        return _compare_values("template_kwargs", *(template.get("kwargs") for template in templates))
     texts = [json.dumps(value) for value in (stored, requested)]
     return f"{name} (build: {texts[0]}, requested: {texts[1]})" if max(map(len, texts)) <= 40 else name
 

@@ -345,6 +345,10 @@ def encode(
     recipe = make_recipe(
         load_tokenizer(tokenizer, thorough=False), template, date=date, template_kwargs=template_kwargs, **options
     )
+    if isinstance(messages, str | Mapping):
+        problem = f"messages is a {type(messages).__name__}, expected a list of messages"
+        hint = "pass e.g. row['messages'], and tools=row['tools'] if the row has tools"
+        raise BadRow("messages_type", problem, where="<messages>", hint=hint)
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     try:
         # A round trip through JSON rejects values that no template and no file could contain.

@@ -248,8 +248,8 @@ def _render_sides(
         side_texts = render_conversation(recipe, side, pending[index] if pending else None, cross_check=cross_check)
         if len(side_texts) > 1:
             problem = (
-                f"the {name} side has {len(side_texts)} turns, and the template renders earlier turns differently than "
-                "the model wrote them, so no single text is correct for all turns"
+                f"the {name} side would become {len(side_texts)} examples, because the template renders earlier "
+                "answers differently than the model wrote them"
             )
             hint = "use rows whose sides differ only in the last turn, or set turns='joint'"
             raise BadRow("pair_split", problem, field=name, hint=hint)

@@ -147,6 +147,9 @@ def normalize(
 
 def _choose_error(error: BadRow, missing: Mapping[str, BadRow], data: Mapping[str, Any], task: str) -> BadRow:
     """Return the error that best explains why a row cannot be converted."""
+    if error.code == "unknown_schema" and {"prompt_ids", "chosen_ids"} <= data.keys():
+        problem = "the row belongs to a build of preference pairs, which cannot be combined with other data"
+        return BadRow("pair_build", problem, hint="build the original data of all builds together")
     if not missing and task == "preference" and error.code == "unknown_schema":
         check_ranking(data)
         hint = "name the columns of a pair, e.g. columns={'prompt': ..., 'chosen': ..., 'rejected': ...}"

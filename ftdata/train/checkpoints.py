@@ -185,10 +185,7 @@ def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool)
     metadata = read_run_json(run)
     folders = list_checkpoints(run)
     if not resume:
-        if metadata.get("finished") or folders:
-            state = "finished" if metadata.get("finished") else f"interrupted after {folders[-1].name}"
-            hint = "resume it with --resume, or choose another folder"
-            raise UsageError("run_exists", f"{run} already contains a run that was {state}", hint=hint)
+        _check_no_run(run, metadata, folders)
         return None
     if not metadata:
         raise UsageError("nothing_to_resume", f"{run} contains no run to resume", hint="start without --resume")
@@ -202,6 +199,16 @@ def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool)
         raise UsageError("run_finished", f"the run in {run} is finished: the metric stopped improving", hint=hint)
     keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))
     return _find_last_intact(run, metadata, folders, keeps_best=keeps_best)
+
+
+def _check_no_run(run: Path, metadata: dict[str, Any], folders: list[Path]) -> None:
+    """Raise an error if a folder contains a finished run, or a run with checkpoints."""
+    if metadata.get("finished"):
+        hint = "choose another folder; or continue the run with --resume and more epochs or steps"
+        raise UsageError("run_exists", f"{run} already contains a run that was finished", hint=hint)
+    if folders:
+        problem = f"{run} already contains a run that was interrupted after {folders[-1].name}"
+        raise UsageError("run_exists", problem, hint="resume it with --resume, or choose another folder")
 
 
 def _check_same_run(run: Path, metadata: dict[str, Any], now: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import xxhash
 
 from ftdata.build import cache, shards
 from ftdata.build.dataset import write_build
-from ftdata.errors import StorageError
+from ftdata.errors import StorageError, UsageError
 from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder
 
 
@@ -324,3 +324,10 @@ def test_cache_folder_that_cannot_be_written_is_reported(tokenizer_dir, tmp_path
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "file" / "cache"))
     write_build([{"question": "q", "answer": "a"}], tokenizer_dir("tiny_bpe"), tmp_path / "out")
     assert "cannot be written, so the build does not use a cache" in caplog.text
+
+
+def test_existing_build_with_other_template_variables_is_named(tokenizer_dir, tmp_path):
+    rows = [{"question": "q", "answer": "a"}]
+    write_build(rows, tokenizer_dir("qwen"), tmp_path / "out")
+    with pytest.raises(UsageError, match=r'template_kwargs \(build: {}, requested: {"enable_thinking": false}\)'):
+        write_build(rows, tokenizer_dir("qwen"), tmp_path / "out", template_kwargs={"enable_thinking": False})

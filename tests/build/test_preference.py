@@ -120,7 +120,7 @@ def test_pairs_whose_earlier_turns_are_rewritten_are_rejected():
     """The template prints "thought" only in the last answer, so no single text is correct for two trained turns."""
     source = template(HEAD + "{% if m.role == 'assistant' and loop.last %}thought {% endif %}" + TURN)
     both = {"chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "c", "r", "d")}
-    with pytest.raises(BadRows, match="pair_split.*2 turns"):
+    with pytest.raises(BadRows, match="pair_split.*2 examples"):
         build_preference_dataset([both], byte_tokenizer(), source)
     last = {"chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "a", "r", "d")}
     row = build_preference_dataset([last], byte_tokenizer(), source)["train"][0]

@@ -116,3 +116,10 @@ def test_invalid_pairs_are_rejected(row, code):
         read(row)
     assert caught.value.code == code
     assert str(caught.value)
+
+
+def test_rows_of_a_build_of_pairs_are_named():
+    row = {"prompt_ids": [1], "chosen_ids": [2], "chosen_labels": [2], "rejected_ids": [3], "rejected_labels": [3]}
+    for task in ("preference", "sft"):
+        with pytest.raises(BadRow, match="pair_build.*build the original data"):
+            normalize(Row(row, UNKNOWN_SOURCE), task=task)
