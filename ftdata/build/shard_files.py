@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,9 +118,8 @@ def read_rejects(folder: Path, offset: FileOffset = _NO_OFFSET) -> Iterator[Reje
 def _table_batch(batch: Batch) -> pa.RecordBatch:
     flags = [sorted(names) if names else () for names in batch.flags]
     # The content of an example is the hash of the tokens and labels of its whole row.
-    contents = [
-        content for hashes, count in zip(batch.hash_rows(), batch.counts, strict=True) for content in hashes * count
-    ]
+    row_hashes = batch.hash_rows()
+    contents = [content for hashes, count in zip(row_hashes, batch.counts, strict=True) for content in hashes * count]
     columns = [
         string_array([_redact_path(source.path) for source in batch.sources]),
         int64_array([source.row for source in batch.sources]),
@@ -131,27 +131,27 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
             list_offsets(map(len, flags)), string_array([flag for names in flags for flag in names])
         ),
         pa.Array.from_buffers(pa.binary(24), len(batch.texts), [None, pa.py_buffer(b"".join(contents))]),
-        pa.Array.from_buffers(pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(_hash_groups(batch)))]),
+        pa.Array.from_buffers(
+            pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(_hash_groups(batch, row_hashes)))]
+        ),
         *map(float32_array, _feedback(batch)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 
 
-def _hash_groups(batch: Batch) -> Iterator[bytes]:
-    """Yield a hash of each example (16 bytes). Examples with equal hashes must be in the same split.
+def _hash_groups(batch: Batch, row_hashes: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+    """Return a hash of each example (16 bytes). Examples with equal hashes must be in the same split.
 
     It is the hash of the tokens, because an example of a split conversation can equal an example of another row. For a
     rated answer, it is the hash of the prompt, because data sets contain several rated answers to one prompt.
     """
-    hashes = batch.hash_examples()
-    bounds = batch.tokens.token_bounds.tolist()
-    for number, conversation in enumerate(batch.example_conversations):
-        if not conversation.feedback and not batch.has_pairs:
-            yield hashes[number][0]
-            continue
-        start, end = bounds[number : number + 2]
-        prompt_end = start + int(batch.trained[start:end].argmax())
-        yield hashlib.sha256(batch.tokens.ids[start:prompt_end].tobytes()).digest()[:16]
+    if batch.is_rated:
+        ids, trained = batch.tokens.ids, batch.trained
+        ranges = pairwise(batch.tokens.token_bounds.tolist())
+        prompts = [ids[start : start + int(trained[start:end].argmax())] for start, end in ranges]
+        return [hashlib.sha256(prompt.tobytes()).digest()[:16] for prompt in prompts]
+    has_split_rows = len(batch.counts) < len(batch.texts)
+    return [ids for ids, _ in (batch.hash_examples() if has_split_rows else row_hashes)]
 
 
 def _feedback(batch: Batch) -> Iterator[Sequence[float | None]]:

@@ -91,9 +91,9 @@ class Batch:
         return [outcome for outcome in self.outcomes if not isinstance(outcome, Reject)]
 
     @property
-    def has_pairs(self) -> bool:
-        """Whether the rows are preference pairs."""
-        return any(conversation.sides for conversation in self.conversations)
+    def is_rated(self) -> bool:
+        """Whether the rows are rated answers: preference pairs, or answers for KTO."""
+        return any(conversation.sides or conversation.feedback for conversation in self.conversations)
 
     @cached_property
     def rejects(self) -> list[Reject]:
