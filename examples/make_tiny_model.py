@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ftdata import read
@@ -98,15 +99,27 @@ def make_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int)
     return model
 
 
+def find_texts(value: object) -> Iterator[str]:
+    """Yield the texts of a row, at most 400 characters of each, without the roles of messages."""
+    if isinstance(value, str):
+        yield value[:400]
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from find_texts(item) if name != "role" else ()
+    elif isinstance(value, list):
+        for item in value:
+            yield from find_texts(item)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="data file with questions and answers")
+    parser.add_argument("data", help="data file, for example with questions and answers or with messages")
     parser.add_argument("folder", type=Path, help="output folder for the tokenizer and the model")
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    texts = [text for row in read(arguments.data) for text in row.data.values()]
+    texts = [text for row in read(arguments.data) for text in find_texts(row.data)]
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(arguments.folder)
     make_model(tokenizer, texts, arguments.steps).save_pretrained(arguments.folder)

@@ -455,7 +455,10 @@ def _file_name_notes(sources: Sequence[FileSource | MemorySource]) -> Iterator[s
     without_split = [source for source in sources if isinstance(source, FileSource) and source.split is None]
     paths = [redact_for_storage(source.path) for source in without_split]
     if held_out := [path for path in paths if split_from_name(Path(path).name) not in (None, "train")]:
-        yield f"used for training, although the names suggest another split: {', '.join(held_out[:5])}"
+        yield (
+            f"used for training, although the names suggest another split: {', '.join(held_out[:5])} "
+            "(to keep the splits, pass the folder of the files as the source)"
+        )
 
 
 def _fingerprint(options: Mapping[str, Any], merged: MergedShards) -> str:

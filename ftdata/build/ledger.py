@@ -92,6 +92,8 @@ class Ledger:
         self.flags.update(chain.from_iterable(sorted(flags) for flags in batch.flags if flags))
         self.tokens_repeated += batch.repeated_tokens
         self.tokens_cut += removed_tokens
+        if batch.dropped:
+            self.notes["dropped examples"] += sum(map(len, batch.dropped.values()))
         self.tokens_in += removed_tokens + tokens
         self.tokens_kept += tokens
         self.tokens_trained += int(batch.trained_counts.sum())
@@ -257,12 +259,19 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     repeated_tokens = sum(ledger.tokens_repeated for ledger in ledgers)
     flag_notes = describe_flags(flags, repeated_tokens, trains_repeats=recipe.train_on == "all")
     notes = [*_loss_notes(ledgers, recipe.overlong), *flag_notes]
+    notes += _dropped_notes(ledgers)
     notes += _unmasked_notes(ledgers, recipe)
     if recipe.template.uses_date:
         notes.append(f"the template prints the date {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:
         notes.append(f"template variables: {', '.join(f'{name}={value!r}' for name, value in sorted(kwargs.items()))}")
     return (*notes, *reading_notes(ledgers))
+
+
+def _dropped_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
+    """Yield a note if examples of split conversations were left out because they are too long."""
+    if count := sum(ledger.notes["dropped examples"] for ledger in ledgers):
+        yield f"{count_noun(count, 'example')} of split conversations left out, because no answer fits into max_length"
 
 
 def _unmasked_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> Iterator[str]:

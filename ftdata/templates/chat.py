@@ -189,10 +189,14 @@ def _locate_regions(
 
 
 def _flag_trained_headers(text: str, pieces: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
-    """Return the flag `header_trained` if a turn begins with template text of a template without generation prompt."""
+    """Return the flag `header_trained` if a turn begins with template text of a template without generation prompt.
+
+    Template text before a tool call or reasoning is not a header, but a token that the model must generate.
+    """
     for region in regions:
-        first = next((p.start for p in pieces if p.part is not Part.SCAFFOLD and p.start >= region.start), region.start)
-        if text[region.start : min(first, region.end)].strip():
+        inside = (piece for piece in pieces if region.start <= piece.start < region.end)
+        first = next((piece for piece in inside if piece.part is not Part.SCAFFOLD), None)
+        if first is not None and first.part is Part.CONTENT and text[region.start : first.start].strip():
             return frozenset({"header_trained"})
     return frozenset()
 

@@ -103,6 +103,11 @@ def test_rejects_of_split_conversations_count_the_fitting_examples(tokenizer_dir
     messages = [{"role": role, "content": "word " * 30} for role in ("user", "assistant") * 3]
     with pytest.raises(InputRefused, match=r"2 of the 3 examples of this conversation fit.*overlong='drop_turns'"):
         build_sft_dataset([{"messages": messages}], tokenizer_dir("tiny_bpe"), turns="split", max_length=650)
+    for policy in ("drop_turns", "truncate"):
+        options = {"turns": "split", "max_length": 650, "overlong": policy}
+        ds = build_sft_dataset([{"messages": messages}], tokenizer_dir("tiny_bpe"), **options)
+        assert len(ds["train"]) == 2
+        assert "1 example of split conversations left out" in str(ds.report)
 
 
 def test_rows_without_a_column_of_where_are_noted(tokenizer_dir, tmp_path):

@@ -94,7 +94,7 @@ SPELLINGS = {"columns": "--column", "template_kwargs": "--template-kwarg"}
         ("audit", option_names("task", "rendering", "rows", "selection")),
         ("stats", option_names("task", "rendering", "rows", "selection")),
         ("convert", COMPLETE[ftdata.convert]),
-        ("diff", ("template", "template_kwargs")),
+        ("diff", ("template", "task", "template_kwargs")),
         ("init", ("template", "limit")),
     ],
 )

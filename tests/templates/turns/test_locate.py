@@ -143,6 +143,12 @@ def test_conversation_that_begins_with_an_answer_is_rejected_with_generation_tag
 
 def test_trained_header_of_a_template_without_generation_prompt_is_flagged():
     assert "header_trained" in trained(template(HEAD + TURN, ""))[1]
+    # A token before a tool call is not a header.
+    calls = "{% for c in m.tool_calls or [] %}[CALL]{{ c | tojson }}{% endfor %}"
+    mistral = (
+        "{% if m.role == 'assistant' %}" + calls + "{{ m.content }}<|im_end|>{% else %}[{{ m.content }}]{% endif %}"
+    )
+    assert "header_trained" not in trained(template(mistral, ""), TOOLED)[1]
     # Templates such as Mistral's print no header before an answer.
     assert "header_trained" not in trained(template("{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
                                                     "{{ m.content }}<|im_end|>{% endif %}", ""))[1]  # fmt: skip

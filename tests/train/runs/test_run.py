@@ -99,7 +99,7 @@ def test_progress_display_shows_the_loss():
             state.global_step = step
             watch.on_step_end(None, state, None)
             watch.on_log(None, state, None, logs={"loss": 8.0 - step, "num_tokens": 100 * step})
-        watch.on_log(None, state, None, logs={"eval_loss": math.log(2)})
+        watch.on_log(None, state, None, logs={"eval_loss": math.log(2), "eval_perplexity": 2.0})
         watch.on_train_end(None, state, None)
         seen[terminal] = screen.getvalue()
     assert "7.0000 █" in seen[True]
