@@ -10,6 +10,13 @@ CHATML_TRAINED_TO_THE_END = (
 )
 """No text follows the stop token, so the mask of TRL, which is all tokens after the prompt, is right."""
 
+TRL_SETTINGS = {
+    "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
+    "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "bf16": False, "max_length": None,
+    "activation_checkpointing": False, "remove_unused_columns": False, "train_sampling_strategy": "sequential",
+}  # fmt: skip
+"""Settings of the comparisons with the losses of TRL's trainers: three steps on batches in a fixed order."""
+
 
 def make_words(count):
     """Return random words, the same ones in each call."""

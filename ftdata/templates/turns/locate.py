@@ -67,13 +67,8 @@ def regions_from_blocks(
         if not owners:
             # The answer is empty. Blocks are in the order of the messages.
             owners = {indices[position] for indices in (assistants, turns) if len(indices) == len(blocks)}
-        if (
-            not owners
-            and regions
-            and not any(
-                piece.part is not Part.SCAFFOLD and regions[-1].end <= piece.start < inside[0].start for piece in parts
-            )
-        ):
+        between = [piece for piece in parts if regions and regions[-1].end <= piece.start < inside[0].start]
+        if not owners and regions and all(piece.part is Part.SCAFFOLD for piece in between):
             # Some templates have a block with only the EOS token after the last turn.
             owners = {regions[-1].message}
         if len(owners) != 1:

@@ -2,7 +2,15 @@
 
 import pytest
 from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
-from preference_runs import as_messages, assert_equal_runs, copy_interrupted, make_words, read_run, write_rows
+from preference_runs import (
+    TRL_SETTINGS,
+    as_messages,
+    assert_equal_runs,
+    copy_interrupted,
+    make_words,
+    read_run,
+    write_rows,
+)
 
 from ftdata import build_preference_dataset
 from ftdata.errors import UsageError
@@ -45,11 +53,7 @@ def trained(llama, data, tmp_path_factory):
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter, loss):
     rows = make_rows(12)
-    config = KTOConfig(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, loss_type=loss,
-        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, max_length=None,
-        activation_checkpointing=False, remove_unused_columns=False, train_sampling_strategy="sequential",
-    )  # fmt: skip
+    config = KTOConfig(str(tmp_path), **TRL_SETTINGS, loss_type=loss)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
     messages = [*map(as_messages, rows)]

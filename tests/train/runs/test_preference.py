@@ -6,7 +6,15 @@ import time
 
 import pytest
 from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
-from preference_runs import as_messages, assert_equal_runs, copy_interrupted, make_pairs, read_run, write_rows
+from preference_runs import (
+    TRL_SETTINGS,
+    as_messages,
+    assert_equal_runs,
+    copy_interrupted,
+    make_pairs,
+    read_run,
+    write_rows,
+)
 
 from ftdata import build_preference_dataset
 from ftdata.build.dataset import write_build
@@ -51,11 +59,7 @@ def trained(llama, data, tmp_path_factory):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter, padding_free):
     rows = make_pairs(8)
-    config = DPOConfig(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
-        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, max_length=None,
-        activation_checkpointing=False, remove_unused_columns=False, train_sampling_strategy="sequential",
-    )  # fmt: skip
+    config = DPOConfig(str(tmp_path), **TRL_SETTINGS)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
     messages = [*map(as_messages, rows)]

@@ -2,7 +2,15 @@
 
 import pytest
 from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
-from preference_runs import as_messages, assert_equal_runs, copy_interrupted, make_pairs, read_run, write_rows
+from preference_runs import (
+    TRL_SETTINGS,
+    as_messages,
+    assert_equal_runs,
+    copy_interrupted,
+    make_pairs,
+    read_run,
+    write_rows,
+)
 
 from ftdata import build_preference_dataset
 from ftdata.build.dataset import write_build
@@ -39,11 +47,7 @@ def trained(llama, data, tmp_path_factory):
 
 def test_losses_equal_those_of_trl(llama, tmp_path):
     rows = make_pairs(8)
-    config = RewardConfig(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
-        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, max_length=None,
-        activation_checkpointing=False, remove_unused_columns=False, train_sampling_strategy="sequential",
-    )  # fmt: skip
+    config = RewardConfig(str(tmp_path), **TRL_SETTINGS)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
     messages = [*map(as_messages, rows)]
