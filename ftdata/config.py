@@ -120,7 +120,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tokenizer: str | None = None
     """Folder or Hub id of the tokenizer. Default: the tokenizer of the model."""
     template: str | None = None
-    task: str = "sft"
+    task: str = "auto"
     schema: str = "auto"
     columns: dict[str, str] | None = None
     """Canonical column name -> name or path in the data."""

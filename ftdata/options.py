@@ -37,14 +37,22 @@ class Option:
     section: str = ""
 
 
-TASKS = {"sft": "sft", "preference": "preference", "dpo": "preference", "reward": "preference", "kto": "kto"}
-"""Task -> kind of data. Several trainers can use the same kind of data."""
+TASKS = {
+    "auto": "sft",
+    "sft": "sft",
+    "preference": "preference",
+    "dpo": "preference",
+    "reward": "preference",
+    "kto": "kto",
+}
+"""Task -> kind of data. Several trainers can use the same kind of data. `ftdata.pipeline.recipe.resolve_task`
+replaces `auto` by the kind of the first row; rows that no task was resolved for are conversations."""
 
 _OPTIONS = (
     Option("rendering", "template", str | None, None,
            "Template: name, .jinja file or Jinja source (default: the tokenizer's)"),
-    Option("task", "task", str, "sft",
-           "Data: sft (conversations), preference, dpo or reward (pairs), or kto (labeled answers)", tuple(TASKS)),
+    Option("task", "task", str, "auto",
+           "Data: auto (detect), sft, kto (labeled answers), or preference, dpo or reward (pairs)", tuple(TASKS)),
     Option("rows", "schema", str, "auto",
            "Schema of the rows: a name, ./file.py:function, or 'auto' to detect it"),
     Option("rows", "columns", dict[str, str] | None, None,

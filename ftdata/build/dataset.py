@@ -46,7 +46,7 @@ from ftdata.build.splits import ExampleFacts, Layout, SplitPlan, assign_splits
 from ftdata.errors import InputRefused, UsageError, check_choice, count_noun
 from ftdata.options import OPTIONS, select_options
 from ftdata.pipeline.mask import Policy
-from ftdata.pipeline.recipe import make_recipe
+from ftdata.pipeline.recipe import make_recipe, resolve_task
 from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.file_names import split_from_name
@@ -178,7 +178,7 @@ def build_sft_dataset(
         raise UsageError("output_name", problem, hint="use another folder, or run `ftdata build`")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
-        report = write_build(data, tokenizer, target, **options)
+        report = write_build(data, tokenizer, target, task="sft", **options)
         return load_build(remote.local_build(target).resolve(), report, in_memory=output_dir is None)
 
 
@@ -203,6 +203,9 @@ def write_build(
     for option in options:
         check_choice("option", option, OPTIONS)
     bound = make_recipe(tokenizer, **select_options(options, "task", "rendering", "rows"))
+    sources = resolve_sources(data)
+    _check_split_names(sources)
+    bound = resolve_task(bound, options.get("task", "auto"), sources)
     if bound.task != "sft" and options.get("packing"):
         raise UsageError("packing", f"data for task={bound.task!r} cannot be packed", hint="remove packing")
     layout = Layout(max_length=bound.max_length, **select_options(options, "layout"))
@@ -217,8 +220,6 @@ def write_build(
     if callable(bound.train_on) and workers not in (None, 1) and "<lambda>" in name:
         problem = "train_on is a lambda, which worker processes cannot import"
         raise UsageError("train_on", problem, hint="use a named function, or workers=1")
-    sources = resolve_sources(data)
-    _check_split_names(sources)
     check_source_builds([source.path for source in sources], bound.tokenizer.fingerprint)
     _check_output(output_dir, sources)
     parts = sources if row_filter.limit else split_into_parts(sources)

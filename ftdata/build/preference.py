@@ -64,9 +64,9 @@ def build_preference_dataset(
     >>> len(pair["prompt_ids"]), pair["chosen_labels"], pair["rejected_labels"]
     (23, [52, 257, -100], [50, 50, 257, -100])
     """
-    check_choice("task", task, TASKS)
     if task == "sft":
         raise UsageError("task", "task='sft' has no ratings of answers", hint="use build_sft_dataset")
+    check_choice("task", task, [name for name, data in TASKS.items() if data != "sft"])
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(data, tokenizer, target, template=template, task=task, **options)

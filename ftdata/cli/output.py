@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ftdata.errors import escape_unprintable
 from ftdata.progress import Progress, ProgressUpdate
 from ftdata.redaction import redact_text
+from ftdata.spelling import spell_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,7 +120,8 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a log record."""
-        print(f"ftdata: {escape_unprintable(redact_text(record.getMessage()))}", file=sys.stderr)
+        message = spell_options(redact_text(record.getMessage()))
+        print(f"ftdata: {escape_unprintable(message)}", file=sys.stderr)
 
 
 _LINE_SECONDS = 10.0

@@ -29,7 +29,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 UseBase = Annotated[bool, typer.Option("--base", help="Use the base model instead of the trained model")]
 
 
-@add_options("template", "limit")
+@add_options("task", "template", "limit")
 def init(
     data: Annotated[
         str, typer.Argument(help="Training data, in any format that `ftdata build` reads", show_default=False)

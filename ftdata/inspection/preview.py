@@ -24,7 +24,7 @@ from ftdata.inspection.target import Target, make_target
 from ftdata.options import select_options
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.mask import Policy
-from ftdata.pipeline.recipe import Options, load_bare_template
+from ftdata.pipeline.recipe import Options, load_bare_template, resolve_task
 from ftdata.progress import Progress
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column
@@ -75,7 +75,7 @@ def preview(
     data: Any,
     tokenizer: Any = None,
     template: str | Path | None = None,
-    task: str = "sft",
+    task: str = "auto",
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     train_on: str | Policy = "assistant",
@@ -147,8 +147,9 @@ def preview(
         n, _row_numbers(row), None if id is None else str(id), grep, outliers, is_page=html is not None
     )
     if tokenizer is None and stored_builds.find_build_folder(data) is None:
+        shown = resolve_task(Options(**options), task, resolve_sources(data))
         page = _make_text_page(
-            data, template, Options(**options), selection, RowFilter(where, limit), date, template_kwargs, packing
+            data, template, shown, selection, RowFilter(where, limit), date, template_kwargs, packing
         )
         return _finish(page, selection, html, data, where)
     options |= {"date": date, "template_kwargs": template_kwargs}

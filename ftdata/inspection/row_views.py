@@ -20,8 +20,7 @@ from ftdata.errors import BadRow, escape_unprintable
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.recipe import Options, Recipe
-from ftdata.pipeline.render_rows import add_row_flags, check_answers
-from ftdata.schemas import normalize
+from ftdata.pipeline.render_rows import add_row_flags, check_answers, read_conversation
 from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
@@ -309,7 +308,7 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:
-        conversation = normalize(row, options.schema, options.columns, options.task)
+        conversation = read_conversation(row, options)
         for part in conversation.parts:
             check_answers(part)
         if conversation.tokens is not None:

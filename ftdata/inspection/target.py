@@ -15,7 +15,7 @@ from ftdata.inspection import stored_builds
 from ftdata.inspection.row_views import Heading
 from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
 from ftdata.options import option_names
-from ftdata.pipeline.recipe import Recipe, make_recipe
+from ftdata.pipeline.recipe import Recipe, make_recipe, resolve_task
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column
 
@@ -108,6 +108,7 @@ def make_target(
         hint = "pass the tokenizer of the model: --tokenizer"
         raise UsageError("no_tokenizer", "a tokenizer is required, but no tokenizer was passed", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
+    recipe = resolve_task(recipe, options.get("task", "auto"), sources)
     check_source_builds([source.path for source in sources], recipe.tokenizer.fingerprint)
     labeled_sources = [(source, source.split or "train") for source in sources]
     if against is not None:

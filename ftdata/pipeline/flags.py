@@ -131,7 +131,7 @@ FLAGS = {
     "rejected_side_dropped": Flag(
         "note",
         "the example is the chosen side of a preference pair; the rejected side is not used",
-        "ignore this note if you want supervised fine-tuning on the chosen side",
+        "ignore this note if you want supervised fine-tuning on the chosen side; or build with task='preference'",
     ),
     "generation_tags_unconfirmed": Flag(
         "warning",

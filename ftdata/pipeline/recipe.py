@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -18,8 +19,9 @@ from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice, sug
 from ftdata.options import TASKS, check_choices, select_options
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, masks, resolve_policy
+from ftdata.readers import FileSource, MemorySource, reread_rows
 from ftdata.redaction import is_secret_name
-from ftdata.schemas import check_columns, schemas
+from ftdata.schemas import check_columns, detect_task, schemas
 from ftdata.templates import (
     DEFAULT_DATE,
     Template,
@@ -33,6 +35,8 @@ from ftdata.templates.verification.probe import TemplateReport
 from ftdata.templates.worker.client import require_verified, verify_template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import ControlTokens, Tokenizer, find_control_tokens
+
+_log = logging.getLogger(__name__)
 
 _MAX_VARIANTS = 64
 
@@ -51,7 +55,7 @@ class Options:
         UsageError: an option has an invalid value.
     """
 
-    task: str = "sft"
+    task: str = "auto"
     schema: str = "auto"
     columns: Mapping[str, str] | None = None
     train_on: str | Policy = "assistant"
@@ -90,6 +94,32 @@ class Options:
     def policy(self) -> Policy:
         """The mask policy that `train_on` and `train_parts` define."""
         return resolve_policy(self.train_on, self.train_parts)
+
+
+_Options = TypeVar("_Options", bound=Options)
+
+
+def resolve_task(options: _Options, task: str, sources: Iterable[FileSource | MemorySource]) -> _Options:
+    """Return the options with the task of the data, which the first row determines if the task is `auto`.
+
+    Data that can be read only once, such as standard input, contains conversations unless the user sets the task. A
+    schema that the user sets also means conversations.
+
+    Args:
+        options: the options.
+        task: the task that the user requested.
+        sources: the sources of the data.
+    """
+    if task != "auto" or options.schema != "auto":
+        return options
+    found = detect_task(reread_rows(sources), options.columns)
+    if found == options.task:
+        return options
+    _log.info("the first row is a %s: task='%s' (detected)", _ROW_KINDS[found], found)
+    return replace(options, task=found)
+
+
+_ROW_KINDS = {"preference": "preference pair", "kto": "labeled answer (KTO)"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.mask import Policy, is_built_in_policy
-from ftdata.pipeline.recipe import Recipe
+from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.schemas import expand_rankings, normalize
 from ftdata.schemas.answer_text import has_answer, has_visible_text
 from ftdata.schemas.preference import PAIR_SCHEMA
@@ -201,12 +201,27 @@ def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
     return group
 
 
+def read_conversation(row: Row, options: Options) -> Conversation:
+    """Normalize a row according to the options.
+
+    Raises:
+        BadRow: `pair_in_sft`: the row is a preference pair, but neither the task nor the schema is that of pairs; or as
+            in `normalize`.
+    """
+    conversation = normalize(row, options.schema, options.columns, options.task)
+    if conversation.schema == "preference" and options.schema == "auto":
+        problem = "the row is a preference pair, and supervised fine-tuning would not use its rejected side"
+        hint = "set task='preference' to train on pairs, or schema='preference' to train only on the chosen answers"
+        raise BadRow("pair_in_sft", problem, where=str(row.source), hint=hint)
+    return conversation
+
+
 def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
     """Normalize a row, and start to render it in the template worker."""
     if isinstance(row, Reject):
         return row
     try:
-        conversation = normalize(row, recipe.schema, recipe.columns, recipe.task)
+        conversation = read_conversation(row, recipe)
         _check_parts(conversation)
     except BadRow as error:
         return make_reject(row, error)
@@ -304,11 +319,9 @@ def render_conversation(
     if cross_check:
         _cross_check(recipe, conversation, texts)
     texts = add_row_flags(conversation, texts)
-    return (
-        tuple(append_missing_stop(text, recipe.template) for text in texts)
-        if recipe.on_missing_stop == "append_eos"
-        else texts
-    )
+    if recipe.on_missing_stop == "append_eos":
+        return tuple(append_missing_stop(text, recipe.template) for text in texts)
+    return texts
 
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:

@@ -5,7 +5,7 @@
 | `messages`          | `messages` (or the row is a list): role/content       | unchanged                             |
 | `sharegpt`          | `conversations`: from/value                           | roles are mapped                      |
 | `prompt_completion` | `prompt`, `completion`: text or lists of messages     | user, assistant                       |
-| `preference`        | `chosen`, `rejected`, optional `prompt`               | the chosen answer                     |
+| `preference`        | `chosen`, `rejected`, optional `prompt`               | the chosen answer, or both answers    |
 | `alpaca`            | `instruction`, `output`, optional `input`, `history`  | user (instruction + input), assistant |
 | `question_answer`   | `question`, `answer`                                  | user, assistant                       |
 | `text`              | `text`                                                | formatted text, entirely trained      |
@@ -59,6 +59,7 @@ from ftdata.schemas.shapes import (
     parse_json_list,
     schemas,
 )
+from ftdata.schemas.tasks import detect_task
 from ftdata.schemas.training_fields import check_training_fields, describe_value, is_guarded
 from ftdata.types import Conversation, Message, Row, RowTokens
 
@@ -71,6 +72,7 @@ __all__ = [
     "Schema",
     "check_columns",
     "classify_row",
+    "detect_task",
     "expand_rankings",
     "last_answer_index",
     "normalize",

@@ -34,7 +34,8 @@ def split_label(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
         raise BadRow("no_label", f"the row has the labels {' and '.join(names)}", hint="remove one of them")
     (name,) = names
     value = data[name]
-    label = read_text_flag(value) if isinstance(value, str) else value
+    # Tables with empty cells store 1 as 1.0.
+    label = read_text_flag(value.strip().removesuffix(".0")) if isinstance(value, str) else value
     if label not in (0, 1):
         problem = f"is {describe_value(value)}, expected true or false"
         hint = "set true for a desirable answer and false for an undesirable answer, or remove the row"

@@ -116,7 +116,7 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
     if not is_pair(data):
         check_ranking(data)
         problem = f"the row has no columns {' and '.join(SIDES)}, which preference data must have"
-        hint = "remove the row; or set task='kto' for answers with a label, or task='sft' for rows without ratings"
+        hint = "build pairs and other rows separately: task='sft' for conversations, task='kto' for labeled answers"
         raise BadRow("not_a_pair", problem, hint=hint)
     feedback = _read_feedback(data)
     chosen, rejected = (read_preferred_side(data, name) for name in SIDES)

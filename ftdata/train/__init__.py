@@ -405,9 +405,6 @@ def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in values if value != defaults[name] or name in nulls}
     if options.get("template", "") is None:
         options["template"] = "tokenizer"
-    if "task" in options:
-        # Several trainers can use the same kind of data.
-        options["task"] = TASKS.get(options["task"], options["task"])
     return options
 
 
@@ -419,12 +416,15 @@ def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
     options = read_manifest(build)["options"]
     template = options["template"]
     built = {
+        "task": "sft",
         **options,
         "template": template["name"],
         "template_kwargs": template["kwargs"],
         "date": template["date"][:10],
     }
-    differing = [name for name, value in requested.items() if name in built and built[name] != value and name != "seed"]
+    # Several trainers can use the same kind of data.
+    wanted = {name: TASKS.get(value, value) if name == "task" else value for name, value in requested.items()}
+    differing = [name for name, value in wanted.items() if name in built and built[name] != value and name != "seed"]
     if differing:
         message = f"{build} is a finished build, so these options cannot change: {', '.join(differing)}"
         hint = "build the data again with these options, or train from the original data"

@@ -25,7 +25,7 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
 from ftdata.storage.atomic import check_no_links, convert_os_errors, lock_file
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
-from ftdata.train.model.config_fields import trainer_config_class
+from ftdata.train.model.tasks import TRAINER_TASKS
 
 CHANGEABLE_SETTINGS = (
     "num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu",
@@ -287,7 +287,7 @@ def begin_run(run: Path, config: Config, fingerprint: str, processes: int, befor
 
 def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
     """Return the settings that determine the trained weights, in the format of `run.json`."""
-    defaults = {field.name: field.default for field in fields(trainer_config_class(config.task))}
+    defaults = {field.name: field.default for field in fields(TRAINER_TASKS[config.task].config_class)}
     settings = {
         name: value
         for name, value in config.train.items()

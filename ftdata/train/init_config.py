@@ -12,10 +12,15 @@ from transformers import AutoModelForCausalLM
 from ftdata.config import make_config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection.stats import Stats, StatsGroup, stats
+from ftdata.options import select_options
+from ftdata.pipeline.recipe import Options, resolve_task
+from ftdata.readers import resolve_sources
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train.model import device
 from ftdata.train.model.isolation_probe import has_leaking_architecture
 from ftdata.train.model.load import load_model_config
+from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.types import SIDES
 from ftdata.yaml12 import dump_yaml
 
 _TEMPLATES = ("question_answer", "alpaca", "zephyr")
@@ -24,6 +29,9 @@ _TEMPLATES = ("question_answer", "alpaca", "zephyr")
 _TRIAL_ROWS = 50
 _SMALL_MODEL = 300_000_000
 """Number of parameters up to which all weights are trained, because an adapter would save little memory."""
+
+_SMALL_MODEL_RATE = 5e-5
+"""Learning rate of supervised fine-tuning of all weights of a small model."""
 
 _ROWS_PER_STEP = 16
 _STEPS_PER_EPOCH = 50
@@ -41,6 +49,7 @@ class DataFacts:
         positions: number of positions of the model, if it is limited.
         leaks: whether packed documents attend to each other; `None` if unknown.
         model_type: the model type in the configuration of the model.
+        task: the task of the run: `sft`, `dpo`, `reward` or `kto`.
     """
 
     statistics: Stats
@@ -49,6 +58,7 @@ class DataFacts:
     positions: int | None
     leaks: bool | None
     model_type: str
+    task: str = "sft"
 
     @property
     def all_rows(self) -> StatsGroup:
@@ -63,17 +73,23 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
         raise UsageError("init", message, hint="pass a file")
     fields = {name: value for name, value in overrides.items() if value is not None}
     config = make_config({"data": data, "model": model, "output_dir": output_dir, **fields})
-    template = config.template or _choose_template(data, config.tokenizer or model, config.limit)
-    statistics = stats(data, config.tokenizer or model, template, limit=config.limit, where=config.where)
+    row_options = Options(**select_options(config.build_options(), "task", "rows"))
+    rows_task = resolve_task(row_options, config.task, resolve_sources(data)).task
+    template = config.template or _choose_template(data, config.tokenizer or model, config.limit, rows_task)
+    statistics = stats(
+        data, config.tokenizer or model, template, limit=config.limit, where=config.where, task=rows_task
+    )
     model_config = load_model_config(model, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
         parameters = shapes.num_parameters()
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     leaks = has_leaking_architecture(model_config, config.attn_implementation)
-    facts = DataFacts(statistics, template, parameters, positions, leaks, model_config.model_type)
+    task = config.task if config.task in TRAINER_TASKS else {"preference": "dpo"}.get(rows_task, rows_task)
+    facts = DataFacts(statistics, template, parameters, positions, leaks, model_config.model_type, task)
     parts = {
         "data": ("Training data: a file, glob, folder, URL or Hub id, or a list of them.", data),
+        **_task(facts),
         "template": (_template_comment(template), template),
         "mask": ("The tokens that carry loss.", {"train_on": "assistant", "turns": "auto"}),
         "length": _length(facts),
@@ -82,7 +98,7 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
         "test_size": _test_size(facts),
         "model": (f"The base model: {parameters:,} parameters.", model),
         **_weights(facts),
-        "train": ("Fields of TRL's SFTConfig.", _train(facts)),
+        "train": (f"Fields of TRL's {TRAINER_TASKS[facts.task].config_class.__name__}.", _train(facts)),
         "output_dir": ("Folder for checkpoints, the model, the loss plot and samples.", output_dir),
     }
     for name in config.__struct_fields__:
@@ -95,14 +111,14 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     return "\n".join(texts)
 
 
-def _choose_template(data: str, tokenizer: str, limit: int | None) -> str | None:
+def _choose_template(data: str, tokenizer: str, limit: int | None, task: str) -> str | None:
     """Choose the built-in template that renders the most rows. Return `None` if the tokenizer has a chat template."""
     if load_tokenizer(tokenizer).chat_template:
         return None
     trial_rows, rejected = min(limit or _TRIAL_ROWS, _TRIAL_ROWS), {}
     for name in _TEMPLATES:
         try:
-            rejected[name] = sum(stats(data, tokenizer, name, limit=trial_rows).rejected.values())
+            rejected[name] = sum(stats(data, tokenizer, name, limit=trial_rows, task=task).rejected.values())
         except InputRefused:
             continue
     return min(rejected, key=lambda name: rejected[name], default=_TEMPLATES[-1])
@@ -113,6 +129,15 @@ def _template_comment(name: str | None) -> str:
     if name is None:
         return f"null: the tokenizer's chat template; or {choices}"
     return f"The tokenizer has no chat template; set {choices}"
+
+
+def _task(facts: DataFacts) -> dict[str, tuple[str, str]]:
+    comments = {
+        "dpo": "The rows are preference pairs, which DPO trains on. reward: trains a reward model.",
+        "reward": "The rows are preference pairs, which train a reward model. dpo: trains a model that answers.",
+        "kto": "The rows are answers with labels.",
+    }
+    return {"task": (comments[facts.task], facts.task)} if facts.task in comments else {}
 
 
 def _length(facts: DataFacts) -> tuple[str, dict[str, Any]]:
@@ -128,6 +153,8 @@ def _length(facts: DataFacts) -> tuple[str, dict[str, Any]]:
 
 
 def _pack(facts: DataFacts) -> tuple[str, str | None]:
+    if facts.task != "sft":
+        return "null: rows with ratings are not packed.", None
     if facts.leaks:
         return f"null: packed documents of {facts.model_type} attend to each other, so rows are padded.", None
     if facts.leaks is None:
@@ -175,18 +202,29 @@ def _weights(facts: DataFacts) -> dict[str, tuple[str, Any]]:
 def _train(facts: DataFacts) -> dict[str, Any]:
     length = _length(facts)[1]["max_length"]
     packed = _pack(facts)[1] is not None
-    rows = max(1, facts.all_rows.tokens // length if packed else facts.all_rows.examples)
-    row_length = length if packed else max(1, facts.all_rows.tokens // max(facts.all_rows.examples, 1))
+    examples = max(1, facts.all_rows.examples // (len(SIDES) if facts.task in ("dpo", "reward") else 1))
+    rows = max(1, facts.all_rows.tokens // length) if packed else examples
+    row_length = length if packed else max(1, facts.all_rows.tokens // examples)
     rows_per_step = min(max(rows // _STEPS_PER_EPOCH, 1), _ROWS_PER_STEP)
     batch_size = min(max(_MAX_BATCH_TOKENS // row_length, 1), rows_per_step)
+    if facts.task == "kto":
+        # KTO compares the answers of a batch.
+        batch_size = max(batch_size, 2)
     epochs = 1 if facts.all_rows.tokens > 20_000_000 else 3
     steps = max(1, epochs * rows // rows_per_step)
     return {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": -(-rows_per_step // batch_size),
-        "learning_rate": 5e-5 if facts.parameters <= _SMALL_MODEL else 2e-4,
+        "learning_rate": _learning_rate(facts),
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, round(0.03 * steps)),
         "logging_steps": max(1, min(10, steps // 20)),
     }
+
+
+def _learning_rate(facts: DataFacts) -> float:
+    is_small, task = facts.parameters <= _SMALL_MODEL, TRAINER_TASKS[facts.task]
+    if facts.task == "sft" and is_small:
+        return _SMALL_MODEL_RATE
+    return task.learning_rate if is_small else task.adapter_learning_rate

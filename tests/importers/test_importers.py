@@ -463,7 +463,7 @@ def test_pretraining_of_llama_factory_trains_all_of_each_text(tmp_path, tokenize
     config = import_config(path).config
     assert (config.schema, config.columns, config.packing) == ("text", {"text": "body"}, "bfd")
     options = config.build_options()
-    assert options.pop("task") == "sft"
+    assert options.pop("task") == "auto"
     dataset = build_sft_dataset(config.data, tokenizer_dir("tiny_bpe"), **options)
     counts = dataset.report.splits["train"]
     # Nothing precedes the first token of a text, so no model can predict it.

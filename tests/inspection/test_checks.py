@@ -124,7 +124,7 @@ CASES = {
     "token_crosses_boundary": (rows(talk("q", "a"), template=STRADDLING), rows(talk("q", "a"), template=CHATML)),
     "whitespace_removed": (rows(talk("q", "a "), lstrip=True), rows(talk("q", " a"), lstrip=True)),
     "rejected_side_dropped": (
-        rows({"prompt": "q", "chosen": "yes", "rejected": "no"}, template=CHATML),
+        rows({"prompt": "q", "chosen": "yes", "rejected": "no"}, template=CHATML, schema="preference"),
         rows({"prompt": "q", "completion": "yes"}, template=CHATML),
     ),
     "generation_tags_unconfirmed": (rows(PLAIN, template=TAGGED), rows(PLAIN, template=CHATML)),

@@ -95,7 +95,7 @@ SPELLINGS = {"columns": "--column", "template_kwargs": "--template-kwarg"}
         ("stats", option_names("task", "rendering", "rows", "selection")),
         ("convert", COMPLETE[ftdata.convert]),
         ("diff", ("template", "task", "template_kwargs")),
-        ("init", ("template", "limit")),
+        ("init", ("template", "task", "limit")),
     ],
 )
 def test_options_of_commands_equal_the_table(command, expected):
@@ -126,6 +126,8 @@ def test_manifest_contains_every_option_of_the_recipe(tokenizer_dir, tmp_path):
     described = recipe.describe()
     assert list(described) == ["tokenizer", "template", *option_names("task", "rows")]
     defaults = {name: OPTIONS[name].default for name in option_names("task", "rows")}
+    # The recipe contains the detected task.
+    defaults["task"] = "sft"
     assert {**described, "columns": described["columns"] or None, "reject_flags": ()} == {**described, **defaults}
     assert type(recipe).from_manifest(described, recipe.tokenizer).describe() == described
 

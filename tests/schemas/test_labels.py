@@ -23,7 +23,7 @@ def read(row, **options):
 
 @pytest.mark.parametrize(
     ("value", "label"),
-    [(True, 1), (False, 0), (1, 1), (0, 0), (1.0, 1), ("true", 1), ("False", 0), ("yes", 1), ("0", 0)],
+    [(True, 1), (False, 0), (1, 1), (0, 0), (1.0, 1), ("true", 1), ("False", 0), ("yes", 1), ("0", 0), ("1.0", 1)],
 )
 def test_labels_are_read(value, label):
     for column in ("label", "kto_tag"):

@@ -200,13 +200,15 @@ def test_rejected_side_of_a_preference_is_reported(tokenizer_dir, tmp_path):
     from ftdata import audit, preview
 
     rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
-    built = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml")
+    options = {"template": "chatml", "schema": "preference"}
+    tokenizer = tokenizer_dir("tiny_bpe")
+    built = build_sft_dataset(rows, tokenizer, **options)
     assert "rejected side is not used" in str(built.report)
-    assert "rejected_side_dropped" in json.dumps(preview(rows, tokenizer_dir("tiny_bpe"), "chatml").as_dict())
-    assert "rejected_side_dropped" in json.dumps(preview(rows, template="chatml").as_dict())
-    assert [one.code for one in audit(rows, tokenizer_dir("tiny_bpe"), "chatml").findings if "rejected" in one.code]
+    assert "rejected_side_dropped" in json.dumps(preview(rows, tokenizer, **options).as_dict())
+    assert "rejected_side_dropped" in json.dumps(preview(rows, **options).as_dict())
+    assert [one.code for one in audit(rows, tokenizer, **options).findings if "rejected" in one.code]
     with pytest.raises(BadRows, match="rejected_side_dropped"):
-        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml", reject_flags=["rejected_side_dropped"])
+        build_sft_dataset(rows, tokenizer, **options, reject_flags=["rejected_side_dropped"])
 
 
 def test_encode_accepts_the_same_training_fields(tokenizer_dir):

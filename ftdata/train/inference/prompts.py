@@ -13,7 +13,8 @@ from typing import Any
 from ftdata.errors import InputRefused
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import Recipe
-from ftdata.readers import resolve_sources
+from ftdata.readers import reread_rows, resolve_sources
+from ftdata.schemas import detect_task
 from ftdata.types import IGNORE_INDEX, Message, Reject, Row, Source
 
 _PLACEHOLDER_ANSWER = "x"
@@ -80,7 +81,10 @@ def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int
     Raises:
         InputRefused: a row cannot be built.
     """
-    for outcome in build_rows(recipe, (row for source in resolve_sources(data) for row in source.rows())):
+    sources = resolve_sources(data)
+    if recipe.schema == "auto" and detect_task(reread_rows(sources), recipe.columns) == "preference":
+        recipe = replace(recipe, schema="preference")
+    for outcome in build_rows(recipe, (row for source in sources for row in source.rows())):
         if isinstance(outcome, Reject):
             raise InputRefused(outcome.code, outcome.reason, where=str(outcome.source), hint=outcome.fix)
         yield outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist()

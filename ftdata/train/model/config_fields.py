@@ -17,8 +17,6 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal
 
-from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
-
 from ftdata.config import LORA_NAMES
 from ftdata.errors import UsageError, suggest_names
 from ftdata.redaction import redact
@@ -68,11 +66,6 @@ class ConfigField:
     def expected(self) -> str:
         """Description of the expected type for error messages, such as "a whole number"."""
         return _describe_type(self.hint)
-
-
-def trainer_config_class(task: str) -> Any:
-    """Return the class of TRL that contains the settings of the trainer of a task: `sft`, `dpo`, `reward` or `kto`."""
-    return {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig, "kto": KTOConfig}[task]
 
 
 def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:

@@ -22,8 +22,9 @@ from ftdata.errors import InputRefused, UsageError, count_noun, describe_excepti
 from ftdata.train.dataset import has_pairs, list_lengths
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
-from ftdata.train.model.load import model_class, weights_dtype
+from ftdata.train.model.load import weights_dtype
 from ftdata.train.model.quantization import bytes_per_weight, quantization_name, skipped_modules
+from ftdata.train.model.tasks import TRAINER_TASKS
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
@@ -219,10 +220,10 @@ def estimate_run(
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    if config.task in ("dpo", "kto") and not arguments.precompute_ref_log_probs:
-        # The reference model also has a forward pass. With an adapter, it is the model without the adapter. KTO has
-        # another forward pass of both models, for answers to other prompts.
-        shares += 2 if config.task == "dpo" else 6
+    forward_passes = TRAINER_TASKS[config.task].forward_passes
+    if forward_passes and not arguments.precompute_ref_log_probs:
+        shares += 2 * forward_passes
+        # With an adapter, the reference model is the model without the adapter.
         weights *= 1 if lora is not None else 2
     evaluation_flops = flops_per_token * test_tokens * count_evaluations(steps, len(rows.lengths), arguments)
     flops_per_second = device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION * device.process_count()
@@ -315,7 +316,7 @@ def _make_shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
         if config.task == "reward":
             model_config = copy.deepcopy(model_config)
             model_config.num_labels = 1
-        return model_class(config.task).from_config(model_config, dtype=dtype, **options)
+        return TRAINER_TASKS[config.task].model_class.from_config(model_config, dtype=dtype, **options)
     except (ValueError, ImportError) as error:
         message = f"the model {config.model} cannot be created: {describe_exception(error)}"
         raise UsageError("model_setting", message) from None

@@ -13,8 +13,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -24,6 +22,7 @@ from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.model import device
 from ftdata.train.model.device import compute_dtype
 from ftdata.train.model.quantization import Quantization, quantization_config
+from ftdata.train.model.tasks import TRAINER_TASKS
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -74,7 +73,7 @@ def load_model(
         InputRefused: the model does not exist or is incomplete, has no safetensors, or needs remote code.
     """
     dtype = dtype or compute_dtype()
-    kind = model_class(task)
+    kind = TRAINER_TASKS[task].model_class
     model_config = load_model_config(name, trust_remote_code=trust_remote_code)
     quantized = quantization_config(quantization, dtype)
     if quantized is not None and quantized.llm_int8_skip_modules:
@@ -109,11 +108,6 @@ def load_model(
 
 _REWARD_LAYER = ("score.weight", "classifier.weight", "classifier.bias")
 """Names of the weights that a reward model has in addition to a language model."""
-
-
-def model_class(task: str) -> Any:
-    """Return the class of transformers that loads the model of a task."""
-    return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
 
 
 def dequantize(model: Any) -> Any:

@@ -24,7 +24,9 @@ from ftdata.build.dataset import write_build
 from ftdata.build.store import read_manifest
 from ftdata.config import Config, to_yaml
 from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, describe_exception
-from ftdata.options import TASKS
+from ftdata.options import TASKS, select_options
+from ftdata.pipeline.recipe import Options, resolve_task
+from ftdata.readers import resolve_sources
 from ftdata.spelling import spell_options
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
@@ -37,6 +39,7 @@ from ftdata.train.model.estimate import Estimate, check_adapter, check_memory, c
 from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_leak
 from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
+from ftdata.train.model.tasks import TRAINER_TASKS
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
 from ftdata.train.runs.preference_trainers import (
@@ -219,6 +222,7 @@ def make_trainer(
     has_new_tokens = fit_vocabulary(model, data.vocabulary_size, tokenizer)
     packed = data.is_packed
     settings = make_trainer_config(config, isolated=isolated, packed=packed, evaluates="test" in splits)
+    _check_margin_metric(settings, splits)
     lengths = count_split(splits["train"]).lengths
     max_checkpoints, settings.save_total_limit = settings.save_total_limit, None
     if not isolated and config.task == "sft":
@@ -230,7 +234,8 @@ def make_trainer(
     if config.task == "kto":
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         arguments["data_collator"] = LabelCollator(tokenizer.pad_token_id, positions)
-    if config.task in ("dpo", "kto") and lora is None and not settings.precompute_ref_log_probs:
+    has_reference = TRAINER_TASKS[config.task].forward_passes > 0
+    if has_reference and lora is None and not settings.precompute_ref_log_probs:
         # The embeddings of new tokens are random, so the reference model must be a copy.
         arguments["ref_model"] = copy.deepcopy(model)
     try:
@@ -272,6 +277,20 @@ def _adjust_models(trainer: RunTrainer, *, isolated: bool) -> None:
                 weight.data = weight.data.float()
 
 
+def _check_margin_metric(settings: Any, splits: datasets.DatasetDict) -> None:
+    """Check that the best model is not selected by the margin of labels of which the test split has only one.
+
+    Raises:
+        UsageError: `no_margin`.
+    """
+    metric = str(settings.metric_for_best_model)
+    if "test" not in splits or not metric.endswith("rewards/margins") or "label" not in splits["test"].column_names:
+        return
+    if len(set(splits["test"]["label"])) < 2:
+        problem = f"train.metric_for_best_model is {metric!r}, which needs both kinds of labels in the test split"
+        raise UsageError("no_margin", problem, hint="use the metric loss, or a larger test split")
+
+
 def _check_config(config: Config) -> Any:
     """Check all settings of a run before the data is read. Return the `transformers` configuration of the model.
 
@@ -294,10 +313,16 @@ def _check_config(config: Config) -> Any:
 def _resolve_config(config: Config, build: Path | None) -> Config:
     """Return a configuration with absolute paths, and with the task of the trainer: `sft`, `dpo`, `reward` or `kto`."""
     check_choice("task", config.task, TASKS)
-    task, data = config.task, TASKS[config.task]
-    if build and data != (built := read_manifest(build)["options"].get("task", "sft")):
-        # The default task is that of the data.
-        task = built
+    task = config.task
+    if task == "auto" and build:
+        task = str(read_manifest(build)["options"].get("task", "sft"))
+    elif task == "auto":
+        options = Options(**select_options(config.build_options(), "task", "rows"))
+        try:
+            task = resolve_task(options, task, resolve_sources(config.data)).task
+        except FtdataError:
+            # The settings are checked first. Then the build reports why the data cannot be read.
+            task = options.task
     # An adapter stores the path of its base model, which must be valid from any working directory.
     return structs.replace(
         config,

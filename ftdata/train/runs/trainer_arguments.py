@@ -21,9 +21,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, check_choice, describe_exception, suggest_names
 from ftdata.redaction import redact
-from ftdata.train.model.config_fields import ConfigField, check_type, fields_of, trainer_config_class
+from ftdata.train.model.config_fields import ConfigField, check_type, fields_of
 from ftdata.train.model.device import compute_dtype, process_count
 from ftdata.train.model.load import wants_adapter
+from ftdata.train.model.tasks import TRAINER_TASKS
 from ftdata.types import IGNORE_INDEX, SIDES
 
 FIXED = {
@@ -60,21 +61,7 @@ STRATEGIES = ("random", "group_by_length", "sequential")
 """Orders of the training rows: random, random with rows of similar length together, or sequential."""
 
 
-METRICS = {
-    "sft": ("loss", "perplexity"),
-    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
-    "reward": ("loss", "accuracy", "margin"),
-    "kto": ("loss", "rewards/margins"),
-}
-"""Task -> metrics of an evaluation that can select the best checkpoint."""
-
-
-_LEARNING_RATES = {"sft": (2e-5, 2e-4), "dpo": (1e-6, 1e-5), "reward": (1e-5, 1e-4), "kto": (1e-6, 1e-5)}
-"""Task -> default learning rates of full fine-tuning and of an adapter. Full fine-tuning changes pretrained weights, so
-it needs smaller steps than an adapter that starts at zero. The rates of full DPO and KTO are the defaults of TRL,
-and so is the rate of an adapter of a reward model."""
-
-_NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+_NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "beta")
 
 
 def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
@@ -83,7 +70,7 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
     Raises:
         UsageError: a setting is fixed, unknown or invalid; the message contains the reason or similar names.
     """
-    kind = trainer_config_class(task)
+    kind = TRAINER_TASKS[task].config_class
     fields = fields_of(kind)
     for name, value in settings.items():
         if name in FIXED:
@@ -101,7 +88,7 @@ def check_settings(settings: Mapping[str, Any], task: str = "sft") -> None:
         if name == "train_sampling_strategy":
             check_choice(name, value, STRATEGIES)
         if name == "metric_for_best_model" and value is not None:
-            check_choice(name, str(value).removeprefix("eval_"), METRICS[task])
+            check_choice(name, str(value).removeprefix("eval_"), TRAINER_TASKS[task].metrics)
         if fields[name].is_number:
             _check_number(name, value, fields[name])
         else:
@@ -120,6 +107,8 @@ def _check_number(name: str, value: Any, field: ConfigField) -> None:
         expected = f"0 to {(1 << 32) - 1}"
     elif name in _NON_NEGATIVE and value < 0:
         expected = "at least 0"
+    elif name == "label_smoothing" and not 0 <= value < 0.5:
+        expected = "at least 0 and below 0.5"
     elif name.endswith(("_batch_size", "accumulation_steps")) and value < 1:
         expected = "at least 1"
     if expected is not None:
@@ -156,7 +145,8 @@ def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluat
     Raises:
         UsageError: TRL rejects a setting.
     """
-    kind = trainer_config_class(config.task)
+    task = TRAINER_TASKS[config.task]
+    kind = task.config_class
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = compute_dtype(config.train)
     default_strategy = "steps" if "eval_steps" in config.train else "epoch"
@@ -190,7 +180,7 @@ def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluat
         "activation_checkpointing": gpu,
         "disable_tqdm": True,
         **({"optim": "paged_adamw_32bit"} if gpu and config.quantization else {}),
-        "learning_rate": _LEARNING_RATES[config.task][wants_adapter(config)],
+        "learning_rate": task.adapter_learning_rate if wants_adapter(config) else task.learning_rate,
         **best,
     }
     if str(config.train.get("metric_for_best_model", "")).endswith("perplexity"):

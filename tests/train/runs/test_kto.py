@@ -123,8 +123,19 @@ def test_settings_and_data_of_other_tasks_are_refused(llama, data, tmp_path):
         dry_run(data, settings={"precompute_ref_log_probs": True}, **options)
     with pytest.raises(UsageError, match="per_device_eval_batch_size is 1, expected at least 2"):
         dry_run(data, settings={"per_device_eval_batch_size": 1}, **options)
+    for setting in ({"beta": -1}, {"metric_for_best_model": "accuracy"}):
+        with pytest.raises(UsageError, match=next(iter(setting))):
+            dry_run(data, settings=setting, **options)
     with pytest.raises(UsageError, match="data for task='kto' cannot be packed"):
         dry_run(data, packing="bfd", max_length=64, **options)
+
+
+def test_margin_of_one_kind_of_label_cannot_select_the_best_model(llama, tmp_path):
+    rows = [{"prompt": f"Say {word}", "completion": word, "label": True} for word in make_words(8)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = {**SETTINGS, "metric_for_best_model": "rewards/margins", "load_best_model_at_end": True}
+    with pytest.raises(UsageError, match="no_margin"):
+        run(data, model=llama, output_dir=tmp_path / "run", settings=settings, test_size=2)
 
 
 def test_prompts_with_other_answers_are_cut_to_the_limit_of_the_model(llama):

@@ -18,6 +18,7 @@ from preference_runs import (
 
 from ftdata import build_preference_dataset
 from ftdata.build.dataset import write_build
+from ftdata.config import load_config, make_config, to_yaml
 from ftdata.errors import InputRefused, UsageError
 
 pytest.importorskip("trl")
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel  # noqa
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
-from ftdata.train import compare, dry_run, generate, run  # noqa: E402
+from ftdata.train import compare, dry_run, generate, init, run  # noqa: E402
 from ftdata.train.runs.preference_trainers import DPORunTrainer, PairCollator  # noqa: E402
 from ftdata.train.runs.unpadding import run_without_padding  # noqa: E402
 
@@ -203,6 +204,26 @@ def test_tool_results_of_an_answer_are_not_trained(llama, data):
                                                  for label in row[f"{side}_labels"])  # fmt: skip
 
 
+def test_task_of_a_run_is_that_of_its_data(llama, data, tmp_path):
+    """The task is detected in the data or in the build. A task that contradicts a build is refused."""
+    build, options = str(tmp_path / "built"), {"model": llama, "settings": {"max_steps": 2}}
+    write_build(data, llama, build)
+    assert dry_run(data, output_dir=tmp_path / "run", **options)[0].examples == 48
+    config = make_config({"data": build, "model": llama, "output_dir": str(tmp_path / "run"), "task": "dpo"})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert dry_run(tmp_path / "run.yaml", settings={"max_steps": 2})[0].examples == 48
+    for task in ("sft", "kto"):
+        with pytest.raises(UsageError, match="already_built.*task"):
+            dry_run(build, output_dir=tmp_path / "run", task=task, **options)
+
+
+def test_init_writes_the_task(llama, data, tmp_path):
+    (tmp_path / "run.yaml").write_text(init(data, llama, str(tmp_path / "run")))
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.task, config.packing, config.train["learning_rate"]) == ("dpo", None, 1e-6)
+    assert dry_run(tmp_path / "run.yaml")[0].steps > 0
+
+
 def test_estimate_and_settings_of_pairs(llama, data, tmp_path):
     options = {"model": llama, "output_dir": str(tmp_path / "run"), "task": "preference"}
     full, _ = dry_run(data, settings={"max_steps": 2}, **options)
@@ -213,6 +234,7 @@ def test_estimate_and_settings_of_pairs(llama, data, tmp_path):
         ({"betta": 1}, "DPOConfig has no field 'betta'.*did you mean 'beta'"),
         ({"metric_for_best_model": "perplexity"}, "unknown_metric_for_best_model"),
         ({"max_length": 10}, "train.max_length cannot be set"),
+        ({"label_smoothing": 0.7}, "train.label_smoothing is 0.7, expected at least 0 and below 0.5"),
     ):
         with pytest.raises(UsageError, match=problem):
             dry_run(data, settings=setting, **options)

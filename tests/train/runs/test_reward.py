@@ -107,9 +107,9 @@ def test_one_build_serves_dpo_and_reward_models(llama, data, tmp_path):
     options = {"model": llama, "output_dir": str(tmp_path / "run")}
     weights = {
         task: dry_run(str(tmp_path / "built"), settings={"max_steps": 2}, task=task, **options)[0].weights
-        for task in ("sft", "dpo", "reward")
+        for task in ("auto", "dpo", "reward")
     }
     # The default task is that of the data. DPO needs a reference model.
-    assert weights["sft"] == weights["dpo"] > 1.5 * weights["reward"]
+    assert weights["auto"] == weights["dpo"] > 1.5 * weights["reward"]
     full = run(str(tmp_path / "built"), model=llama, output_dir=tmp_path / "run", task="reward", settings=SETTINGS)
     assert read_run(full)["reward_accuracy"] == 1.0

@@ -200,7 +200,7 @@ def test_packed_loss_equals_unpacked_loss(tiny, tmp_path, kind):
     sums = []
     for options in ({"packing": "bfd", "max_length": 128}, {}):
         built = build_sft_dataset(TASK, tiny(kind), **options)
-        config = make_config({"data": "d", "model": tiny(kind), "output_dir": str(tmp_path)})
+        config = make_config({"data": "d", "task": "sft", "model": tiny(kind), "output_dir": str(tmp_path)})
         trainer = make_trainer(config, load_model(tiny(kind)), built, isolated=True)
         loss, tokens = trainer.token_loss(built["train"])
         sums.append(loss * tokens)
@@ -211,7 +211,7 @@ def test_packed_loss_equals_unpacked_loss(tiny, tmp_path, kind):
 def test_losses_equal_those_of_plain_trl(llama, tmp_path, isolated):
     built = build_sft_dataset(TASK, llama)
     settings = {**QUICK, "max_steps": 8, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
-    config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": settings})
+    config = make_config({"data": "d", "task": "sft", "model": llama, "output_dir": str(tmp_path), "train": settings})
     ours = make_trainer(config, load_model(llama), built, isolated=isolated)
     plain = SFTTrainer(
         model=hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
@@ -239,7 +239,13 @@ def test_batches_group_rows_by_length_and_start_with_the_longest(llama, tmp_path
     rows = [{"question": "a " * (n % 37), "answer": "b"} for n in range(300)]
     built = build_sft_dataset(rows, llama)
     config = make_config(
-        {"data": "d", "model": llama, "output_dir": str(tmp_path), "train": {"per_device_train_batch_size": 4}}
+        {
+            "data": "d",
+            "task": "sft",
+            "model": llama,
+            "output_dir": str(tmp_path),
+            "train": {"per_device_train_batch_size": 4},
+        }
     )
     trainer = make_trainer(config, load_model(llama), built, isolated=True)
     lengths = [len(row["input_ids"]) for row in built["train"]]
@@ -420,7 +426,7 @@ def test_sections_and_flat_fields_are_equivalent(tmp_path):
         "overlong": "drop_turns",
         "packing": "bfd",
     }
-    common = {"data": "d", "model": "m", "output_dir": "o"}
+    common = {"data": "d", "task": "sft", "model": "m", "output_dir": "o"}
     grouped = {
         "mask": {"train_on": "last_assistant", "turns": "split"},
         "length": {"max_length": 64, "overlong": "drop_turns"},
@@ -441,7 +447,7 @@ def test_sections_and_flat_fields_are_equivalent(tmp_path):
 
 
 def test_trainer_settings_depend_on_device_and_data(llama, tmp_path):
-    config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path)})
+    config = make_config({"data": "d", "task": "sft", "model": llama, "output_dir": str(tmp_path)})
     joined = make_trainer_config(config, isolated=True, packed=True, evaluates=False)
     padded = make_trainer_config(config, isolated=False, packed=False, evaluates=True)
     assert (joined.padding_free, str(joined.train_sampling_strategy)) == (True, "random")
@@ -449,7 +455,7 @@ def test_trainer_settings_depend_on_device_and_data(llama, tmp_path):
     assert "group" in str(padded.train_sampling_strategy)
     assert padded.save_strategy.value == "epoch"
     settings = {"save_steps": 7, "eval_steps": 5}
-    steps = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": settings})
+    steps = make_config({"data": "d", "task": "sft", "model": llama, "output_dir": str(tmp_path), "train": settings})
     by_steps = make_trainer_config(steps, isolated=False, packed=False, evaluates=True)
     assert (by_steps.save_strategy.value, by_steps.save_steps) == ("steps", 7)
     assert (by_steps.eval_strategy.value, by_steps.eval_steps) == ("steps", 5)

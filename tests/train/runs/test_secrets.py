@@ -100,7 +100,7 @@ def test_token_does_not_change_the_identity_of_a_run(finished, tmp_path, capsys)
 def test_secrets_are_not_part_of_the_run_setup(tmp_path):
     from ftdata.config import make_config
 
-    values = {"data": "d", "model": "m", "output_dir": "o"}
+    values = {"data": "d", "task": "sft", "model": "m", "output_dir": "o"}
     one, other = (
         checkpoints.describe_setup(make_config({**values, "train": {"tracker_api_key": key}}), "", 1)["setup"]
         for key in ("a", "b")

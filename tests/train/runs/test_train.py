@@ -161,7 +161,9 @@ def test_unquantized_run_learns(llama, data, tmp_path, options):
 
 
 def trainer_for(llama, tmp_path, built, *, isolated=True, **train):
-    config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": {**QUICK, **train}})
+    config = make_config(
+        {"data": "d", "task": "sft", "model": llama, "output_dir": str(tmp_path), "train": {**QUICK, **train}}
+    )
     return make_trainer(config, load_model(llama, None), built, isolated=isolated)
 
 

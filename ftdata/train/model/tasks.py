@@ -1,0 +1,45 @@
+"""What differs between the trainers of conversations, pairs and labeled answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+
+
+@dataclass(frozen=True)
+class TrainerTask:
+    """The facts about a task that do not depend on a run.
+
+    Attributes:
+        config_class: the class of TRL that contains the settings of the trainer.
+        model_class: the class of transformers that loads the model.
+        metrics: the metrics of an evaluation that can select the best checkpoint.
+        learning_rate: the default learning rate of full fine-tuning.
+        adapter_learning_rate: the default learning rate of an adapter. It is higher, because an adapter starts at zero,
+            whereas full fine-tuning changes pretrained weights.
+        forward_passes: the number of forward passes of a training step without a gradient, most of them of the
+            reference model; 0 if there is no reference model.
+    """
+
+    config_class: Any
+    model_class: Any
+    metrics: tuple[str, ...]
+    learning_rate: float
+    adapter_learning_rate: float
+    forward_passes: int = 0
+
+
+TRAINER_TASKS = {
+    "sft": TrainerTask(SFTConfig, AutoModelForCausalLM, ("loss", "perplexity"), 2e-5, 2e-4),
+    # The rates of full DPO and KTO are the defaults of TRL, and so is the rate of an adapter of a reward model.
+    "dpo": TrainerTask(
+        DPOConfig, AutoModelForCausalLM, ("loss", "rewards/accuracies", "rewards/margins"), 1e-6, 1e-5, 1
+    ),
+    "reward": TrainerTask(RewardConfig, AutoModelForSequenceClassification, ("loss", "accuracy", "margin"), 1e-5, 1e-4),
+    # The trained model and the reference model also process answers to other prompts.
+    "kto": TrainerTask(KTOConfig, AutoModelForCausalLM, ("loss", "rewards/margins"), 1e-6, 1e-5, 3),
+}
+"""Task of a run -> its facts."""
