@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,7 +89,7 @@ def _command(report: Report, recipe: Recipe) -> str:
     item_options = [{name: value for name, value in item.items() if name != "path"} for item in items]
     have_same_options = all(choices == item_options[0] and set(choices) <= cli_options for choices in item_options)
     uses_objects = template.name == "<string>" or callable(recipe.train_on) or "<object>" in recipe.tokenizer.name
-    if not items or not have_same_options or uses_objects or template.kwargs:
+    if not items or not have_same_options or uses_objects:
         return "none: this build needs Python or a configuration file"
     words = ["ftdata", "build", *(str(item["path"]) for item in items), "--tokenizer", recipe.tokenizer.name]
     words += [word for name, value in item_options[0].items() for word in (f"--{name}", str(value))]
@@ -103,5 +104,10 @@ def _command(report: Report, recipe: Recipe) -> str:
         if name != "columns" and value and value != default:
             listed = ",".join(value) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [listed])]
+    words += [
+        word
+        for name, value in template.kwargs.items()
+        for word in ("--template-kwarg", f"{name}={json.dumps(value, ensure_ascii=False)}")
+    ]
     words += [word for pair in options["columns"].items() for word in ("--column", "=".join(pair))]
     return shlex.join([*words, "--output-dir", "OUT"])

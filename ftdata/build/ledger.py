@@ -307,7 +307,7 @@ def _loss_notes(ledgers: Sequence[Ledger], overlong_policy: str) -> Iterator[str
     policies = ", or set overlong='drop_turns' or overlong='truncate'" if overlong_policy == "reject" else ""
     reasons = [
         f"{count_noun(overlong, 'row')} longer than max_length (raise max_length{policies})",
-        f"{count_noun(cut, 'token')} beyond max_length",
+        f"{count_noun(cut, 'token')} beyond max_length (raise max_length)",
         f"{count_noun(invalid, 'invalid row')}",
         f"{count_noun(filtered, 'row')} excluded by where",
     ]

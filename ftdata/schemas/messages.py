@@ -333,8 +333,12 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
-        raise BadRow("content_type", f"the content has parts of unsupported types: {', '.join(kinds)}", field=field)
-    raise BadRow("content_type", f"is {describe_value(content)}, expected text or a list of text parts", field=field)
+        hint = "remove the parts, or leave out the row; only text can be trained"
+        problem = f"the content has parts of unsupported types: {', '.join(kinds)}"
+        raise BadRow("content_type", problem, field=field, hint=hint)
+    problem = f"is {describe_value(content)}, expected text or a list of text parts"
+    hint = "add the text, or remove the message or the row" if content is None else "convert the value to text"
+    raise BadRow("content_type", problem, field=field, hint=hint)
 
 
 def _check_part(part: Mapping[str, Any], field: str) -> None:

@@ -50,6 +50,11 @@ def render_chat(
         return _render_chat_with(conversation, template, turns, on_dropped_message)
     except BadRow as error:
         joined = join_text_parts(conversation)
+        lists = [index for index, one in enumerate(joined.messages) if isinstance(one.get("content"), list)]
+        if error.code == "template_raises" and lists:
+            problem = f"the content of message {lists[0]} has several text parts, and {error.message}"
+            hint = "join the parts to one text, because the template may accept only text"
+            raise BadRow(error.code, problem, field=error.field, hint=error.hint or hint) from None
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
         texts = _render_chat_with(joined, template, turns, on_dropped_message)

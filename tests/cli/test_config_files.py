@@ -83,15 +83,15 @@ def test_build_names_all_missing_options(folder):
 
 
 def test_messages_spell_options_as_the_user_set_them(folder):
-    (folder / "bad.jsonl").write_text('{"a": 1}\n{"a": 1}\n{"a": 2}\n{"a": 1}\n{"a": 5}\n')
+    (folder / "bad.jsonl").write_text('{"a": 1}\n{"a": 1}\n{"a": 2}\n{"a": 1}\n{"a": 5}\n{"question": "q", "answer": "a"}\n')
     tokenizer = json.loads((folder / "run.yaml").read_text())["tokenizer"]
     said = run("build", folder / "bad.jsonl", "-t", tokenizer, "-o", folder / "out", code=3).stderr
-    assert "--on-bad-rows quarantine --max-rejects ..." in said
+    assert "--on-bad-rows quarantine --max-rejects 5" in said
     assert "--column prompt=..." in said
     config = {"data": str(folder / "bad.jsonl"), "tokenizer": tokenizer, "output_dir": str(folder / "run")}
     (folder / "bad.yaml").write_text(json.dumps(config))
     said = run("build", folder / "bad.yaml", code=3).stderr
-    assert "on_bad_rows: quarantine, max_rejects: ..." in said
+    assert "on_bad_rows: quarantine, max_rejects: 5" in said
     assert "columns: {prompt: ..., completion: ...}" in said
 
 
