@@ -38,6 +38,7 @@ from ftdata.inspection.fingerprints import (
     match_sources,
 )
 from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
+from ftdata.inspection.row_headings import describe_example
 from ftdata.inspection.row_views import ExampleView, Heading, RowView, make_row_view, to_single_line
 from ftdata.inspection.target import Target, make_target
 from ftdata.inspection.terminal import has_no_colors, render_plain_text, style_segments
@@ -88,6 +89,10 @@ class ChangedRow:
         for view_a, view_b, edits in zip_longest(self.a.examples, self.b.examples, self.edits):
             sides = ((0, view_a, [edit.in_a for edit in edits]), (1, view_b, [edit.in_b for edit in edits]))
             yield [(side, view, ranges) for side, view, ranges in sides if view is not None]
+
+    def example_name(self, number: int) -> str:
+        """Return the name of the examples with this number; an empty string if the row has only one example."""
+        return describe_example(max(self.a, self.b, key=lambda row: len(row.examples)), number)
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,8 @@ class Diff:
                     console.print(Text(f"{sign}{to_single_line(row.rejected)}", style), soft_wrap=True)
             pairs = [*changed.pairs()]
             for number, pair in enumerate(pairs):
-                if len(pairs) > 1 and any(ranges for _, _, ranges in pair):
-                    console.print(Text(f"── example {number + 1} of {len(pairs)} ──", "blue"), soft_wrap=True)
+                if (name := changed.example_name(number)) and any(ranges for _, _, ranges in pair):
+                    console.print(Text(f"── {name} ──", "blue"), soft_wrap=True)
                 for side, view, ranges in pair:
                     if ranges:
                         text = _style_ranges(view, ranges, plain=has_no_colors(console))
@@ -162,7 +167,7 @@ class Diff:
             row = replace(changed.a, rejected=reasons, why=(changed.kind,), lost=())
             pairs = [*changed.pairs()]
             for number, pair in enumerate(pairs):
-                place = f" · example {number + 1} of {len(pairs)}" if len(pairs) > 1 else ""
+                place = f" · {name}" if (name := changed.example_name(number)) else ""
                 rows.append(replace(row, examples=tuple(view for _, view, _ in pair)))
                 marks.append([_mark_ranges(view, ranges) for _, view, ranges in pair])
                 captions.append([f"{self.captions[side]}{place}" for side, _, _ in pair])
@@ -296,6 +301,10 @@ def side_options(
         if not equals:
             raise UsageError("set", f"--set is {change!r}, expected name=value, e.g. --set turns=split")
         name = name.strip().replace("-", "_")
+        if name.startswith("template_kwargs."):
+            variables = options.get("template_kwargs") or {}
+            options["template_kwargs"] = {**variables, name.partition(".")[2]: _parse_value(value)}
+            continue
         check_choice("set", name, ("tokenizer", *_RECIPE_OPTIONS))
         options[name] = parse_list(name, _parse_value(value))
     return options
@@ -355,7 +364,9 @@ def _make_changed_row(kind: str, a: RowView | None, b: RowView | None, *, by_tex
     existing = a or b
     assert existing
     row_a, row_b = (row or RowView(existing.source, rejected="this side does not contain the row") for row in (a, b))
-    examples_a, examples_b = _pair_examples(row_a.examples, row_b.examples)
+    examples_a, examples_b = [*row_a.examples], [*row_b.examples]
+    if not existing.is_pair:
+        examples_a, examples_b = _pair_examples(examples_a, examples_b)
     row_a, row_b = replace(row_a, examples=tuple(examples_a)), replace(row_b, examples=tuple(examples_b))
     pairs = zip_longest(examples_a, examples_b)
     return ChangedRow(kind, row_a, row_b, tuple(find_edits(*pair, by_text=by_text) for pair in pairs))

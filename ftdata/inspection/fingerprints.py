@@ -54,7 +54,7 @@ class ExampleFingerprints:
         """Combine the hashes of the examples of each row. Return columns with one value per row.
 
         The columns are the key, the sums of the hashes, the number of examples, and the first example. The hashes of a
-        row's examples are summed, so the order of the examples does not matter.
+        row's examples are summed, so the order of the examples does not matter, except for the sides of a pair.
         """
         source_keys = np.asarray([keys[path] for path in self.paths], np.int64)
         rows, first, row_indices, counts = np.unique(
@@ -121,9 +121,10 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
             columns[0].append(paths.setdefault(source.path, len(paths)))
             columns[1].append(source.row)
             columns[2].append(split_hashes[number])
-        for content, labels in _hash_texts(batch) if by_text else _hash_tokens(batch):
-            columns[3].append(content)
-            columns[4].append(labels)
+        hashes = _hash_texts(batch) if by_text else _hash_tokens(batch)
+        for (content, labels), factor in zip(hashes, _example_factors(batch), strict=True):
+            columns[3].append(content * factor % (1 << 64))
+            columns[4].append(labels * factor % (1 << 64))
         rejected += ((paths.setdefault(reject.source.path, len(paths)), reject.source.row) for reject in batch.rejects)
         if progress:
             progress(ProgressUpdate("read", rows, tokens, step.share))
@@ -131,8 +132,15 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
         rejected.append((paths.setdefault(reject.source.path, len(paths)), reject.source.row))
     source_numbers, row_numbers = (np.asarray(column, np.int64) for column in columns[:2])
     split, contents, labels_column = (np.asarray(column, np.uint64) for column in columns[2:])
-    hashes = (split, contents, labels_column)
-    return ExampleFingerprints([*paths], source_numbers, row_numbers, *hashes, rejected, (tokens, trained))
+    return ExampleFingerprints(
+        [*paths], source_numbers, row_numbers, split, contents, labels_column, rejected, (tokens, trained)
+    )
+
+
+def _example_factors(batch: Batch) -> Iterator[int]:
+    """Yield the factor of the hashes of each example. A sum of the hashes of a pair depends on which side is chosen."""
+    for conversation, count in zip(batch.conversations, batch.counts, strict=True):
+        yield from (1, 3) if conversation.sides else (1,) * count
 
 
 def _hash_tokens(batch: Batch) -> Iterator[tuple[int, int]]:

@@ -83,7 +83,9 @@ def test_build_names_all_missing_options(folder):
 
 
 def test_messages_spell_options_as_the_user_set_them(folder):
-    (folder / "bad.jsonl").write_text('{"a": 1}\n{"a": 1}\n{"a": 2}\n{"a": 1}\n{"a": 5}\n{"question": "q", "answer": "a"}\n')
+    (folder / "bad.jsonl").write_text(
+        '{"a": 1}\n{"a": 1}\n{"a": 2}\n{"a": 1}\n{"a": 5}\n{"question": "q", "answer": "a"}\n'
+    )
     tokenizer = json.loads((folder / "run.yaml").read_text())["tokenizer"]
     said = run("build", folder / "bad.jsonl", "-t", tokenizer, "-o", folder / "out", code=3).stderr
     assert "--on-bad-rows quarantine --max-rejects 5" in said

@@ -14,7 +14,7 @@ from tokenizer_makers import CHATML
 
 from ftdata import build_preference_dataset, build_sft_dataset, diff
 from ftdata.errors import InputRefused, UsageError
-from ftdata.inspection.diff import find_edits
+from ftdata.inspection.diff import find_edits, side_options
 from ftdata.inspection.row_views import ExampleView, SegmentOwner
 
 
@@ -332,3 +332,23 @@ def test_ratings_of_answers_are_compared(tokenizer_dir, tmp_path):
         build_preference_dataset(rows[:1], tokenizer_dir("tiny_bpe"), task=task, output_dir=tmp_path / task)
         assert not diff(sides[0], tmp_path / task)
         assert diff(sides[1], tmp_path / task)
+
+
+def test_sides_of_pairs_are_named_and_compared_with_each_other(tokenizer_dir):
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    swapped = {**pair, "chosen": "bad", "rejected": "good"}
+    sides = [{"data": [one], "tokenizer": tokenizer_dir("tiny_bpe"), "template": "chatml"} for one in (pair, swapped)]
+    shown = str(diff(*sides))
+    places = [shown.index(text) for text in ("── chosen ──", "⟦good", "⟦bad", "── rejected ──")]
+    assert places == sorted(places)
+    changed = {**pair, "rejected": "worse"}
+    shown = str(diff(sides[0], {**sides[0], "data": [changed]}))
+    assert "── rejected ──" in shown
+    assert "── chosen ──" not in shown
+
+
+def test_single_template_variable_can_be_set():
+    options = side_options("data.jsonl", template_kwargs={"a": 1}, changes=["template_kwargs.enable_thinking=false"])
+    assert options["template_kwargs"] == {"a": 1, "enable_thinking": False}
+    with pytest.raises(UsageError, match="unknown_set"):
+        side_options("data.jsonl", changes=["turns.x=split"])
