@@ -220,11 +220,12 @@ def suggest_similar(name: str, candidates: Iterable[str]) -> str:
 def suggest_path(path: str | Path) -> str:
     """Return a hint with a file or folder of a similar name, or `""` if `path` exists or no name is similar."""
     path = Path(path)
-    siblings = list[str]()
+    siblings = dict[str, str]()
     with suppress(OSError):
         if not path.exists():
-            siblings = [sibling.name for sibling in path.parent.iterdir()]
-    return suggest_similar(path.name, siblings)
+            siblings = {sibling.name: str(sibling) for sibling in path.parent.iterdir()}
+    matches = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"did you mean {siblings[matches[0]]!r}?" if matches else ""
 
 
 def count_noun(count: int, noun: str) -> str:

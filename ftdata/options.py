@@ -131,6 +131,8 @@ def check_source_keys(source: Mapping[str, Any], where: str = "") -> None:
     for key in source:
         if key not in SOURCE_KEYS:
             hint = suggest_names(str(key), SOURCE_KEYS)
+            if key in OPTIONS:
+                hint = f"set {key} outside data for all sources, or convert this source with `ftdata convert`"
             raise UsageError("unknown_data_key", f"data has the unknown key {key!r}", where=where, hint=hint)
 
 

@@ -230,7 +230,7 @@ class Report:
         ]
         built, selected = totals["examples"], sum(split["examples"] for split in self.splits.values())
         if selected != built:
-            lines.append(f"selected {selected:,} of {built:,} examples ({', '.join(self._selecting_options())})")
+            lines.append(f"selected {selected:,} examples from {built:,} ({', '.join(self._selecting_options())})")
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
             examples, packs, tokens = (
@@ -306,7 +306,7 @@ def _loss_notes(ledgers: Sequence[Ledger], overlong_policy: str) -> Iterator[str
     # With the other policies, no answer begins or fits within max_length.
     policies = ", or set overlong='drop_turns' or overlong='truncate'" if overlong_policy == "reject" else ""
     reasons = [
-        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length{policies})",
+        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length{policies}; or shorten the rows)",
         f"{count_noun(cut, 'token')} beyond max_length (raise max_length)",
         f"{count_noun(invalid, 'invalid row')}",
         f"{count_noun(filtered, 'row')} excluded by where",

@@ -49,6 +49,9 @@ _BUILD_FILE = re.compile(
 )
 """Matches the relative paths of the files of a build."""
 
+REFERENCE_FOLDER = "reference"
+"""The folder of a build with log-probabilities of reference models, which trainings add to it."""
+
 _REJECT_KEYS = {"file", "code", "reason", "fix", "raw"}
 
 _PACKS = pa.schema(
@@ -330,11 +333,9 @@ def check_target(target: Path) -> None:
         if "report.json" in names and all(map(_BUILD_FILE.fullmatch, names)):
             problem, hint = f"{target} contains a damaged build: {error}", f"remove {target}, then build again"
         raise UsageError("target_exists", problem, hint=hint) from None
-    unknown = [
-        name
-        for name, is_link in list_files(target)
-        if is_link or name not in build_files or not _BUILD_FILE.fullmatch(name)
-    ]
+    belongs = {name for name in build_files if _BUILD_FILE.fullmatch(name)}
+    names = [name for name, is_link in list_files(target) if is_link or name not in belongs]
+    unknown = [name for name in names if not name.startswith(f"{REFERENCE_FOLDER}/")]
     if unknown:
         problem = f"{target} contains files that are not part of the build: {', '.join(unknown[:3])}"
         raise UsageError("target_exists", problem, hint=hint)

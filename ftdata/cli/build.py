@@ -100,7 +100,7 @@ def convert(
     request = read_request(data, tokenizer, options)
     # Only rendered text needs the tokenizer, which a configuration contains in any case.
     tokenizer = request.tokenizer if to == "text" else tokenizer
-    note_unused_options("convert", request)
+    note_unused_options("convert", request.sources, request.settings)
     sources, _ = drop_shares(request.sources)
     with progress_bar() as progress:
         report = convert_rows(
@@ -154,7 +154,8 @@ def export(
     if not build_dir or not to or not output_dir:
         values = {"the folder of a build": build_dir, "--to": to, "--output-dir": output_dir}
         missing = [name for name, value in values.items() if not value]
-        raise UsageError("missing_option", f"an export needs {' and '.join(missing)}", hint="see: ftdata export --list")
+        hint = "ftdata export --list lists the formats" if not to else ""
+        raise UsageError("missing_option", f"an export needs {' and '.join(missing)}", hint=hint)
     with resumable(), progress_bar() as progress:
         folder = _build_configuration(build_dir, progress) if is_config_file(build_dir) else build_dir
         report = export_build(folder, to, output_dir, allow=allow or (), overwrite=overwrite, progress=progress)

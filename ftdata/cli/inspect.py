@@ -96,7 +96,7 @@ def audit(
     check_choice("fail_on", fail_on, FAIL_ON)
     held_out = None if against is None else read_request(against, None, {**options, "split": None}).sources
     request = read_request(data, tokenizer, options)
-    note_unused_options("audit", request)
+    note_unused_options("audit", request.sources, request.settings)
     with progress_bar() as progress:
         report = audit_data(
             request.sources,
@@ -130,7 +130,7 @@ def stats(
     from ftdata.inspection.stats import stats as count_rows
 
     request = read_request(data, tokenizer, options)
-    note_unused_options("stats", request)
+    note_unused_options("stats", request.sources, request.settings)
     with progress_bar() as progress:
         report = count_rows(request.sources, request.tokenizer, svg=svg, progress=progress, **options)
     print_report(report, as_json=as_json)
@@ -157,9 +157,14 @@ def diff(
     **options: Any,
 ) -> None:
     """Compare two builds and show the tokens and labels that differ (exit code 1 if any differ)."""
+    from ftdata.config import is_config_file, load_data_config
     from ftdata.inspection.diff import diff as diff_builds
     from ftdata.inspection.diff import side_options
 
+    for path in dict.fromkeys((a, b or a)):
+        if is_config_file(path):
+            config = load_data_config(Path(path))
+            note_unused_options("diff", config.data, config.build_options())
     first = side_options(a, tokenizer=tokenizer, **options)
     second = side_options(a if b is None else b, tokenizer=tokenizer, **options, changes=set_ or [])
     if b is None and not set_:

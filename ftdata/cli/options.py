@@ -243,10 +243,10 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
     return Request([{"path": path, **source_options} for path in data] if source_options else data, tokenizer)
 
 
-def note_unused_options(command: str, request: Request) -> None:
-    """Print a note if a configuration sets options that select rows of a build, which the command does not apply."""
-    _, unused = drop_shares(request.sources)
-    unused += [name for name in ("dedup", "sample", "shuffle", "test_size") if request.settings.get(name)]
+def note_unused_options(command: str, sources: Any, settings: Mapping[str, Any]) -> None:
+    """Print a note if the sources or settings of a configuration contain options that the command does not apply."""
+    _, unused = drop_shares(sources)
+    unused += [name for name in ("dedup", "sample", "shuffle", "test_size") if settings.get(name)]
     if unused:
         print(f"{command} ignores these options of the configuration: {', '.join(unused)}", file=sys.stderr)
 

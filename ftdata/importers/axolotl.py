@@ -159,11 +159,13 @@ _TYPE_KEYS = ("field_instruction", "field_input", "field_output", "format", "no_
 _UNSUPPORTED_KEYS = (
     "message_field_training_detail", "drop_system_message", "split_thinking", "shards", "shards_idx", "conversation",
 )  # fmt: skip
+_MASK_KEYS = ("message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot")
+"""Keys of a data set that determine the mask."""
+
 _KNOWN_KEYS = {
-    *_SOURCE_KEYS, *_IGNORED_KEYS, *_TYPE_KEYS, *_UNSUPPORTED_KEYS, "type", "ds_type", "field", "field_messages",
-    "field_chosen", "field_rejected", "chat_template", "chat_template_jinja", "message_property_mappings",
-    "message_field_role", "message_field_content",
-    "message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot", "preprocess_shards",
+    *_SOURCE_KEYS, *_IGNORED_KEYS, *_TYPE_KEYS, *_UNSUPPORTED_KEYS, *_MASK_KEYS, "type", "ds_type", "field",
+    "field_messages", "field_chosen", "field_rejected", "chat_template", "chat_template_jinja",
+    "message_property_mappings", "message_field_role", "message_field_content", "preprocess_shards",
 }  # fmt: skip
 
 
@@ -178,6 +180,9 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
     Raises:
         UsageError: `cannot_import`.
     """
+    if misplaced := [key for key in _MASK_KEYS if values.get(key)]:
+        problem = f"Axolotl reads {', '.join(misplaced)} only in a data set"
+        raise conversion_error(problem, hint="move these keys to the entries of datasets")
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     if "warmup_steps" not in values:
         values.setdefault("warmup_ratio", 0.03)
@@ -263,6 +268,9 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
     if without_effect := [key for key in _IGNORED_KEYS if info.get(key)]:
         explanation = "has no effect in Axolotl 0.19 and is left out; use columns to map columns"
         draft.add_note(f"{path}: {', '.join(without_effect)} {explanation}")
+    if info.get("train_on_inputs"):
+        problem = f"{path}: Axolotl does not read train_on_inputs in a data set"
+        raise conversion_error(problem, hint="move this key out of datasets")
     if misplaced := [key for key in _TYPE_KEYS if info.get(key)]:
         problem = f"{path}: Axolotl does not read {', '.join(misplaced)} at this level"
         raise conversion_error(problem, hint="move these keys to a mapping under type")

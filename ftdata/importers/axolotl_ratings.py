@@ -40,7 +40,11 @@ def convert_method(values: Mapping[str, Any], draft: Draft) -> None:
     if method == "ipo":
         draft.set_field("train.loss_type", ["ipo"])
     for key, field in PREFERENCE_KEYS.items():
-        if values.get(key) is not None:
+        if values.get(key) is None:
+            continue
+        if key.startswith("dpo_" if method == "kto" else "kto_"):
+            draft.add_note(f"{key}: left out, because it does not apply to rl: {method}")
+        else:
             draft.set_field(f"train.{field}", values[key])
     draft.add_note("rl: Axolotl trains all text after the prompt; ftdata trains only what the assistant generates")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -113,12 +113,16 @@ def _note_unknown(used: Collection[str], known_keys: Collection[str], draft: Dra
     Raises:
         UsageError: `cannot_import`.
     """
-    unknown = [key for key in used if key not in known_keys]
-    for key in unknown:
-        if matches := get_close_matches(str(key), map(str, known_keys), n=1, cutoff=0.85):
-            raise conversion_error(f"the file contains the unknown key {key}", hint=f"did you mean {matches[0]}?")
+    unknown = [str(key) for key in used if key not in known_keys]
+    _refuse_misspelled_keys("the file", unknown, known_keys)
     if unknown:
         draft.add_note(f"unknown keys, left out: {', '.join(unknown)}")
+
+
+def _refuse_misspelled_keys(place: str, unknown: Sequence[str], known_keys: Collection[str]) -> None:
+    for key in unknown:
+        if matches := get_close_matches(key, map(str, known_keys), n=1, cutoff=0.85):
+            raise conversion_error(f"{place} contains the unknown key {key}", hint=f"did you mean {matches[0]}?")
 
 
 def explicit_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,8 +150,14 @@ def test_size_of(size: Any) -> Mapping[str, Any]:
 
 
 def note_unknown_keys(name: str, info: Mapping[str, Any], known_keys: Collection[str], draft: Draft) -> None:
-    """Add a note about the unknown keys of a data set. The original tool ignores these keys as well."""
-    if unknown := [str(key) for key, value in info.items() if key not in known_keys and value not in (None, False)]:
+    """Add a note about the unknown keys of a data set. The original tool ignores these keys as well.
+
+    Raises:
+        UsageError: `cannot_import`: an unknown key is similar to a known key.
+    """
+    unknown = [str(key) for key, value in info.items() if key not in known_keys and value not in (None, False)]
+    _refuse_misspelled_keys(f"the data set {name}", unknown, known_keys)
+    if unknown:
         draft.add_note(f"{name}: unknown keys, left out: {', '.join(unknown)}")
 
 
@@ -244,6 +254,8 @@ def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], d
             "import each data set with --dataset, build each configuration with ftdata build FILE -o FOLDER, and set "
             "data to the list of these folders, and packing, in another configuration"
         )
+        if draft.fields.get("task", "sft") != "sft":
+            hint = "rename the columns in the data files, so that all data sets have the same columns"
         raise conversion_error(problem, hint=hint)
     for name, value in all_options[0].items():
         draft.set_field(name, value)

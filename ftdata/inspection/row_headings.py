@@ -22,9 +22,14 @@ def row_name(row: RowView) -> str:
 
 
 def describe_example(row: RowView, number: int) -> str:
-    """Return the heading of an example of a row; an empty string if the row has only one example."""
+    """Return the heading of an example of a row; an empty string if the row has only one example.
+
+    A ranked list of answers has several pairs.
+    """
     if row.is_pair:
-        return SIDES[number]
+        pair, side = divmod(number, len(SIDES))
+        pairs = len(row.examples) // len(SIDES)
+        return SIDES[side] if pairs <= 1 else f"pair {pair + 1} of {pairs}, {SIDES[side]}"
     return f"example {number + 1} of {len(row.examples)}" if len(row.examples) > 1 else ""
 
 

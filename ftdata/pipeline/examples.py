@@ -92,7 +92,8 @@ def _truncate_row(
     fitting, dropped, length_error = dict[int, Example](), list[int](), None
     for position, (number, example) in enumerate(examples.items()):
         try:
-            fitting[number] = truncate(example, recipe.max_length, recipe.overlong)
+            is_side = bool(conversation.sides)
+            fitting[number] = truncate(example, recipe.max_length, recipe.overlong, keep_ending=is_side)
         except BadRow as error:
             length_error = error
             length_error.field = SIDES[position] if conversation.sides else ""

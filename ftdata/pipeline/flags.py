@@ -49,7 +49,7 @@ FLAGS = {
     "answer_truncated": Flag(
         "error",
         "max_length cuts an answer in the middle, so the model learns to stop in mid-sentence",
-        "raise max_length, or set overlong='drop_turns'",
+        "raise max_length, or shorten the rows; or set overlong='drop_turns', which leaves out answers that do not fit",
         "answer truncated",
         ("no answer is truncated", _ALL_STOP),
     ),
@@ -152,7 +152,7 @@ FLAGS = {
     "control_tokens": Flag(
         "warning",
         "the data contains the text of control tokens, which is tokenized as plain text",
-        "remove it from the data if it is left over from another template",
+        "remove it from the data, unless the text is about such tokens: it can be left over from a template",
         "control tokens in the text",
         ("no row contains the text of a control token",),
     ),

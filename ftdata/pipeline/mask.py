@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ftdata.errors import FtdataError, UsageError, check_choice
 from ftdata.registry import Registry, is_built_in
 from ftdata.schemas.answer_text import EMPTY_THINKING, THINKING_NAMES
+from ftdata.schemas.preference import PAIR_SCHEMA
 from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.types import Conversation, Part, Rendered, Spans
 
@@ -151,9 +152,25 @@ def _add_checks(policy: Policy) -> Policy:
                 f"the mask policy returned {len(trained_spans)} values, expected {len(rendered.spans)}: one per span"
             )
             raise UsageError("mask_length", problem)
+        if conversation.schema == PAIR_SCHEMA or "label" in conversation.feedback:
+            _check_rated_answer(rendered, conversation, trained_spans)
         return [bool(trained) for trained in trained_spans]
 
     return checked_policy
+
+
+def _check_rated_answer(rendered: Rendered, conversation: Conversation, trained_spans: Sequence[bool]) -> None:
+    """Check that a mask trains only the answer that is rated, because trainers of ratings score only this answer.
+
+    Raises:
+        UsageError: `mask_prompt`.
+    """
+    for span, is_trained in zip(rendered.spans, trained_spans, strict=True):
+        if is_trained and not (span.generated and span.message >= conversation.completion_from):
+            text = rendered.text[span.start : span.end]
+            problem = f"the mask policy trains {text!r:.60}, which is not part of the rated answer"
+            hint = "train only spans with span.generated and span.message >= conversation.completion_from"
+            raise UsageError("mask_prompt", problem, where=str(conversation.source), hint=hint)
 
 
 _THINKING_TAG = re.compile(rf"</?(?:{THINKING_NAMES})>")

@@ -79,6 +79,10 @@ class Options:
             raise UsageError("schema", f"schema is {self.schema!r}, expected the name of a schema, or 'auto'")
         if self.schema != "auto":
             schemas.get(self.schema)
+        if self.task == "preference" and self.schema not in ("auto", "preference"):
+            problem = f"schema={self.schema!r} does not read preference pairs"
+            hint = "remove schema; map columns with columns={'prompt': ..., 'chosen': ..., 'rejected': ...}"
+            raise UsageError("schema", problem, hint=hint)
         if self.max_length is not None and (not isinstance(self.max_length, int) or not 2 <= self.max_length < 1 << 31):
             raise UsageError("max_length", f"max_length is {self.max_length!r}, expected an integer of at least 2")
         if self.max_length is None and self.overlong != "reject":
@@ -286,7 +290,8 @@ def _check_variables(template: Template) -> None:
     for name in template.kwargs:
         if name not in template.variables:
             problem = f"the template {template.name} does not read the template variable {name!r}"
-            raise UsageError("template_kwargs", problem, hint=suggest_similar(name, template.variables))
+            hint = suggest_similar(name, template.variables) or f"remove {name} from template_kwargs"
+            raise UsageError("template_kwargs", problem, hint=hint)
 
 
 def check_template(template_or_tokenizer: Any) -> TemplateReport:
@@ -315,7 +320,8 @@ def _resolve_template(target: Any) -> Template:
     if target is None or isinstance(target, bytes | int | float):
         problem = f"the argument is {target!r:.60}, expected a template, a tokenizer, or a name"
         raise UsageError("template_type", problem)
-    if is_text and (str(target) in templates or "{" in str(target) or Path(target).is_file()):
+    is_file = is_text and (Path(target).suffix == ".jinja" or Path(target).is_file())
+    if is_file or (is_text and (str(target) in templates or "{" in str(target))):
         return load_bare_template(target)
     is_name = is_text and "/" not in str(target) and not Path(target).is_dir()
     if is_name and get_close_matches(str(target), templates.names()):

@@ -20,8 +20,15 @@ from ftdata.errors import BadRow
 from ftdata.types import Example
 
 
-def truncate(example: Example, max_length: int | None, policy: str = "reject") -> Example:
+def truncate(example: Example, max_length: int | None, policy: str = "reject", *, keep_ending: bool = False) -> Example:
     """Shorten an example to at most `max_length` tokens. An example that fits is returned unchanged.
+
+    Args:
+        example: the example.
+        max_length: the maximum number of tokens; `None` for no limit.
+        policy: what to keep of a longer example.
+        keep_ending: with the policy `drop_turns`, whether to also keep the template text after the last turn that is
+            kept, if the whole example ends with the same text. Then both sides of a pair end alike.
 
     Raises:
         BadRow: `overlong`: the policy is `reject`, or no trained token would remain.
@@ -31,16 +38,16 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
         return example
     problem = f"the example has {length} tokens, expected at most {max_length} (max_length)"
     if policy == "reject":
-        raise BadRow("overlong", problem, hint="raise max_length, or set overlong='drop_turns' or overlong='truncate'")
+        raise BadRow("overlong", problem, hint=_suggest_shortening(example, max_length))
     keep = max_length
     if policy == "drop_turns":
-        ends = turn_ends(example)
-        keep = int(ends[ends <= max_length].max(initial=0))
+        keep = _whole_turns(example, max_length)
+        keep += _ending_length(example, keep, max_length) if keep_ending and keep else 0
     if not example.trained[:keep].any():
         raise BadRow(
             "overlong",
             f"{problem}, and no answer{' begins' if policy == 'truncate' else ' fits completely'} within that length",
-            hint="raise max_length",
+            hint="raise max_length, or shorten or remove the row",
         )
     is_answer_cut = bool(example.trained[keep - 1] and example.trained[keep])
     flags = example.flags | ({"answer_truncated"} if is_answer_cut else set()) | {"truncated"}
@@ -52,6 +59,29 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
         flags=flags,
         cut=length - keep,
     )
+
+
+def _whole_turns(example: Example, max_length: int) -> int:
+    """Return the number of tokens up to the end of the last turn that fits completely within `max_length`."""
+    ends = turn_ends(example)
+    return int(ends[ends <= max_length].max(initial=0))
+
+
+def _ending_length(example: Example, keep: int, max_length: int) -> int:
+    """Return the number of tokens after the last turn of the example if the same tokens follow the token `keep`."""
+    ending = example.input_ids[int(turn_ends(example)[-1]) :]
+    end = keep + len(ending)
+    has_ending = end <= max_length and np.array_equal(example.input_ids[keep:end], ending)
+    return len(ending) if has_ending and not example.trained[keep:end].any() else 0
+
+
+def _suggest_shortening(example: Example, max_length: int) -> str:
+    """Return a hint with the policies that keep a part of the example."""
+    if example.trained[: _whole_turns(example, max_length)].any():
+        return "raise max_length, or set overlong='drop_turns' or overlong='truncate'"
+    if example.trained[:max_length].any():
+        return "raise max_length, or shorten the row; overlong='truncate' would cut the answer"
+    return "raise max_length, or shorten or remove the row"
 
 
 def turn_ends(example: Example) -> NDArray[np.int64]:

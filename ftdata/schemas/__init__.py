@@ -48,7 +48,7 @@ from ftdata.schemas.messages import (
     read_messages,
     read_tools,
 )
-from ftdata.schemas.preference import PAIR_SCHEMA, RATING_COLUMNS, is_pair, read_pair, rename_pair_columns
+from ftdata.schemas.preference import PAIR_SCHEMA, RATING_COLUMNS, is_pair, read_pair, read_rating, rename_pair_columns
 from ftdata.schemas.rankings import check_ranking, expand_rankings
 from ftdata.schemas.shapes import (
     Convert,
@@ -138,7 +138,8 @@ def normalize(
     conversation.kwargs = kwargs
     notes = _collect_notes(kind, data, conversation.messages) | conversation.notes
     if conversation.sides:
-        notes = notes.difference(f"column {name}" for name in RATING_COLUMNS)
+        read = [name for name in RATING_COLUMNS if data.get(name) == "" or read_rating(data.get(name)) is not None]
+        notes = notes.difference(f"column {name}" for name in read)
     conversation.notes = notes | row.notes if row.notes else notes
     conversation.schema, conversation.source = PAIR_SCHEMA if conversation.sides else kind.name, row.source
     for side in conversation.sides:

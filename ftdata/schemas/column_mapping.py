@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from ftdata.errors import BadRow, UsageError, suggest_names
 from ftdata.schemas.messages import is_messages
+from ftdata.schemas.preference import RATING_COLUMNS
 from ftdata.schemas.rankings import RANKING_COLUMNS
 from ftdata.schemas.shapes import ALIASES, Schema, parse_json_list, schemas
 from ftdata.types import Row
@@ -15,7 +16,7 @@ from ftdata.types import Row
 TEXT_OR_CHAT_COLUMNS = {"prompt", "completion", "response", "chosen", "rejected"}
 """Columns that can contain a text or messages."""
 
-_RATING_COLUMNS = {"label", "margin", *RANKING_COLUMNS}
+_RATING_COLUMNS = {"label", *RATING_COLUMNS, *RANKING_COLUMNS}
 """Columns with ratings of answers, which belong to no schema."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas.messages import ROLES, is_single_message, read_role_name
-from ftdata.schemas.rankings import check_ranking
+from ftdata.schemas.rankings import check_ranking, is_finite_number
 from ftdata.schemas.shapes import has_columns, join_instruction, read_preferred_side
 from ftdata.schemas.training_fields import describe_value
 from ftdata.types import SIDES, Conversation, Message
@@ -30,7 +29,7 @@ RATING_COLUMNS = ("margin", *chain.from_iterable(_SCORES))
 """Columns with ratings of a pair."""
 
 is_pair = has_columns(*SIDES)
-"""Return whether a row has the columns of a preference pair."""
+"""A predicate: whether a row has the columns of a preference pair."""
 
 
 def rename_pair_columns(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -70,21 +69,23 @@ def _starts_with_prompt(side: Any) -> bool:
 def _read_feedback(data: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Return the scores of both sides and the margin of the pair, as far as the row has them.
 
+    Scores that are not numbers are not read, because no trainer uses them.
+
     Raises:
         BadRow: `score_order`, if the chosen answer has the lower score; `margin_value`, if the margin is not a number.
     """
     feedback: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    for chosen, rejected in _SCORES:
-        scores = _read_number(data.get(chosen)), _read_number(data.get(rejected))
-        if scores[0] < scores[1]:
-            problem = f"is {scores[1]:g}, which is higher than the score {scores[0]:g} of the chosen answer"
-            raise BadRow("score_order", problem, field=rejected, hint="exchange the sides, or remove the row")
+    for names in _SCORES:
+        scores = [read_rating(data.get(name)) for name in names]
         for side, score in zip(feedback, scores, strict=True):
-            if math.isfinite(score):
+            if score is not None:
                 side.setdefault("score", score)
-    if data.get("margin") is not None:
-        margin = _read_number(data["margin"])
-        if not math.isfinite(margin):
+        if scores[0] is not None and scores[1] is not None and scores[0] < scores[1]:
+            problem = f"is {scores[1]:g}, which is higher than the score {scores[0]:g} of the chosen answer"
+            raise BadRow("score_order", problem, field=names[1], hint="exchange the sides, or remove the row")
+    if data.get("margin") not in (None, ""):
+        margin = read_rating(data["margin"])
+        if margin is None:
             problem = f"is {describe_value(data['margin'])}, expected a number"
             raise BadRow("margin_value", problem, field="margin", hint="correct the margin, or remove the column")
         for side in feedback:
@@ -92,12 +93,12 @@ def _read_feedback(data: Mapping[str, Any]) -> tuple[dict[str, float], dict[str,
     return feedback
 
 
-def _read_number(value: Any) -> float:
-    """Convert a score or margin, which file formats such as CSV store as text. Any other value becomes NaN."""
-    if isinstance(value, str | int | float):
-        with suppress(ValueError, OverflowError):
-            return float(value)
-    return math.nan
+def read_rating(value: Any) -> float | None:
+    """Return a score or a margin, which file formats such as CSV store as text; `None` for any other value."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    return float(value) if is_finite_number(value) else None
 
 
 def read_pair(data: Mapping[str, Any]) -> Conversation:
@@ -106,8 +107,8 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
     In each side, the messages before the first difference of the sides are not trained.
 
     Raises:
-        BadRow: `not_a_pair`, `ranking`, `score_order`, `margin_value`, `identical_sides`, `prompt_differs` or
-            `no_answer`; or the messages are invalid.
+        BadRow: `not_a_pair`, `ranking`, `score_order`, `margin_value`, `identical_sides`, `prompt_differs`,
+            `answer_in_prompt` or `no_answer`; or the messages are invalid.
 
     >>> pair = read_pair({"prompt": "2+2?", "chosen": "4", "rejected": "5"})
     >>> [side.messages[-1]["content"] for side in pair.sides]
@@ -121,23 +122,27 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
     feedback = _read_feedback(data)
     chosen, rejected = (read_preferred_side(data, name) for name in SIDES)
     first = _find_first_difference(chosen.messages, rejected.messages)
+    _check_prompt(chosen.messages, rejected.messages, first)
     sides = tuple(
-        replace(side, messages=exclude_messages(side.messages, first), feedback=numbers)
+        replace(side, messages=exclude_messages(side.messages, first), completion_from=first, feedback=numbers)
         for side, numbers in zip((chosen, rejected), feedback, strict=True)
     )
     return replace(chosen, sides=sides, completion_from=first)
 
 
 def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Return the index of the first message in which the sides of a pair differ.
+    """Return the index of the first message in which the sides of a pair differ, apart from their `train` fields.
 
     Raises:
-        BadRow: the sides are identical, or the first difference is not an assistant message in both sides.
+        BadRow: `identical_sides`; `no_answer`, if a side ends before the first difference; `prompt_differs`, if the
+            first difference is not an assistant message in both sides.
     """
-    if chosen == rejected:
-        problem = "the chosen and the rejected answer are identical, so there is no preference to learn"
+    contents = [[_drop_train_field(message) for message in side] for side in (chosen, rejected)]
+    if contents[0] == contents[1]:
+        but_masks = "" if chosen == rejected else ", apart from their train fields"
+        problem = f"the chosen and the rejected answer are identical{but_masks}, so there is no preference to learn"
         raise BadRow("identical_sides", problem, field=SIDES[1], hint="remove the row")
-    pairs = zip(chosen, rejected, strict=False)
+    pairs = zip(*contents, strict=False)
     shorter = min(len(chosen), len(rejected))
     first = next((index for index, (left, right) in enumerate(pairs) if left != right), shorter)
     sides = {"chosen": chosen, "rejected": rejected}
@@ -153,6 +158,26 @@ def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message
             )
             raise BadRow("prompt_differs", problem, field=name, hint="use the same messages before both answers")
     return first
+
+
+def _drop_train_field(message: Message) -> Mapping[str, Any]:
+    return {key: value for key, value in message.items() if key != "train"} if "train" in message else message
+
+
+def _check_prompt(chosen: Sequence[Message], rejected: Sequence[Message], first: int) -> None:
+    """Check that the prompt, which ends before the message `first`, does not end with one of the two answers.
+
+    Raises:
+        BadRow: `answer_in_prompt`.
+    """
+    last = chosen[first - 1] if first else None
+    if last is None or last["role"] != "assistant":
+        return
+    for name, side in zip(SIDES, (chosen, rejected), strict=True):
+        if side[first].get("content") == last.get("content"):
+            problem = f"the prompt ends with the {name} answer, so the model would see this answer before it answers"
+            hint = "remove the answer from the prompt, or name the column of the prompt: columns={'prompt': ...}"
+            raise BadRow("answer_in_prompt", problem, field="prompt", hint=hint)
 
 
 def exclude_messages(messages: tuple[Message, ...], count: int) -> tuple[Message, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas.training_fields import describe_value
-from ftdata.types import Reject, Row
+from ftdata.types import SIDES, Reject, Row
 
-RANKING_COLUMNS = ("completions", "scores")
+ANSWERS, SCORES = "completions", "scores"
 """Columns of a ranked list: the answers, and their scores, of which the highest is the best."""
+
+RANKING_COLUMNS = (ANSWERS, SCORES)
 
 
 def expand_rankings(rows: Iterable[Row | Reject], columns: Mapping[str, str] | None = None) -> Iterator[Row | Reject]:
@@ -30,11 +32,14 @@ def expand_rankings(rows: Iterable[Row | Reject], columns: Mapping[str, str] | N
     >>> [(pair.data["chosen"], pair.data["rejected"]) for pair in expand_rankings([row])]
     [('4', '5'), ('4', '22'), ('5', '22')]
     """
-    answers_name, scores_name = ((columns or {}).get(name, name) for name in RANKING_COLUMNS)
+    answers_name, scores_name = ((columns or {}).get(name, name) for name in (ANSWERS, SCORES))
+    side_names = [(columns or {}).get(name, name) for name in SIDES]
     for row in rows:
         data = row.data if isinstance(row, Row) else None
-        is_list = isinstance(data, Mapping) and answers_name in data and "chosen" not in data
-        if not isinstance(row, Row) or not isinstance(data, Mapping) or not is_list:
+        if not isinstance(row, Row) or not isinstance(data, Mapping) or data.get(answers_name) is None:
+            yield row
+            continue
+        if any(data.get(name) is not None for name in side_names):
             yield row
             continue
         try:
@@ -42,7 +47,8 @@ def expand_rankings(rows: Iterable[Row | Reject], columns: Mapping[str, str] | N
         except BadRow:
             yield row
             continue
-        rest = {name: value for name, value in data.items() if name not in (answers_name, scores_name)}
+        unused = (answers_name, scores_name, *side_names)
+        rest = {name: value for name, value in data.items() if name not in unused}
         for pair in pairs:
             yield row._replace(data={**rest, **pair}, notes=row.notes | {"ranking"})
 
@@ -53,37 +59,45 @@ def check_ranking(data: Mapping[str, Any]) -> None:
     Raises:
         BadRow: `ranking`.
     """
-    if "completions" in data:
-        _rank(data["completions"], data.get("scores"))
+    sides = [name for name in SIDES if data.get(name) is not None]
+    if ANSWERS not in data or (sides and data[ANSWERS] is None):
+        return
+    if sides:
+        problem = f"the row has the columns {ANSWERS} and {sides[0]}, so it is a ranked list and half of a pair"
+        raise BadRow("ranking", problem, field=sides[0], hint=f"remove {sides[0]} or {ANSWERS}")
+    _rank(data[ANSWERS], data.get(SCORES))
 
 
 def _rank(answers: Any, scores: Any) -> Sequence[Mapping[str, Any]]:
     """Return the pairs of a list of answers, with their scores if the row has scores."""
     if not isinstance(answers, list) or len(answers) < 2:
         problem = f"is {describe_value(answers)}, expected a list of at least two answers"
-        raise BadRow("ranking", problem, field="completions", hint="add answers, or remove the row")
+        raise BadRow("ranking", problem, field=ANSWERS, hint="add answers, or remove the row")
     if scores is None:
-        return [{"chosen": answers[left], "rejected": answers[right]} for left, right in _pairs(len(answers))]
+        return [{"chosen": better, "rejected": worse} for better, worse in combinations(answers, 2)]
     is_valid = isinstance(scores, list) and len(scores) == len(answers)
-    if not is_valid or not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+    if not is_valid or not all(map(is_finite_number, scores)):
         problem = f"is {describe_value(scores)}, expected a list of {len(answers)} numbers, one for each answer"
-        raise BadRow("ranking", problem, field="scores", hint="correct the scores, or remove them to use the order")
+        raise BadRow("ranking", problem, field=SCORES, hint="correct the scores, or remove them to use the order")
     order = sorted(range(len(answers)), key=lambda number: -scores[number])
     ranked = [
         {
-            "chosen": answers[order[left]],
-            "rejected": answers[order[right]],
-            "score_chosen": scores[order[left]],
-            "score_rejected": scores[order[right]],
+            "chosen": answers[better],
+            "rejected": answers[worse],
+            "score_chosen": scores[better],
+            "score_rejected": scores[worse],
         }
-        for left, right in _pairs(len(answers))
-        if scores[order[left]] > scores[order[right]]
+        for better, worse in combinations(order, 2)
+        if scores[better] > scores[worse]
     ]
     if not ranked:
         problem = "all scores are equal, so there is no preference to learn"
-        raise BadRow("ranking", problem, field="scores", hint="remove the row")
+        raise BadRow("ranking", problem, field=SCORES, hint="remove the row")
     return ranked
 
 
-def _pairs(count: int) -> Iterator[tuple[int, int]]:
-    return combinations(range(count), 2)
+def is_finite_number(value: Any) -> bool:
+    """Return whether a value is a number that a float can represent: not true or false, and not infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max

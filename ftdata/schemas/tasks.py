@@ -8,20 +8,22 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas.column_mapping import map_columns
-from ftdata.schemas.labels import LABEL_COLUMNS
-from ftdata.schemas.preference import is_pair
-from ftdata.schemas.rankings import RANKING_COLUMNS
-from ftdata.types import Reject, Row
+from ftdata.schemas.labels import split_label
+from ftdata.schemas.rankings import ANSWERS
+from ftdata.types import SIDES, Reject, Row
 
 _MAX_ROWS = 100
-"""The kind of data is detected from the first valid row among this many rows."""
+"""The maximum number of rows that are read to find a row with columns."""
 
 
 def detect_task(rows: Iterable[Row | Reject], columns: Mapping[str, str] | None = None) -> str:
     """Return the kind of data: `sft`, `preference` or `kto`.
 
-    The first row with columns decides. A pair has the columns `chosen` and `rejected`, or `completions` (a ranked
-    list). A labeled answer has the columns `prompt`, `completion` and `label` (true or false), or `kto_tag`.
+    The first row with columns decides:
+
+    - A pair has the columns `chosen` and `rejected`, of which at most one is null, or `completions`, a ranked list.
+    - A labeled answer has a label of any kind that `split_label` accepts beside `prompt` and `completion`, or the
+      label `true` or `false` beside other columns, unless the row is a text. Other labels can be classes.
 
     Args:
         rows: the rows; at most 100 are read.
@@ -45,8 +47,19 @@ def detect_task(rows: Iterable[Row | Reject], columns: Mapping[str, str] | None 
 
 
 def _detect_row_task(data: Mapping[str, Any]) -> str:
-    if is_pair(data) or isinstance(data.get(RANKING_COLUMNS[0]), list):
+    sides = [data[name] for name in SIDES if name in data]
+    has_sides = len(sides) == len(SIDES) and sides != [None, None]
+    if has_sides or isinstance(data.get(ANSWERS), list):
         return "preference"
-    label, other_label = LABEL_COLUMNS
-    has_answer = data.get("prompt") is not None and data.get("completion") is not None
-    return "kto" if (has_answer and isinstance(data.get(label), bool)) or other_label in data else "sft"
+    return "kto" if _has_label(data) else "sft"
+
+
+def _has_label(data: Mapping[str, Any]) -> bool:
+    try:
+        answer, _ = split_label(data)
+    except BadRow:
+        return False
+    (name,) = data.keys() - answer.keys()
+    if name == "kto_tag" or (data.get("prompt") is not None and data.get("completion") is not None):
+        return True
+    return isinstance(data[name], bool) and "text" not in data

@@ -161,7 +161,7 @@ def _locate_regions(
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if 0 in turns:
         message = "the conversation begins with an assistant message, which cannot be trained without a prompt"
-        raise BadRow("no_prompt", message, hint="put a user message before it, or remove it")
+        raise BadRow("no_prompt", message, hint="put a user message before it, remove it, or set train: false in it")
     tagged = locate.regions_from_blocks(pieces, assistants, turns) if has_trusted_tags else None
     try:
         located = _locate_turns(chat, text, pieces, turns)

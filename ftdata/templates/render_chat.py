@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -50,15 +51,23 @@ def render_chat(
         return _render_chat_with(conversation, template, turns, on_dropped_message)
     except BadRow as error:
         joined = join_text_parts(conversation)
-        lists = [index for index, one in enumerate(joined.messages) if isinstance(one.get("content"), list)]
-        if error.code == "template_raises" and lists:
-            problem = f"the content of message {lists[0]} has several text parts, and {error.message}"
-            hint = "join the parts to one text, because the template may accept only text"
-            raise BadRow(error.code, problem, field=error.field, hint=error.hint or hint) from None
+        if error.code == "template_raises" and (hint := _explain_failure(joined, error.message)):
+            raise BadRow(error.code, error.message, field=error.field, hint=error.hint or hint) from None
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
         texts = _render_chat_with(joined, template, turns, on_dropped_message)
         return tuple(text._replace(flags=text.flags | {"content_parts_joined"}) for text in texts)
+
+
+def _explain_failure(conversation: Conversation, message: str) -> str:
+    """Return a hint for common reasons why a template raises an error; an empty string for other reasons."""
+    for index, one in enumerate(conversation.messages):
+        if isinstance(one.get("content"), list):
+            return f"join the text parts of message {index} to one text, because the template may accept only text"
+        has_ids = any("id" in call for call in one.get("tool_calls") or ())
+        if has_ids and re.search(r"\bid\b", message, re.IGNORECASE):
+            return "remove the ids of tool calls and results, and ftdata adds ids of nine letters and digits"
+    return ""
 
 
 def render_without_template(

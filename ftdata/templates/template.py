@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from ftdata.errors import BadRow, TemplateRefused, UsageError, suggest_names
+from ftdata.errors import BadRow, TemplateRefused, UsageError, suggest_names, suggest_path
 from ftdata.registry import Registry
 from ftdata.storage import disk
 from ftdata.templates.attribution.spans import pieces_of, track_messages, track_value
@@ -278,7 +278,8 @@ def find_template(spec: str | Path) -> tuple[str, str]:
     path = Path(templates.get(text) if text in templates else text)
     if not path.is_file():
         problem = f"{text!r} is neither the name of a template nor the path of a file"
-        raise UsageError("unknown_template", problem, hint=suggest_names(text, templates.names()))
+        similar_file = suggest_path(path) if path.suffix else ""
+        raise UsageError("unknown_template", problem, hint=similar_file or suggest_names(text, templates.names()))
     try:
         return text, path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ftdata.config import make_config
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, count_noun
 from ftdata.inspection.stats import Stats, StatsGroup, stats
 from ftdata.options import select_options
 from ftdata.pipeline.recipe import Options, resolve_task
@@ -79,6 +79,7 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     statistics = stats(
         data, config.tokenizer or model, template, limit=config.limit, where=config.where, task=rows_task
     )
+    _check_tasks(statistics, rows_task)
     model_config = load_model_config(model, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
@@ -109,6 +110,20 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
         for name, (comment, value) in parts.items()
     ]
     return "\n".join(texts)
+
+
+def _check_tasks(statistics: Stats, task: str) -> None:
+    """Check that no row is rejected because it belongs to another task.
+
+    Raises:
+        InputRefused: `mixed_tasks`.
+    """
+    count = sum(statistics.rejected.get(code, 0) for code in ("pair_in_sft", "not_a_pair", "no_label"))
+    if count:
+        rows = count_noun(count, "row")
+        problem = f"the task of the data is {task}, but {rows} of {statistics.rows:,} have the form of another task"
+        hint = "put conversations, pairs and labeled answers in separate files, or set the task"
+        raise InputRefused("mixed_tasks", problem, hint=hint)
 
 
 def _choose_template(data: str, tokenizer: str, limit: int | None, task: str) -> str | None:

@@ -29,11 +29,16 @@ SOURCE = Source("data.jsonl", 0)
         (PAIR, None, "preference"),
         (RANKED, None, "preference"),
         ({"q": "x", "good": "a", "bad": "b"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference"),
-        ({**PAIR, "rejected": None, "completion": "a"}, None, "sft"),
+        ({**PAIR, "rejected": None}, None, "preference"),  # an invalid pair
+        ({**CONVERSATION, "chosen": None, "rejected": None}, None, "sft"),  # a table with the columns of other rows
         (LABELED, None, "kto"),
         ({**CONVERSATION, "kto_tag": True}, None, "kto"),
         ({"text": "a review", "label": True}, None, "sft"),  # a class
-        ({"prompt": "q", "completion": "a", "label": 0}, None, "sft"),  # a class, or a label: the user must decide
+        ({**CONVERSATION, "label": True}, None, "kto"),
+        ({**CONVERSATION, "label": 1}, None, "sft"),  # a class
+        ({"prompt": "q", "completion": "a", "label": 0}, None, "kto"),
+        ({"prompt": "q", "completion": "a", "label": "True"}, None, "kto"),
+        ({"prompt": "q", "completion": "a", "label": 3}, None, "sft"),  # a class
     ],
 )
 def test_first_row_determines_the_task(data, columns, expected):

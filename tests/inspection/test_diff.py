@@ -345,6 +345,12 @@ def test_sides_of_pairs_are_named_and_compared_with_each_other(tokenizer_dir):
     shown = str(diff(sides[0], {**sides[0], "data": [changed]}))
     assert "── rejected ──" in shown
     assert "── chosen ──" not in shown
+    ranked = {"prompt": "q", "completions": ["good", "fair", "bad"]}
+    others = {**ranked, "completions": ["good", "fair", "worse"]}
+    shown = str(diff(*({**sides[0], "data": [one]} for one in (ranked, others))))
+    assert "── pair 1 of 3" not in shown
+    assert "── pair 2 of 3, rejected ──" in shown
+    assert "── pair 3 of 3, rejected ──" in shown
 
 
 def test_single_template_variable_can_be_set():

@@ -223,6 +223,12 @@ def test_unknown_template_suggests_the_nearest_name():
         find_template("chatlm")
 
 
+def test_mistyped_template_file_is_not_searched_on_the_hub(tmp_path):
+    (tmp_path / "mine.jinja").write_text("")
+    with pytest.raises(UsageError, match="unknown_template.*did you mean 'mine.jinja'"):
+        check_template(tmp_path / "min.jinja")
+
+
 def test_templates_are_found_in_files_and_strings(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("{% generation %}{{ text }}{% endgeneration %}")

@@ -41,11 +41,15 @@ _FUNCTION = {"name": "lookup", "arguments": {"key": "a value"}}
 _CALL = _answer("", tool_calls=[{"type": "function", "id": "call00001", "function": _FUNCTION}])
 _RESULT = _message("tool", "a result", name="lookup", tool_call_id="call00001")
 
+_TWO_TURNS = (_user("first question"), _answer("first answer"), _user("second question"), _answer("second answer"))
+
 _PROBES: Mapping[str, tuple[Message, ...]] = {
     "single": (_user("first question"), _answer("first answer")),
-    "plain": (_user("first question"), _answer("first answer"), _user("second question"), _answer("second answer")),
+    "plain": _TWO_TURNS,
     "system": (_message("system", "a rule"), _user("first question"), _answer("first answer")),
+    "system_turns": (_message("system", "a rule"), *_TWO_TURNS),
     "tools": (_user("first question"), _answer("first answer")),
+    "tools_turns": _TWO_TURNS,
     "tool_calls": (_user("first question"), _CALL, _RESULT, _answer("first answer")),
     "reasoning": (
         _user("first question"),
@@ -66,6 +70,8 @@ _PROBES: Mapping[str, tuple[Message, ...]] = {
 }
 """Feature -> a small conversation that uses the feature."""
 
+_WITH_TOOLS = ("tools", "tools_turns", "tool_calls")
+
 _REPORTED_FLAGS = {
     "prompt_mismatch", "no_trained_stop", "missing_final_stop", "text_after_last_stop", "template_not_probed",
     "generation_tags_unconfirmed", "generation_tags_overruled", "stop_outside_generation_tags", "header_trained",
@@ -85,10 +91,13 @@ class TemplateReport:
         verdict: `"exact"`: one example per conversation. `"split"`: one example per turn, because the template rewrites
             earlier turns. `"refused"`: no probe could be rendered with certain turns, or a cross-check failed.
         stop: text that ends a turn, or `None`.
-        prefix_stable: whether the template renders the first turns of a conversation as a prefix of the whole text.
+        prefix_stable: whether the template renders the first turns of a conversation without system message and tools
+            as a prefix of the whole text.
         lacks: features that the template omits or rejects: system, tools, tool_calls, reasoning or names.
-        rewrites: what the template changes: `"turns"` (earlier turns), `"reasoning"` (omitted in some turns),
-            `"contents"` (any content), `"think_tags"` (removes thinking from contents), `"blanks"` (strips contents).
+        rewrites: what the template changes: `"turns"` (earlier turns), `"system_turns"` or `"tools_turns"` (earlier
+            turns of conversations with a system message or tools, e.g. because it prints them before the last
+            question), `"reasoning"` (omitted in some turns), `"contents"` (any content), `"think_tags"` (removes
+            thinking from contents), `"blanks"` (strips contents).
         adds: text that the template prints before the first message, such as a default system prompt.
         flags: flags of the probes that are in `_REPORTED_FLAGS`.
         tagged: whether the template has generation tags.
@@ -127,7 +136,7 @@ class TemplateReport:
         lines = [
             f"{self.template}: {self.verdict} ({checked})",
             f"  stop           {stop}",
-            f"  prefix-stable  {'yes' if self.prefix_stable else 'no'}",
+            f"  prefix-stable  {self._describe_stability()}",
             f"  lacks          {', '.join(self.lacks) or 'nothing'}",
             f"  rewrites       {', '.join(self.rewrites) or 'nothing'}",
             f"  adds           {self.adds[:200]!r}" if self.adds else "  adds           nothing",
@@ -136,6 +145,18 @@ class TemplateReport:
             *([f"  flags          {', '.join(self.flags)}"] if self.flags else []),
         ]
         return "\n".join([*lines, *(f"  because        {reason}" for reason in self.reasons + self.contradictions)])
+
+    def _describe_stability(self) -> str:
+        if not self.prefix_stable:
+            return "no"
+        exceptions = [text for name, text in _UNSTABLE_WITH.items() if name in self.rewrites]
+        return f"yes, but not {' or '.join(exceptions)}: these are split" if exceptions else "yes"
+
+
+_UNSTABLE_WITH = {
+    "system_turns": "for conversations with a system message",
+    "tools_turns": "for conversations with tools",
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +203,7 @@ def probe_template(template: Template) -> TemplateReport:
         stop=template.stops.stop or _find_ending(single),
         prefix_stable=prefix_stable,
         lacks=tuple(name for name in _FEATURES if _lacks(split[name], name)),
-        rewrites=tuple(_find_rewrites(joint)),
+        rewrites=tuple(_find_rewrites(joint, split)),
         adds=_find_added_text(template, single),
         flags=tuple(sorted(flags & _REPORTED_FLAGS)),
         reasons=()
@@ -204,7 +225,7 @@ def _flag_untrained_stop(template: Template, single: _ProbeResult) -> frozenset[
 
 
 def _run_probe(template: Template, name: str, turns: str) -> _ProbeResult:
-    conversation = Conversation(_PROBES[name], tools=_TOOLS if name in ("tools", "tool_calls") else ())
+    conversation = Conversation(_PROBES[name], tools=_TOOLS if name in _WITH_TOOLS else ())
     try:
         texts = render_chat(conversation, template, turns)
     except BadRow as error:
@@ -273,9 +294,13 @@ def _lacks(result: _ProbeResult, feature: str) -> bool:
     return not any(span.part is part for text in result.texts for span in text.spans)
 
 
-def _find_rewrites(joint: Mapping[str, _ProbeResult]) -> Iterator[str]:
+def _find_rewrites(joint: Mapping[str, _ProbeResult], split: Mapping[str, _ProbeResult]) -> Iterator[str]:
     if "history_rewritten" in joint["plain"].flags or "history_rewritten" in joint["reasoning"].flags:
         yield "turns"
+    else:
+        for name in _UNSTABLE_WITH:
+            if "history_rewritten" in joint[name].flags or (split[name].texts and not joint[name].texts):
+                yield name
     reasoning = [span for text in joint["reasoning"].texts for span in text.spans if span.part is Part.REASONING]
     if len({span.message for span in reasoning}) == 1:
         yield "reasoning"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
+from ftdata.build.store import REFERENCE_FOLDER
 from ftdata.train.runs.trainer import RunTrainer
 from ftdata.types import IGNORE_INDEX, SIDES
 
@@ -96,11 +98,22 @@ class DPORunTrainer(PairTrainer, DPOTrainer):
     )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # The parent class would store the log-probabilities in the folder of the build, and its fingerprint does not
-        # depend on the data of a build.
-        folder, build = Path(self.args.output_dir), self._seal.fingerprint
-        dataset._get_cache_file_path = lambda model: str(folder / f"reference-{name}-{build}-{model}.arrow")
+        # The name of the parent class would not depend on the data of the build.
+        folder, build = _reference_folder(dataset, Path(self.args.output_dir)), self._seal.fingerprint
+        dataset._get_cache_file_path = lambda model: str(folder / f"{name}-{build}-{model}.arrow")
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+def _reference_folder(dataset: Any, run: Path) -> Path:
+    """Return the folder for reference log-probabilities: in the build of a data set, or else in the run directory.
+
+    Later runs with the same build and the same model read them again.
+    """
+    files = dataset.cache_files
+    build = Path(files[0]["filename"]).parents[1] if files else run
+    folder = (build if os.access(build, os.W_OK) else run) / REFERENCE_FOLDER
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 class RewardRunTrainer(PairTrainer, RewardTrainer):
@@ -139,7 +152,8 @@ class LabelCollator:
     """Creates a batch of answers with labels for KTO.
 
     KTO estimates the divergence from the reference model on answers to other prompts (Ethayarajh et al. 2024,
-    section 4.1): each prompt is also followed by the answer of the row before it in the batch.
+    section 4.1): the text before the first trained token of each row is also followed by the text from the first
+    trained token on of the row before it in the batch.
 
     Attributes:
         pad_id: the token id of the padding on the right.
@@ -168,7 +182,7 @@ class LabelCollator:
 
 
 def _join_previous(documents: Sequence[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
-    """Join the part of each tensor before its start with the part of the previous tensor from its start on."""
+    """Join the part of each tensor before its start (its first trained token) with the rest of the tensor before."""
     return [
         torch.cat((documents[index][:start], documents[index - 1][starts[index - 1] :]))
         for index, start in enumerate(starts)

@@ -370,7 +370,7 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
         raise InputRefused(
             "too_long",
             f"an example has {data.longest_document:,} tokens, but {config.model} accepts at most {positions:,} tokens",
-            hint=f"build with max_length: {positions}",
+            hint=f"build with max_length: {positions}, which leaves out or shortens longer examples (overlong)",
         )
     test_tokens = count_split(data.splits["test"]).tokens if "test" in data.splits else 0
     train = count_split(data.splits["train"])

@@ -18,6 +18,7 @@ from preference_runs import (
 
 from ftdata import build_preference_dataset
 from ftdata.build.dataset import write_build
+from ftdata.build.remote import verify
 from ftdata.config import load_config, make_config, to_yaml
 from ftdata.errors import InputRefused, UsageError
 
@@ -155,14 +156,23 @@ def test_resume_with_another_objective_is_refused(trained, tmp_path, setting):
         run(folder, resume=True, settings=setting)
 
 
-def test_training_writes_no_files_to_the_build(llama, data, tmp_path):
+def test_reference_log_probabilities_are_computed_once_per_build(llama, data, tmp_path, monkeypatch):
     build = tmp_path / "built"
     write_build(data, llama, build, task="preference", test_size=4)
-    before = sorted(build.rglob("*"))
-    settings = {**SETTINGS, "precompute_ref_log_probs": True}
-    run(str(build), model=llama, output_dir=tmp_path / "run", settings=settings)
-    assert sorted(build.rglob("*")) == before
+    computed, compute = [], DPORunTrainer.compute_ref_log_probs
+    monkeypatch.setattr(DPORunTrainer, "compute_ref_log_probs", lambda *given: computed.append(1) or compute(*given))
+    settings = {**SETTINGS, "max_steps": 2}
+    plain = run(str(build), model=llama, output_dir=tmp_path / "plain", settings=settings)
+    settings["precompute_ref_log_probs"] = True
+    for name in ("first", "second"):
+        counts = len(computed)
+        out = run(str(build), model=llama, output_dir=tmp_path / name, settings=settings)
+        assert read_run(out)["loss"] == pytest.approx(read_run(plain)["loss"], abs=1e-5)
+        assert bool(len(computed) - counts) == (name == "first")
+    assert len(list((build / "reference").iterdir())) == 2
+    assert not verify(build)
     write_build(data, llama, build, task="preference", test_size=5, overwrite=True)
+    assert not (build / "reference").exists()
 
 
 def test_metrics_of_an_evaluation_are_means_over_pairs(llama, data, tmp_path):
@@ -286,5 +296,7 @@ def test_reference_log_probabilities_belong_to_the_data(llama, tmp_path):
         out = run(data, model=llama, output_dir=tmp_path / "run", task="dpo", settings=settings)
         assert read_run(out)["loss"][0] == pytest.approx(0.6931, abs=1e-3)
         for path in out.iterdir():
-            if not path.name.startswith("reference-"):
+            if path.name == "data":
+                shutil.rmtree(path / "train")
+            else:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
