@@ -3,6 +3,9 @@
 import json
 import random
 import shutil
+import time
+
+from ftdata.storage.atomic import lock_file
 
 CHATML_TRAINED_TO_THE_END = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
@@ -54,6 +57,16 @@ def copy_interrupted(trained, folder):
     shutil.rmtree(folder / "checkpoint-20")
     shutil.rmtree(folder / "model")
     return about
+
+
+def wait_until_unlocked(run):
+    """Wait until a killed training has ended. It is not a child of the killed client (see `warm.py`)."""
+    for _ in range(1_000):
+        with lock_file(run / ".lock") as is_locked:
+            if is_locked:
+                return
+        time.sleep(0.01)
+    raise TimeoutError(run)
 
 
 def read_run(folder):

@@ -306,7 +306,7 @@ def _loss_notes(ledgers: Sequence[Ledger], overlong_policy: str) -> Iterator[str
     # With the other policies, no answer begins or fits within max_length.
     policies = ", or set overlong='drop_turns' or overlong='truncate'" if overlong_policy == "reject" else ""
     reasons = [
-        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length{policies}; or shorten the rows)",
+        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length{policies})",
         f"{count_noun(cut, 'token')} beyond max_length (raise max_length)",
         f"{count_noun(invalid, 'invalid row')}",
         f"{count_noun(filtered, 'row')} excluded by where",

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import count_noun
-from ftdata.inspection.pair_views import split_pair
+from ftdata.inspection.pair_views import describe_difference, split_pair
 from ftdata.inspection.row_headings import describe_dropped, describe_trained_share, row_heading
 from ftdata.inspection.row_views import ExampleView, RowView, Segment, make_visible, to_single_line
 from ftdata.spelling import spell_options
@@ -50,6 +50,8 @@ def _print_examples(console: Console, row: RowView) -> None:
         if view.remainder or view.cut:
             console.print(Text(_describe_remainder(view), "red"), soft_wrap=True)
         console.print(Text(describe_trained_share(view), "cyan"), soft_wrap=True)
+    if difference := describe_difference(row):
+        console.print(Text(f"first difference: {difference}", "cyan"), soft_wrap=True)
 
 
 def render_plain_text(render: Callable[[Console], None]) -> str:

@@ -104,9 +104,11 @@ def _truncate_row(
         can_drop = recipe.overlong != "reject" and not conversation.sides
         if length_error is not None and not (can_drop and fitting):
             if fitting:
-                part = f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"
-                problem = length_error.message + (part if not conversation.sides else "")
-                raise BadRow(length_error.code, problem, field=length_error.field, hint=length_error.hint)
+                problem, hint = length_error.message, length_error.hint
+                if not conversation.sides:
+                    problem += f"; {len(fitting)} of the {len(examples)} examples of this conversation fit"
+                    hint = "raise max_length, or set overlong='drop_turns' to keep only these examples"
+                raise BadRow(length_error.code, problem, field=length_error.field, hint=hint)
             raise length_error
         if conversation.sides:
             _check_sides_differ(fitting)

@@ -320,8 +320,8 @@ def _resolve_template(target: Any) -> Template:
     if target is None or isinstance(target, bytes | int | float):
         problem = f"the argument is {target!r:.60}, expected a template, a tokenizer, or a name"
         raise UsageError("template_type", problem)
-    is_file = is_text and (Path(target).suffix == ".jinja" or Path(target).is_file())
-    if is_file or (is_text and (str(target) in templates or "{" in str(target))):
+    is_template = is_text and (str(target) in templates or "{" in str(target) or Path(target).suffix == ".jinja")
+    if is_template or (is_text and Path(target).is_file()):
         return load_bare_template(target)
     is_name = is_text and "/" not in str(target) and not Path(target).is_dir()
     if is_name and get_close_matches(str(target), templates.names()):

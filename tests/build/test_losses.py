@@ -85,7 +85,7 @@ def test_build_without_a_readable_manifest_can_be_removed_and_built_again(tokeni
 def test_similar_name_is_suggested_for_a_missing_build(tokenizer_dir, tmp_path):
     rows = [{"question": "2+2?", "answer": "4"}]
     build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built")
-    with pytest.raises(InputRefused, match="it does not exist.*did you mean 'built'?"):
+    with pytest.raises(InputRefused, match="it does not exist.*did you mean '.*built'?"):
         verify(tmp_path / "buil")
 
 
@@ -94,9 +94,9 @@ def test_selected_rows_are_counted(tokenizer_dir, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(10)]
     build = partial(build_sft_dataset, tokenizer=tokenizer_dir("tiny_bpe"))
     assert "selected" not in str(build(rows).report)
-    assert "selected 10 of 20 examples (dedup)" in str(build(rows * 2, dedup=True).report)
+    assert "selected 10 examples from 20 (dedup)" in str(build(rows * 2, dedup=True).report)
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert "selected 20 of 10 examples (weight)" in str(build([{"path": tmp_path / "a.json", "weight": 2}]).report)
+    assert "selected 20 examples from 10 (weight)" in str(build([{"path": tmp_path / "a.json", "weight": 2}]).report)
 
 
 def test_rejects_of_split_conversations_count_the_fitting_examples(tokenizer_dir):

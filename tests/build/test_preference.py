@@ -212,6 +212,13 @@ def test_options_that_pairs_cannot_have_are_refused(options):
         )
 
 
+def test_first_difference_after_equal_words_is_shown(tokenizer_dir):
+    rows = [{"prompt": "q", "chosen": "yes and more\nwords", "rejected": "yes and"}]
+    for tokenizer in (tokenizer_dir("tiny_bpe"), None):
+        shown = str(preview(rows, tokenizer, "chatml"))
+        assert "first difference: chosen:  more↵words<|im_end| / rejected: <|im_end|>↵" in shown
+
+
 def test_preview_of_a_build_names_the_sides(tokenizer_dir, tmp_path):
     rows = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(2)]
     write_build(rows, tokenizer_dir("tiny_bpe"), tmp_path / "built", template=CHATML, task="preference")
@@ -220,6 +227,7 @@ def test_preview_of_a_build_names_the_sides(tokenizer_dir, tmp_path):
     shown = str(preview(tmp_path / "built", row=1))
     assert "── pair 1 · <memory>" in shown
     assert shown.count("q1") == 1  # the prompt of both sides is printed once
+    assert "first difference" not in shown  # because the displayed sides begin with it
     assert shown.index("── chosen ──") < shown.index("good") < shown.index("── rejected ──") < shown.index("bad")
 
 
@@ -278,3 +286,67 @@ def test_margins_are_part_of_the_content():
     both = [{**pair, "margin": margin} for margin in (1, 2, 1)]
     ds = build_preference_dataset(both, byte_tokenizer(), CHATML, dedup=True)
     assert ds["train"]["margin"] == [1.0, 2.0]
+
+
+def trained_texts(row):
+    """Return the trained text of both sides of a built pair, with ■ for the stop token of `byte_tokenizer`."""
+    labels = (row[f"{side}_labels"] for side in ("chosen", "rejected"))
+    return ["".join("■" if label == 257 else chr(label) for label in side if label != -100) for side in labels]
+
+
+def test_completion_of_a_pair_begins_at_the_first_difference():
+    row = {"prompt": talk("a"), "chosen": talk("", "b1", "c", "d1")[1:], "rejected": talk("", "b2", "c", "d2")[1:]}
+    for train_on in ("completion", "assistant"):
+        ds = build_preference_dataset([row], byte_tokenizer(), CHATML, train_on=train_on)
+        assert trained_texts(ds["train"][0]) == ["b1■d1■", "b2■d2■"]
+
+
+def test_train_fields_do_not_make_shared_messages_different():
+    chosen, rejected = talk("a", "b", "c", "d1"), talk("a", "b", "c", "d2")
+    chosen[1]["train"] = False
+    row = {"chosen": chosen, "rejected": rejected}
+    ds = build_preference_dataset([row], byte_tokenizer(), CHATML)
+    assert trained_texts(ds["train"][0]) == ["d1■", "d2■"]
+    with pytest.raises(BadRows, match="identical_sides.*apart from their train fields"):
+        build_preference_dataset([{"chosen": chosen, "rejected": talk("a", "b", "c", "d1")}], byte_tokenizer(), CHATML)
+
+
+def train_everything(rendered, conversation):
+    return [True for _ in rendered.spans]
+
+
+def train_generated(rendered, conversation):
+    return [span.generated and span.message >= conversation.completion_from for span in rendered.spans]
+
+
+@pytest.mark.parametrize("task", ["preference", "kto"])
+def test_mask_functions_cannot_train_the_prompt(task):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    row = row if task == "preference" else {"prompt": "q", "completion": "a", "label": True}
+    with pytest.raises(UsageError, match="mask_prompt"):
+        build_preference_dataset([row], byte_tokenizer(), CHATML, task=task, train_on=train_everything)
+    built = [
+        build_preference_dataset([row], byte_tokenizer(), CHATML, task=task, train_on=train_on)["train"][0]
+        for train_on in (train_generated, "assistant")
+    ]
+    assert built[0] == built[1]
+
+
+@pytest.mark.parametrize("schema", ["alpaca", "messages", "./mine.py:convert"])
+def test_schemas_that_read_no_pairs_are_refused(schema, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def convert(row): ...\n")
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UsageError, match="does not read preference pairs"):
+        build_preference_dataset([row], byte_tokenizer(), CHATML, schema=schema)
+
+
+def test_shortened_sides_end_like_complete_sides():
+    """A reward model scores the last token, so the text after the stop token must not show which side was shortened."""
+    row = {"chosen": talk("new", "c1", "more", "c2 " * 40), "rejected": talk("new", "r1")}
+    options = {"max_length": 60, "overlong": "drop_turns"}
+    built = build_preference_dataset([row], byte_tokenizer(), CHATML, **options)["train"][0]
+    assert trained_texts(built) == ["c1■", "r1■"]
+    assert built["chosen_ids"][-2:] == built["rejected_ids"][-2:]
+    tight = {**options, "max_length": len(built["prompt_ids"] + built["chosen_ids"]) - 1}
+    assert build_preference_dataset([row], byte_tokenizer(), CHATML, **tight)["train"][0]["chosen_ids"][-1] == 257

@@ -196,7 +196,7 @@ def test_misspelled_columns_files_and_folders_are_suggested(folder):
     )
     (folder / "data").mkdir()
     (folder / "a.json").rename(folder / "data" / "a.json")
-    assert "did you mean 'a.json'?" in run("preview", folder / "data" / "a.jsn", code=2).stderr
+    assert "data/a.json'?" in run("preview", folder / "data" / "a.jsn", code=2).stderr
     # A missing local file is not searched on the Hub.
     command = warm.python("-m", "ftdata", "preview", "dta/a.json")
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)

@@ -76,8 +76,19 @@ def test_overlong_error_suggests_a_fix(tokenizer_dir):
     (whole,) = encode(
         [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}], tokenizer_dir("tiny_bpe")
     )
-    with pytest.raises(BadRow, match=r"Fix: raise max_length, or set overlong='drop_turns' or overlong='truncate'"):
-        truncate(whole, 8)
+    messages = [{"role": role, "content": "a few words"} for role in ("user", "assistant")]
+    (turns,) = encode(messages * 2, tokenizer_dir("tiny_bpe"))
+    for example, limit, hint in (
+        (turns, len(turns) - 4, "or set overlong='drop_turns' or overlong='truncate'"),
+        (
+            turns,
+            int(np.flatnonzero(turns.trained)[0]) + 1,
+            "or shorten the row; overlong='truncate' would cut the answer",
+        ),
+        (whole, 8, "or shorten or remove the row"),
+    ):
+        with pytest.raises(BadRow, match=f"Fix: raise max_length, {hint}"):
+            truncate(example, limit)
     with pytest.raises(
         BadRow, match=r"expected at most 8 .max_length., and no answer begins within that length. Fix: raise max_length"
     ):

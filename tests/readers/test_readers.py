@@ -169,7 +169,7 @@ def test_files_globs_and_lists_are_read_in_order(tmp_path):
 
 def test_missing_file_error_suggests_similar_names(tmp_path):
     write(tmp_path, "train.json", "[]")
-    with pytest.raises(UsageError, match=r"did you mean 'train\.json'"):
+    with pytest.raises(UsageError, match=r"did you mean '.*train\.json'"):
         resolve_sources(str(tmp_path / "trian.json"))
 
 

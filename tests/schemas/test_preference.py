@@ -59,6 +59,13 @@ def test_scores_and_margins_of_a_pair_are_read():
     assert not [note for note in pair.notes if "score" in note or "margin" in note]
     with pytest.raises(BadRow, match="margin_value"):
         read({**PAIR, "margin": "large"})
+    assert not read({**PAIR, "margin": "", "score_chosen": ""}).sides[0].feedback
+
+
+def test_scores_that_are_not_numbers_are_reported_as_not_read():
+    pair = read({**PAIR, "score_chosen": "1,5", "score_rejected": "2,5", "chosen_score": 1})
+    assert {"column score_chosen", "column score_rejected"} <= pair.notes
+    assert "column chosen_score" not in pair.notes
 
 
 def test_context_of_a_pair_is_read():
@@ -67,6 +74,10 @@ def test_context_of_a_pair_is_read():
 
 
 BAD = {
+    "answer in the prompt": ({"messages": [*MESSAGES["chosen"]], "chosen": "good", "rejected": "bad"}, "answer_in_prompt"),
+    "ranked list and a side": ({"prompt": "q", "completions": ["a", "b"], "rejected": "c"}, "ranking"),
+    "margin that is true": ({**PAIR, "margin": True}, "margin_value"),
+    "huge margin": ({**PAIR, "margin": 10**400}, "margin_value"),
     "no prompt": (SIDES, "no_prompt"),
     "null prompt": ({**PAIR, "prompt": None}, "no_prompt"),
     "blank prompt": ({**PAIR, "prompt": " "}, "no_prompt"),

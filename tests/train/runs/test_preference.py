@@ -13,6 +13,7 @@ from preference_runs import (
     copy_interrupted,
     make_pairs,
     read_run,
+    wait_until_unlocked,
     write_rows,
 )
 
@@ -135,6 +136,7 @@ def test_killed_run_resumes_exactly_in_the_middle_of_an_epoch(training_python, t
         time.sleep(0.01)
     process.kill()
     process.wait()
+    wait_until_unlocked(tmp_path / "run")
     run(tmp_path / "run", resume=True)
     assert_equal_runs(trained, tmp_path / "run")
 
