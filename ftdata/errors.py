@@ -213,8 +213,9 @@ def suggest_similar(name: str, candidates: Iterable[str]) -> str:
     >>> suggest_similar("qwen33", ["qwen3", "llama"]), suggest_similar("x", ["qwen3"])
     ("did you mean 'qwen3'?", '')
     """
-    matches = difflib.get_close_matches(name, list(candidates), n=1)
-    return f"did you mean {matches[0]!r}?" if matches else ""
+    by_folded_name = {candidate.casefold(): candidate for candidate in candidates}
+    matches = difflib.get_close_matches(name.casefold(), by_folded_name, n=1)
+    return f"did you mean {by_folded_name[matches[0]]!r}?" if matches else ""
 
 
 def suggest_path(path: str | Path) -> str:
@@ -223,8 +224,8 @@ def suggest_path(path: str | Path) -> str:
     siblings = dict[str, str]()
     with suppress(OSError):
         if not path.exists():
-            siblings = {sibling.name: str(sibling) for sibling in path.parent.iterdir()}
-    matches = difflib.get_close_matches(path.name, siblings, n=1)
+            siblings = {sibling.name.casefold(): str(sibling) for sibling in path.parent.iterdir()}
+    matches = difflib.get_close_matches(path.name.casefold(), siblings, n=1)
     return f"did you mean {siblings[matches[0]]!r}?" if matches else ""
 
 

@@ -94,6 +94,7 @@ def _spell_key(match: re.Match[str]) -> str:
     if isinstance(value, dict):
         pairs = ", ".join(f"{key}: {'...' if item is ... else item}" for key, item in value.items())
         return f"{name}: {{{pairs}}}{separator}"
+    value = value.lower() if value in ("True", "False") else value
     return f"{name}{separator}" if value is None else f"{name}: {value}{separator}"
 
 

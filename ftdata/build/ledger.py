@@ -304,9 +304,11 @@ def _loss_notes(ledgers: Sequence[Ledger], overlong_policy: str) -> Iterator[str
     overlong = rejected["overlong"]
     invalid = rejected.total() - overlong
     # With the other policies, no answer begins or fits within max_length.
-    policies = ", or set overlong='drop_turns' or overlong='truncate'" if overlong_policy == "reject" else ""
+    policies = "; overlong='drop_turns' keeps the turns that fit, overlong='truncate' cuts answers"
+    policies = policies if overlong_policy == "reject" else ""
+    fix = f"shorten the rows, or raise max_length up to the limit of the model{policies}"
     reasons = [
-        f"{count_noun(overlong, 'row')} longer than max_length (raise max_length{policies})",
+        f"{count_noun(overlong, 'row')} longer than max_length ({fix})",
         f"{count_noun(cut, 'token')} beyond max_length (raise max_length)",
         f"{count_noun(invalid, 'invalid row')}",
         f"{count_noun(filtered, 'row')} excluded by where",

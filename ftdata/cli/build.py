@@ -134,7 +134,10 @@ def export(
     *,
     allow: Annotated[list[str] | None, typer.Option(help="Accept a limitation of the format (repeatable)")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an export of another build or format")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an export of another build or format, and the build of other options"
+        ),
     ] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="List the formats, and exit")] = False,
     as_json: Json = False,
@@ -157,12 +160,13 @@ def export(
         hint = "ftdata export --list lists the formats" if not to else ""
         raise UsageError("missing_option", f"an export needs {' and '.join(missing)}", hint=hint)
     with resumable(), progress_bar() as progress:
-        folder = _build_configuration(build_dir, progress) if is_config_file(build_dir) else build_dir
+        is_config = is_config_file(build_dir)
+        folder = _build_configuration(build_dir, progress, overwrite=overwrite) if is_config else build_dir
         report = export_build(folder, to, output_dir, allow=allow or (), overwrite=overwrite, progress=progress)
     print_value(report, as_json=as_json)
 
 
-def _build_configuration(path: str, progress: Progress) -> str:
+def _build_configuration(path: str, progress: Progress, *, overwrite: bool) -> str:
     """Return the folder with the build of a configuration file. Like `ftdata train`, build its data if necessary."""
     from ftdata.build.dataset import write_build
     from ftdata.build.remote import find_build
@@ -178,6 +182,7 @@ def _build_configuration(path: str, progress: Progress) -> str:
         request.sources,
         request.tokenizer,
         folder,
+        overwrite=overwrite,
         workers=os.cpu_count(),
         progress=progress,
         **request.settings,

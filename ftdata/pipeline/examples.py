@@ -157,8 +157,8 @@ def _trained_examples(
             trained[number] = example
         elif conversation.sides:
             side = SIDES[[*encoded].index(number)]
-            problem = f"the {side} side has no trained token with train_on={policy_name(recipe.train_on)!r}"
-            raise BadRow("nothing_trained", problem, field=side)
+            problem = f"the {side} side has no trained token with {_describe_mask(recipe)}"
+            raise BadRow("nothing_trained", problem, field=side, hint="remove the row, or choose other values")
         elif not any(span.generated for span in example.spans):
             # A split turn that is empty and has no stop token becomes no example, so another example has its flags.
             extra_flags |= example.flags & {"no_trained_stop", "missing_final_stop"}
@@ -167,16 +167,19 @@ def _trained_examples(
         if answers and not any(message.get("train", True) for message in answers):
             problem = "all answers of the row are excluded from training with train: false"
             raise BadRow("nothing_trained", problem, hint="remove the row, or train one of the answers")
-        problem = f"the row has no trained token with train_on={policy_name(recipe.train_on)!r}"
-        raise BadRow(
-            "nothing_trained", problem, hint="remove the row, or choose other values of train_on and train_parts"
-        )
+        problem = f"the row has no trained token with {_describe_mask(recipe)}"
+        raise BadRow("nothing_trained", problem, hint="remove the row, or choose other values")
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         extra_flags |= {"trailing_messages"}
     if extra_flags:
         last = [*trained][-1]
         trained[last] = replace(trained[last], flags=trained[last].flags | extra_flags)
     return trained
+
+
+def _describe_mask(recipe: Recipe) -> str:
+    parts = "" if recipe.train_parts is None else f" and train_parts={','.join(recipe.train_parts)!r}"
+    return f"train_on={policy_name(recipe.train_on)!r}{parts}"
 
 
 def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Batch, dict[int, BadRow]]:

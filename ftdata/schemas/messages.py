@@ -263,7 +263,11 @@ def _read_role(value: Any, field: str) -> str:
     role = value if value in SPECIAL_ROLES else ROLES.get(value) if isinstance(value, str) else None
     if role is None:
         problem = f"is {describe_value(value)}, expected a role"
-        raise BadRow("unknown_role", problem, field=field, hint=suggest_names(str(value), (*ROLES, *SPECIAL_ROLES)))
+        known = suggest_names(str(value), (*ROLES, *SPECIAL_ROLES))
+        hint = f"{known}; to rename roles, convert rows with a function: schema='./mine.py:convert'"
+        if known.startswith("known"):
+            hint = f"rename it to user, assistant, system or tool, or {hint.partition('; to rename roles, ')[2]}"
+        raise BadRow("unknown_role", problem, field=field, hint=hint)
     return str(role)
 
 

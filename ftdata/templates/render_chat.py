@@ -51,8 +51,9 @@ def render_chat(
         return _render_chat_with(conversation, template, turns, on_dropped_message)
     except BadRow as error:
         joined = join_text_parts(conversation)
-        if error.code == "template_raises" and (hint := _explain_failure(joined, error.message)):
-            raise BadRow(error.code, error.message, field=error.field, hint=error.hint or hint) from None
+        if error.code == "template_raises" and joined == conversation:
+            hint = error.hint or _explain_failure(conversation, error.message)
+            raise BadRow(error.code, error.message, field=error.field, hint=hint) from None
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
         texts = _render_chat_with(joined, template, turns, on_dropped_message)
@@ -60,14 +61,16 @@ def render_chat(
 
 
 def _explain_failure(conversation: Conversation, message: str) -> str:
-    """Return a hint for common reasons why a template raises an error; an empty string for other reasons."""
+    """Return a hint for the error of a template, with special hints for common reasons."""
     for index, one in enumerate(conversation.messages):
         if isinstance(one.get("content"), list):
             return f"join the text parts of message {index} to one text, because the template may accept only text"
         has_ids = any("id" in call for call in one.get("tool_calls") or ())
         if has_ids and re.search(r"\bid\b", message, re.IGNORECASE):
             return "remove the ids of tool calls and results, and ftdata adds ids of nine letters and digits"
-    return ""
+    if any(one.get("tool_calls") or one["role"] == "tool" for one in conversation.messages):
+        return "the template may not support this use of tools (see: ftdata templates check); use another template"
+    return "correct the row, or use a template that accepts it"
 
 
 def render_without_template(

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import tokenizers
 
-from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_similar
+from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_path
 from ftdata.tokenizing.encoders import describe_encoder_error
 from ftdata.tokenizing.tokenizer import Tokenizer, _strip_backend
 
@@ -191,10 +191,7 @@ def _special_tokens(config: dict[str, Any], backend: tokenizers.Tokenizer) -> di
 
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        parent = Path(name).parent
-        siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-        hint = suggest_similar(Path(name).name, siblings)
-        raise UsageError("no_tokenizer", f"the folder {name} does not exist", hint=hint)
+        raise UsageError("no_tokenizer", f"the folder {name} does not exist", hint=suggest_path(name))
     import huggingface_hub
 
     try:
@@ -203,6 +200,6 @@ def _download(name: str) -> Path:
         raise HubError(
             "hub_tokenizer",
             f"the folder {name} does not exist, and the download from the Hub failed: {error}".splitlines()[0],
-            hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
+            hint=suggest_path(name) or "check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
         ) from None
     return Path(folder)

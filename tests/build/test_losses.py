@@ -44,8 +44,8 @@ def test_large_losses_are_noted_with_the_options_that_change_them(tokenizer_dir)
     (note,) = build([*rows, bad, long, long]).report.notes
     assert note.startswith("left out: 3 of 153 rows (2.0%) and ")
     assert (
-        "2 rows longer than max_length (raise max_length, or set overlong='drop_turns' or overlong='truncate'); 1 invalid row"
-        in note
+        "2 rows longer than max_length (shorten the rows, or raise max_length up to the limit of the model; "
+        "overlong='drop_turns' keeps the turns that fit, overlong='truncate' cuts answers); 1 invalid row" in note
     )
     cut, truncated = build([*rows, *[long] * 9], overlong="truncate").report.notes
     assert cut.startswith("left out: 0 of 159 rows (0.0%) and ")
@@ -68,7 +68,9 @@ def test_build_with_a_damaged_report_is_replaced(options, tokenizer_dir, tmp_pat
 def test_only_a_larger_max_length_helps_if_no_answer_begins_within_it(tokenizer_dir):
     rows = [{"question": "word " * 100, "answer": "4"}, {"question": "2+2?", "answer": "4"}]
     report = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate").report
-    assert "1 row longer than max_length (raise max_length)" in str(report)
+    assert "1 row longer than max_length (shorten the rows, or raise max_length up to the limit of the model)" in str(
+        report
+    )
 
 
 @pytest.mark.parametrize("manifest", [None, "{"])

@@ -62,10 +62,16 @@ def test_commands_read_a_configuration(folder):
         in run("convert", config, "-o", folder / "out.jsonl").stderr
     )
     assert len((folder / "out.jsonl").read_text().splitlines()) == 40
-    run("diff", config, "--set", "train_on=assistant", code=1)
+    compared = run("diff", config, "--set", "train_on=assistant", code=1)
+    assert "diff ignores these options of the configuration: weight, rows, test_size" in compared.stderr
     exported = run("export", config, "--to", "trl", "-o", folder / "exported")
     assert "train    " in exported.stderr  # the report of the build
     assert "exported" in exported.stdout
+    changed = folder / "changed.yaml"
+    changed.write_text(config.read_text().replace('"test_size": 4', '"test_size": 6'))
+    refused = run("export", changed, "--to", "trl", "-o", folder / "exported", code=2)
+    assert "build_exists" in refused.stderr
+    run("export", changed, "--to", "trl", "-o", folder / "exported", "--overwrite")
     (folder / "short.yaml").write_text("data: a.json")
     refused = run("export", folder / "short.yaml", "--to", "trl", "-o", folder / "refused", code=2)
     assert "short.yaml needs the field tokenizer" in refused.stderr

@@ -144,6 +144,8 @@ def _check_message(
             hint = "use a template that prints tool calls, or remove them from the data"
             raise BadRow("message_dropped", problem, field=field, hint=hint)
         hint = "use a template that prints the message, change its role, or remove the message from the data"
+        if message.get("tool_calls"):
+            hint = "the template may print either content or tool calls: empty the content, or use another template"
         raise BadRow("message_dropped", problem, field=field, hint=hint)
     flags = _flag_reasoning(message, rendered.printed[Part.REASONING])
     if not _content_printed(rendered) or not _all_printed(
