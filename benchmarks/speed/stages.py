@@ -22,7 +22,7 @@ import orjson
 
 from ftdata import types
 from ftdata.build.shard_files import write_shard
-from ftdata.pipeline import examples, render_rows
+from ftdata.pipeline import examples, read_rows, render_rows
 from ftdata.pipeline.mask import trained_tokens
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.readers import resolve_sources
@@ -87,7 +87,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     timed(
         "check",
         lambda: [
-            (render_rows.check_answers(talk), render_rows._check_control_tokens(recipe, talk, own))
+            (read_rows.check_answers(talk), render_rows._check_control_tokens(recipe, talk, own))
             for talk, own in zip(talks, texts, strict=True)
         ],
     )

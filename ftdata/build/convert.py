@@ -20,8 +20,9 @@ from ftdata.build import store
 from ftdata.build.ledger import Ledger, reading_notes
 from ftdata.build.reject_limit import RejectLimit, group_rejects
 from ftdata.errors import BadRow, UsageError, check_choice
+from ftdata.pipeline.read_rows import check_answers, has_rejected_side
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
-from ftdata.pipeline.render_rows import RejectedRows, check_answers, has_rejected_side, make_reject
+from ftdata.pipeline.render_rows import RejectedRows, make_reject
 from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column

@@ -21,7 +21,7 @@ from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.spelling import spell_options
-from ftdata.types import Conversation, Reject
+from ftdata.types import SIDES, Conversation, Reject
 
 
 @dataclass
@@ -230,7 +230,10 @@ class Report:
         ]
         built, selected = totals["examples"], sum(split["examples"] for split in self.splits.values())
         if selected != built:
-            lines.append(f"selected {selected:,} examples from {built:,} ({', '.join(self._selecting_options())})")
+            count = f"{selected:,} examples from {built:,}"
+            if self.options.get("task") == "preference":
+                count = f"{selected // len(SIDES):,} pairs from {built // len(SIDES):,}"
+            lines.append(f"selected {count} ({', '.join(self._selecting_options())})")
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
             examples, packs, tokens = (

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from ftdata.errors import BadRow, escape_unprintable
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.mask import drop_untrained_flags
+from ftdata.pipeline.read_rows import check_answers, read_conversation
 from ftdata.pipeline.recipe import Options, Recipe
-from ftdata.pipeline.render_rows import add_row_flags, check_answers, read_conversation
+from ftdata.pipeline.render_rows import add_row_flags
 from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span

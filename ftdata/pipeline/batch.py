@@ -207,9 +207,13 @@ class Batch:
 def _add_ratings(hashes: tuple[bytes, bytes], parts: Sequence[Conversation]) -> tuple[bytes, bytes]:
     """Return hashes whose second hash also covers the ratings that training uses: the label and the margin."""
     ratings = [
-        (name, float(part.feedback[name])) for part in parts if part.feedback for name in ("label", "margin")
+        # Builds store margins as float32.
+        (name, float(np.float32(part.feedback[name])))
+        for part in parts
+        if part.feedback
+        for name in ("label", "margin")
         if name in part.feedback
-    ]  # fmt: skip
+    ]
     return (hashes[0], sha256(hashes[1] + repr(ratings).encode()).digest()[:8]) if ratings else hashes
 
 

@@ -119,15 +119,22 @@ def _truncate_row(
 
 
 def _check_sides_differ(examples: Mapping[int, Example]) -> None:
-    """Reject a preference pair if the tokens of both sides are identical.
+    """Reject a preference pair if the trained tokens of both sides and the tokens before them are identical.
 
     Raises:
         BadRow: `identical_sides`.
     """
     chosen, rejected = examples.values()
-    if not np.array_equal(chosen.input_ids, rejected.input_ids):
+    ends = [int(np.flatnonzero(example.trained)[-1]) + 1 for example in (chosen, rejected)]
+    trained_parts = [
+        (example.input_ids[:end], example.trained[:end]) for example, end in zip((chosen, rejected), ends, strict=True)
+    ]
+    if not all(map(np.array_equal, *trained_parts)):
         return
-    reason = "after the truncation" if chosen.cut or rejected.cut else "because the template omits the difference"
+    if np.array_equal(chosen.input_ids, rejected.input_ids):
+        reason = "after the truncation" if chosen.cut or rejected.cut else "because the template omits the difference"
+    else:
+        reason = "up to the last trained token"
     problem = f"the tokens of the chosen and the rejected side are identical {reason}"
     hint = "raise max_length, or remove the row" if chosen.cut or rejected.cut else "remove the row"
     raise BadRow("identical_sides", problem, field=SIDES[1], hint=hint)

@@ -12,17 +12,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.mask import Policy, is_built_in_policy
-from ftdata.pipeline.recipe import Options, Recipe
-from ftdata.schemas import expand_rankings, normalize
-from ftdata.schemas.answer_text import has_answer, has_visible_text
-from ftdata.schemas.preference import PAIR_SCHEMA
-from ftdata.schemas.training_fields import is_rejected_side
+from ftdata.pipeline.read_rows import check_parts, has_rejected_side, read_conversation
+from ftdata.pipeline.recipe import Recipe
+from ftdata.schemas import expand_rankings
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.templates.worker.client import PendingTexts
@@ -201,28 +198,13 @@ def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
     return group
 
 
-def read_conversation(row: Row, options: Options) -> Conversation:
-    """Normalize a row according to the options.
-
-    Raises:
-        BadRow: `pair_in_sft`: the row is a preference pair, but neither the task nor the schema is that of pairs; or as
-            in `normalize`.
-    """
-    conversation = normalize(row, options.schema, options.columns, options.task)
-    if conversation.schema == "preference" and options.schema == "auto":
-        problem = "the row is a preference pair, and supervised fine-tuning would not use its rejected side"
-        hint = "set task='preference' to train on pairs, or schema='preference' to train only on the chosen answers"
-        raise BadRow("pair_in_sft", problem, where=str(row.source), hint=hint)
-    return conversation
-
-
 def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
     """Normalize a row, and start to render it in the template worker."""
     if isinstance(row, Reject):
         return row
     try:
         conversation = read_conversation(row, recipe)
-        _check_parts(conversation)
+        check_parts(conversation)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
@@ -331,20 +313,6 @@ def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tu
     return tuple(text._replace(flags=text.flags | {"rejected_side_dropped"}) for text in texts)
 
 
-def has_rejected_side(conversation: Conversation) -> bool:
-    """Return whether the row has a rejected answer, which the conversation does not contain."""
-    if conversation.schema == PAIR_SCHEMA:
-        return False
-    return conversation.schema == "preference" or _name_rejected_side(conversation.notes)
-
-
-@lru_cache(maxsize=1024)
-def _name_rejected_side(notes: frozenset[str]) -> bool:
-    """Return whether a note names a column with a rejected answer."""
-    columns = (note.removeprefix("column ") for note in notes if note.startswith("column "))
-    return any(map(is_rejected_side, columns))
-
-
 def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
     """Compare the texts with a second, independent rendering. If they differ, refuse the template."""
     for text in texts:
@@ -436,55 +404,6 @@ def _iter_strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _iter_strings(inner)
-
-
-def _check_parts(conversation: Conversation) -> None:
-    """Check the answers of a row, or of both sides of a preference pair.
-
-    Raises:
-        BadRow: as `check_answers`. For a pair, `field` is the side.
-    """
-    if not conversation.sides:
-        check_answers(conversation)
-        return
-    for name, side in zip(SIDES, conversation.sides, strict=True):
-        try:
-            check_answers(side)
-        except BadRow as error:
-            raise BadRow(error.code, error.message, field=name, hint="remove the row, or add the answer") from None
-
-
-def check_answers(conversation: Conversation) -> None:
-    """Reject a row that has no answer to train, or an empty answer.
-
-    Raises:
-        BadRow: `no_answer` or `empty_answer`.
-    """
-    if conversation.tokens is not None:
-        return
-    if conversation.text is not None:
-        if not has_visible_text(conversation.text):
-            raise BadRow("empty_answer", "the text is empty or contains no visible character", field="text")
-        return
-    answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    if not answers:
-        problem = "the row has no assistant message, so there is no answer to train"
-        raise BadRow(
-            "no_answer", problem, hint="add the answer as a message with the role assistant, or remove the row"
-        )
-    for answer in answers:
-        content = answer.get("content")
-        if type(content) is str and has_answer(content):
-            continue
-        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
-        needs_answer = answer.get("train", True) and not answer.get("tool_calls")
-        if needs_answer and content is not None and not any(map(has_answer, texts)):
-            index = next(index for index, message in enumerate(conversation.messages) if message is answer)
-            problem = "the answer has no visible character outside thinking, so the model would learn empty answers"
-            hint = "remove the row, or add the answer"
-            if conversation.schema in ("messages", "sharegpt", "chat_log"):
-                hint = "remove the row; or set train: false in the message if the row has other answers"
-            raise BadRow("empty_answer", problem, field=f"messages[{index}].content", hint=hint)
 
 
 def make_reject(row: Row | Reject, error: BadRow) -> Reject:

@@ -153,6 +153,12 @@ def _choose_error(error: BadRow, missing: Mapping[str, BadRow], data: Mapping[st
     if error.code == "unknown_schema" and {"prompt_ids", "chosen_ids"} <= data.keys():
         problem = "the row belongs to a build of preference pairs, which cannot be combined with other data"
         return BadRow("pair_build", problem, hint="build the original data of all builds together")
+    if task == "preference" and error.code == "row_not_trained" and not is_pair(data):
+        # The row has a label, but this task reads pairs.
+        try:
+            read_pair(data)
+        except BadRow as pair_error:
+            return pair_error
     if not missing and task == "preference" and error.code == "unknown_schema":
         check_ranking(data)
         hint = "name the columns of a pair, e.g. columns={'prompt': ..., 'chosen': ..., 'rejected': ...}"

@@ -22,6 +22,9 @@ PAIR_SCHEMA = "preference_pair"
 _PROMPTS = ("messages", "conversations", "conversation", "question", "instruction")
 """Columns of other tools that contain the prompt of a pair. They are read if the row has no column `prompt`."""
 
+_OPENAI_SIDES = ("preferred_output", "non_preferred_output")
+"""Columns with the chosen and the rejected side in OpenAI's format of preferences."""
+
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 """Columns with the scores of both sides."""
 
@@ -41,6 +44,8 @@ def rename_pair_columns(data: Mapping[str, Any]) -> Mapping[str, Any]:
     >>> rename_pair_columns({"question": "2+2?", "chosen": {"role": "assistant", "content": "4"}, "rejected": "5"})
     {'chosen': [{'role': 'assistant', 'content': '4'}], 'rejected': '5', 'prompt': '2+2?'}
     """
+    if all(data.get(name) is not None for name in _OPENAI_SIDES):
+        data = _rename_openai_columns(data)
     if not is_pair(data):
         return data
     renamed = {name: [value] if name in SIDES and _is_message(value) else value for name, value in data.items()}
@@ -54,6 +59,16 @@ def rename_pair_columns(data: Mapping[str, Any]) -> Mapping[str, Any]:
         del renamed["input"]
         prompt = join_instruction(prompt, text)
     return {**renamed, "prompt": prompt}
+
+
+def _rename_openai_columns(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row of OpenAI's format of preferences, whose column `input` contains the messages and the tools."""
+    context = data.get("input")
+    context = context if isinstance(context, Mapping) else {"messages": context}
+    rest = {name: value for name, value in data.items() if name not in (*_OPENAI_SIDES, "input")}
+    tools = {"tools": context["tools"]} if context.get("tools") else {}
+    sides = {side: data[name] for side, name in zip(SIDES, _OPENAI_SIDES, strict=True)}
+    return {**rest, **tools, "prompt": context.get("messages"), **sides}
 
 
 def _is_message(side: Any) -> bool:
@@ -137,14 +152,13 @@ def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message
         BadRow: `identical_sides`; `no_answer`, if a side ends before the first difference; `prompt_differs`, if the
             first difference is not an assistant message in both sides.
     """
-    contents = [[_drop_train_field(message) for message in side] for side in (chosen, rejected)]
-    if contents[0] == contents[1]:
+    pairs = zip(chosen, rejected, strict=False)
+    shorter = min(len(chosen), len(rejected))
+    first = next((index for index, (left, right) in enumerate(pairs) if not _are_same(left, right)), shorter)
+    if first == len(chosen) == len(rejected):
         but_masks = "" if chosen == rejected else ", apart from their train fields"
         problem = f"the chosen and the rejected answer are identical{but_masks}, so there is no preference to learn"
         raise BadRow("identical_sides", problem, field=SIDES[1], hint="remove the row")
-    pairs = zip(*contents, strict=False)
-    shorter = min(len(chosen), len(rejected))
-    first = next((index for index, (left, right) in enumerate(pairs) if left != right), shorter)
     sides = {"chosen": chosen, "rejected": rejected}
     for name, messages in sides.items():
         if first == len(messages):
@@ -160,8 +174,18 @@ def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message
     return first
 
 
-def _drop_train_field(message: Message) -> Mapping[str, Any]:
-    return {key: value for key, value in message.items() if key != "train"} if "train" in message else message
+def _are_same(left: Message, right: Message) -> bool:
+    """Return whether two messages are the same, apart from their `train` fields.
+
+    Templates print 1, 1.0 and true differently, and the keys of an object in their order, but `==` ignores this.
+    """
+    names = left.keys() - {"train"}
+    values: Sequence[Mapping[str, Any]] = (left, right)
+    return names == right.keys() - {"train"} and all(_are_same_values(*(one[name] for one in values)) for name in names)
+
+
+def _are_same_values(left: Any, right: Any) -> bool:
+    return bool(left == right) and (isinstance(left, str) or repr(left) == repr(right))
 
 
 def _check_prompt(chosen: Sequence[Message], rejected: Sequence[Message], first: int) -> None:

@@ -73,6 +73,9 @@ def _rank(answers: Any, scores: Any) -> Sequence[Mapping[str, Any]]:
     if not isinstance(answers, list) or len(answers) < 2:
         problem = f"is {describe_value(answers)}, expected a list of at least two answers"
         raise BadRow("ranking", problem, field=ANSWERS, hint="add answers, or remove the row")
+    if any(better == worse for better, worse in combinations(answers, 2)):
+        problem = "the list contains an answer twice"
+        raise BadRow("ranking", problem, field=ANSWERS, hint="remove one of the equal answers")
     if scores is None:
         return [{"chosen": better, "rejected": worse} for better, worse in combinations(answers, 2)]
     is_valid = isinstance(scores, list) and len(scores) == len(answers)

@@ -9,6 +9,7 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.schemas.column_mapping import map_columns
 from ftdata.schemas.labels import split_label
+from ftdata.schemas.preference import rename_pair_columns
 from ftdata.schemas.rankings import ANSWERS
 from ftdata.types import SIDES, Reject, Row
 
@@ -47,6 +48,7 @@ def detect_task(rows: Iterable[Row | Reject], columns: Mapping[str, str] | None 
 
 
 def _detect_row_task(data: Mapping[str, Any]) -> str:
+    data = rename_pair_columns(data)
     sides = [data[name] for name in SIDES if name in data]
     has_sides = len(sides) == len(SIDES) and sides != [None, None]
     if has_sides or isinstance(data.get(ANSWERS), list):

@@ -12,7 +12,10 @@ from ftdata import audit, build_preference_dataset, encode, export, preview, sta
 from ftdata.build.dataset import write_build
 from ftdata.build.read_packs import list_pack_files, read_pack_file
 from ftdata.errors import BadRows, InputRefused, UsageError
+from ftdata.pipeline.read_rows import read_conversation
+from ftdata.pipeline.recipe import Options
 from ftdata.testing import byte_tokenizer
+from ftdata.types import UNKNOWN_SOURCE, Row
 
 
 def talk(*contents):
@@ -350,3 +353,61 @@ def test_shortened_sides_end_like_complete_sides():
     assert built["chosen_ids"][-2:] == built["rejected_ids"][-2:]
     tight = {**options, "max_length": len(built["prompt_ids"] + built["chosen_ids"]) - 1}
     assert build_preference_dataset([row], byte_tokenizer(), CHATML, **tight)["train"][0]["chosen_ids"][-1] == 257
+
+
+def call(name, arguments):
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [({"n": 1}, {"n": True}), ({"n": 1}, {"n": 1.0}), ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
+)
+def test_values_that_compare_equal_but_are_printed_differently_are_the_first_difference(left, right):
+    source = CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.tool_calls | tojson }}")
+    assert source != CHATML
+    sides = {
+        side: [call("w", arguments), {"role": "user", "content": "more"}, {"role": "assistant", "content": side}]
+        for side, arguments in (("chosen", left), ("rejected", right))
+    }
+    pair = read_conversation(Row({"prompt": "q", **sides}, UNKNOWN_SOURCE), Options(task="preference"))
+    assert pair.completion_from == 1
+    assert all("train" not in side.messages[1] for side in pair.sides)
+
+
+def test_last_answers_of_long_sides_are_one_text(tokenizer_dir):
+    """With other masks, the template of Qwen needs one text per turn."""
+    row = {"prompt": talk("q"), "chosen": talk("", "a1", "q2", "a2")[1:], "rejected": talk("", "b1")[1:]}
+    with pytest.raises(BadRows, match="pair_split"):
+        build_preference_dataset([row], tokenizer_dir("qwen"))
+    (shown,) = preview([row], tokenizer_dir("qwen"), train_on="last_assistant").rows
+    for view, answers in zip(shown.examples, (["a2"], ["b1"]), strict=True):
+        trained = "".join(piece for piece, is_trained in zip(view.pieces, view.trained, strict=True) if is_trained)
+        assert [one for one in ("a1", "a2", "b1") if one in trained] == answers
+
+
+def test_pairs_without_a_difference_in_the_trained_part_are_rejected(tokenizer_dir):
+    sides = {
+        side: [{"role": "assistant", "content": side, "reasoning_content": "same"}] for side in ("chosen", "rejected")
+    }
+    with pytest.raises(BadRows, match="identical_sides.*up to the last trained token"):
+        build_preference_dataset([{"prompt": "q", **sides}], tokenizer_dir("qwen"), train_parts=["reasoning"])
+
+
+def test_openai_rows_are_read(tokenizer_dir):
+    row = {
+        "input": {"messages": talk("q"), "tools": []},
+        "preferred_output": talk("", "a")[1:],
+        "non_preferred_output": talk("", "b")[1:],
+    }
+    for task in ("auto", "preference"):
+        (shown,) = preview([row], tokenizer_dir("tiny_bpe"), CHATML, task=task).rows
+        assert [example.text.rstrip().rpartition("\n")[2] for example in shown.examples] == [
+            "a<|im_end|>",
+            "b<|im_end|>",
+        ]
+
+
+def test_rows_with_labels_are_not_pairs():
+    row = {"prompt": "q", "completion": "a", "label": False}
+    with pytest.raises(BadRows, match="not_a_pair.*task='kto'"):
+        build_preference_dataset([row], byte_tokenizer(), CHATML)

@@ -325,7 +325,7 @@ def test_ratings_of_answers_are_compared(tokenizer_dir, tmp_path):
     row, pair = {"prompt": "q", "completion": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"}
     for task, rows in (
         ("kto", [{**row, "label": True}, {**row, "label": False}]),
-        ("dpo", [{**pair, "margin": 1.5}, {**pair, "margin": 2.5}]),
+        ("dpo", [{**pair, "margin": 0.1}, {**pair, "margin": 0.2}]),
     ):
         sides = [{"data": [one], "tokenizer": tokenizer_dir("tiny_bpe"), "task": task} for one in rows]
         assert diff(*sides).rows["labels differ"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
 from ftdata.build.store import REFERENCE_FOLDER
+from ftdata.storage.disk import hash_bytes
 from ftdata.train.runs.trainer import RunTrainer
 from ftdata.types import IGNORE_INDEX, SIDES
 
@@ -98,10 +101,24 @@ class DPORunTrainer(PairTrainer, DPOTrainer):
     )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # The name of the parent class would not depend on the data of the build.
+        if is_peft_model(self.model):
+            # The reference model is the model without the adapter.
+            self._precompute_model_hash = _hash_frozen_weights(self.model)
+        # The name of the parent class would depend neither on the data of the build nor on these settings.
+        settings = hash_bytes(repr((self.ld_alpha, self.args.bf16, self.args.fp16)).encode())[:8]
         folder, build = _reference_folder(dataset, Path(self.args.output_dir)), self._seal.fingerprint
-        dataset._get_cache_file_path = lambda model: str(folder / f"{name}-{build}-{model}.arrow")
+        dataset._get_cache_file_path = lambda model: str(folder / f"{name}-{build}-{settings}-{model}.arrow")
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+def _hash_frozen_weights(model: Any) -> str:
+    """Return a hash of the weights that are not trained."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _reference_folder(dataset: Any, run: Path) -> Path:

@@ -173,6 +173,18 @@ def test_reference_log_probabilities_are_computed_once_per_build(llama, data, tm
         assert bool(len(computed) - counts) == (name == "first")
     assert len(list((build / "reference").iterdir())) == 2
     assert not verify(build)
+    # The log-probabilities depend on these settings, but not on the adapter.
+    first = []
+    for name, changes, options in (
+        ("alpha", {"ld_alpha": 0.5}, {}),
+        ("adapter", {}, {"lora": {"r": 4}}),
+        ("larger adapter", {}, {"lora": {"r": 8}}),
+    ):
+        counts = len(computed)
+        out = run(str(build), model=llama, output_dir=tmp_path / name, settings={**settings, **changes}, **options)
+        assert read_run(out)["loss"][0] == pytest.approx(0.6931, abs=1e-3)
+        first.append(len(computed) > counts)
+    assert first == [True, True, False]
     write_build(data, llama, build, task="preference", test_size=5, overwrite=True)
     assert not (build / "reference").exists()
 
