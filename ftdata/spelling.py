@@ -18,10 +18,11 @@ Style = Literal["arguments", "flags", "keys"]
 _FLAGS = {"columns": "column", "template_kwargs": "template-kwarg"}
 """Options whose flag has another name, because it sets one item of a mapping."""
 
-_ONLY_FLAGS = ("engine", "overwrite", "to", "workers")
+_ONLY_FLAGS = ("allow", "engine", "overwrite", "to", "workers")
 """Options that a configuration file cannot contain."""
 
 _OTHER_NAMES = (
+    "allow",
     "encoding",
     "engine",
     "format",

@@ -339,7 +339,12 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     report = Report(
         merged.ledgers,
         splits,
-        (*report_notes(merged.ledgers, recipe), *_split_notes(plan, layout), *_file_name_notes(merged.sources)),
+        (
+            *report_notes(merged.ledgers, recipe),
+            *_split_notes(plan, layout),
+            *_empty_share_notes(merged.sources, splits),
+            *_file_name_notes(merged.sources),
+        ),
         tuple(redact_for_storage(redact_text(str(reject))) for reject in islice(merged.rejects(), 20)),
         fingerprint,
         {**request.reported_options, "sources": redact_for_storage(sources)},
@@ -361,7 +366,9 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
 
 def _log_reuse(results: Sequence[ShardResult]) -> None:
     """Log how many shards were reused from an interrupted build or from the cache."""
-    counts = Counter(result.origin for result in results)
+    # If a file is listed twice, its second shard is found among the finished shards of the same build.
+    origins = {result.key or result.folder: result.origin for result in reversed(results)}
+    counts = Counter(origins.values())
     if counts["resumed"]:
         _log.info("resumed: %d of %d parts of the data were already built", counts["resumed"], len(results))
     if counts["cached"]:
@@ -450,6 +457,17 @@ def _split_notes(plan: SplitPlan, layout: Layout) -> Iterator[str]:
         yield f"leakage: {count_noun(count, 'row')} of {name} also in train"
     if layout.test_size and layout.test_size >= 1 and len(plan.splits["test"]) < layout.test_size:
         yield f"test has fewer than {layout.test_size} rows, because identical rows are in the same split"
+
+
+def _empty_share_notes(
+    sources: Sequence[FileSource | MemorySource], splits: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield a note for each source with a requested number of rows or tokens, but without a row in the train split."""
+    requested = {source.path: source.share for source in sources if source.share.unit != "times"}
+    for source in splits["train"]["sources"]:
+        share = requested.get(source["source"])
+        if share and share.amount and not source["examples"]:
+            yield f"no row of {source['source']} is left for {share.unit}: {share.amount:g}"
 
 
 def _file_name_notes(sources: Sequence[FileSource | MemorySource]) -> Iterator[str]:

@@ -146,6 +146,7 @@ def export(
     from ftdata.config import is_config_file
     from ftdata.exporters.export import describe_formats
     from ftdata.exporters.export import export as export_build
+    from ftdata.exporters.formats import exporters
 
     if list_formats:
         formats = describe_formats()
@@ -159,6 +160,8 @@ def export(
         missing = [name for name, value in values.items() if not value]
         hint = "ftdata export --list lists the formats" if not to else ""
         raise UsageError("missing_option", f"an export needs {' and '.join(missing)}", hint=hint)
+    # A build can take hours, so the format is checked first.
+    exporters.get(to)
     with resumable(), progress_bar() as progress:
         is_config = is_config_file(build_dir)
         folder = _build_configuration(build_dir, progress, overwrite=overwrite) if is_config else build_dir

@@ -263,10 +263,9 @@ def _read_role(value: Any, field: str) -> str:
     role = value if value in SPECIAL_ROLES else ROLES.get(value) if isinstance(value, str) else None
     if role is None:
         problem = f"is {describe_value(value)}, expected a role"
-        known = suggest_names(str(value), (*ROLES, *SPECIAL_ROLES))
-        hint = f"{known}; to rename roles, convert rows with a function: schema='./mine.py:convert'"
-        if known.startswith("known"):
-            hint = f"rename it to user, assistant, system or tool, or {hint.partition('; to rename roles, ')[2]}"
+        suggestion, _, known = suggest_names(str(value), (*ROLES, *SPECIAL_ROLES)).partition("known: ")
+        hint = f"{suggestion}rename it, or convert rows with a function that returns a Conversation: "
+        hint += f"schema='./mine.py:convert'; known: {known}"
         raise BadRow("unknown_role", problem, field=field, hint=hint)
     return str(role)
 

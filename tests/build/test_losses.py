@@ -1,12 +1,13 @@
 """Builds are not replaced, and rows are not lost, without a word."""
 
 import json
+import logging
 import shutil
 from functools import partial
 
 import pytest
 
-from ftdata import build_sft_dataset, verify
+from ftdata import build_preference_dataset, build_sft_dataset, verify
 from ftdata.build.dataset import write_build
 from ftdata.errors import InputRefused, TooManyRejects, UsageError
 
@@ -99,6 +100,19 @@ def test_selected_rows_are_counted(tokenizer_dir, tmp_path):
     assert "selected 10 examples from 20 (dedup)" in str(build(rows * 2, dedup=True).report)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert "selected 20 examples from 10 (weight)" in str(build([{"path": tmp_path / "a.json", "weight": 2}]).report)
+    pairs = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "?"} for row in rows]
+    report = build_preference_dataset(pairs, tokenizer_dir("tiny_bpe"), sample=4).report
+    assert "selected 4 pairs from 10 (sample)" in str(report)
+
+
+def test_file_that_is_listed_twice_is_not_resumed_and_may_have_no_row_left(tokenizer_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ftdata")
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(10)]))
+    data = [{"path": path}, {"path": path, "rows": 3}]
+    report = write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "built", dedup=True)
+    assert f"no row of {path} is left for rows: 3" in report.notes
+    assert not caplog.messages
 
 
 def test_rejects_of_split_conversations_count_the_fitting_examples(tokenizer_dir):

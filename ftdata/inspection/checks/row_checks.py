@@ -151,7 +151,7 @@ def _tool_name(tool: Mapping[str, Any]) -> Any:
     "trivial_answer",
     "warning",
     "an answer has no content: it is a placeholder, or only dots and dashes",
-    "remove the row, or set train: false in the message",
+    "remove the row; or set train: false in the message if the row has other answers",
     needs_messages=True,
     contradicts=("no answer is a placeholder",),
 )
