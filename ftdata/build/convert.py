@@ -20,7 +20,7 @@ from ftdata.build import store
 from ftdata.build.ledger import Ledger, reading_notes
 from ftdata.build.reject_limit import RejectLimit, group_rejects
 from ftdata.errors import BadRow, UsageError, check_choice
-from ftdata.pipeline.read_rows import check_answers, has_rejected_side
+from ftdata.pipeline.read_rows import check_answers, drops_rejected_side
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
 from ftdata.pipeline.render_rows import RejectedRows, make_reject
 from ftdata.progress import Progress, ProgressUpdate
@@ -254,7 +254,7 @@ def _convert_row(row: Row | Reject, to: str, options: Options, recipe: Recipe | 
         conversation = replace(conversation, notes=conversation.notes | {"completion"})
     if len(records) > 1:
         conversation = replace(conversation, notes=conversation.notes | {"split"})
-    if has_rejected_side(conversation):
+    if drops_rejected_side(conversation):
         conversation = replace(conversation, notes=conversation.notes | {"rejected side"})
     return conversation, records
 

@@ -14,7 +14,7 @@ from ftdata.types import SIDES
 def find_differing_token(row: RowView) -> int | None:
     """Return the index of the first token in which the sides of a preference pair differ; `None` for any other row.
 
-    Without a tokenizer, the index counts ranges of characters.
+    Without a tokenizer, the pieces are ranges of characters, and the index refers to them.
     """
     if not row.is_pair or len(row.examples) != len(SIDES):
         return None
@@ -31,7 +31,8 @@ _EXCERPT = 20
 def describe_difference(row: RowView) -> str:
     """Describe where the displayed sides of a preference pair begin to differ.
 
-    Return an empty string if they differ in their first character, and for any other row.
+    The format is `chosen: <text> / rejected: <text>`, with the text from the first different character on. Return an
+    empty string if they differ in their first character, and for any other row.
     """
     first = _first_displayed_token(row)
     if first is None:

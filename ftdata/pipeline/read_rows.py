@@ -17,8 +17,8 @@ def read_conversation(row: Row, options: Options) -> Conversation:
     """Normalize a row according to the options.
 
     Raises:
-        BadRow: `pair_in_sft`: the row is a preference pair, but neither the task nor the schema is that of pairs; or as
-            in `normalize`.
+        BadRow: `pair_in_sft`: the row is a preference pair, but the task is `sft` and the schema is `auto`; or as in
+            `normalize`.
     """
     conversation = normalize(row, options.schema, options.columns, options.task)
     if conversation.schema == "preference" and options.schema == "auto":
@@ -32,21 +32,21 @@ def read_conversation(row: Row, options: Options) -> Conversation:
     return conversation
 
 
-def has_rejected_side(conversation: Conversation) -> bool:
-    """Return whether the row has a rejected answer, which the conversation does not contain."""
+def drops_rejected_side(conversation: Conversation) -> bool:
+    """Return whether the row has a rejected answer that the conversation omits."""
     if conversation.schema == PAIR_SCHEMA:
         return False
-    return conversation.schema == "preference" or _name_rejected_side(conversation.notes)
+    return conversation.schema == "preference" or _has_rejected_column(conversation.notes)
 
 
 @lru_cache(maxsize=1024)
-def _name_rejected_side(notes: frozenset[str]) -> bool:
+def _has_rejected_column(notes: frozenset[str]) -> bool:
     """Return whether a note names a column with a rejected answer."""
     columns = (note.removeprefix("column ") for note in notes if note.startswith("column "))
     return any(map(is_rejected_side, columns))
 
 
-def check_parts(conversation: Conversation) -> None:
+def check_row_answers(conversation: Conversation) -> None:
     """Check the answers of a row, or of both sides of a preference pair.
 
     Raises:

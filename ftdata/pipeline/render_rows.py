@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.mask import Policy, is_built_in_policy
-from ftdata.pipeline.read_rows import check_parts, has_rejected_side, read_conversation
+from ftdata.pipeline.read_rows import check_row_answers, drops_rejected_side, read_conversation
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import expand_rankings
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
@@ -204,7 +204,7 @@ def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
         return row
     try:
         conversation = read_conversation(row, recipe)
-        check_parts(conversation)
+        check_row_answers(conversation)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
@@ -308,7 +308,7 @@ def render_conversation(
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
     """Add a flag to the texts of a preference pair, because the rejected answer of the pair is not used."""
-    if not has_rejected_side(conversation):
+    if not drops_rejected_side(conversation):
         return texts
     return tuple(text._replace(flags=text.flags | {"rejected_side_dropped"}) for text in texts)
 

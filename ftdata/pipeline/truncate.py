@@ -41,7 +41,7 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject", *
         raise BadRow("overlong", problem, hint=_suggest_shortening(example, max_length))
     keep = max_length
     if policy == "drop_turns":
-        keep = _whole_turns(example, max_length)
+        keep = _fitting_length(example, max_length)
         keep += _ending_length(example, keep, max_length) if keep_ending and keep else 0
     if not example.trained[:keep].any():
         raise BadRow(
@@ -61,8 +61,8 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject", *
     )
 
 
-def _whole_turns(example: Example, max_length: int) -> int:
-    """Return the number of tokens up to the end of the last turn that fits completely within `max_length`."""
+def _fitting_length(example: Example, max_length: int) -> int:
+    """Return the number of tokens up to the end of the last trained message that fits within `max_length`."""
     ends = turn_ends(example)
     return int(ends[ends <= max_length].max(initial=0))
 
@@ -77,7 +77,7 @@ def _ending_length(example: Example, keep: int, max_length: int) -> int:
 
 def _suggest_shortening(example: Example, max_length: int) -> str:
     """Return a hint with the policies that keep a part of the example."""
-    if example.trained[: _whole_turns(example, max_length)].any():
+    if example.trained[: _fitting_length(example, max_length)].any():
         return "raise max_length, or set overlong='drop_turns' or overlong='truncate'"
     if example.trained[:max_length].any():
         return "raise max_length, or shorten the row; overlong='truncate' would cut the answer"
@@ -85,7 +85,7 @@ def _suggest_shortening(example: Example, max_length: int) -> str:
 
 
 def turn_ends(example: Example) -> NDArray[np.int64]:
-    """Return the end of each trained turn, as the index after its last token, in ascending order (int64 `[turns]`)."""
+    """Return for each trained assistant message the index after its last token (int64 `[messages]`, ascending)."""
     owners = np.full(len(example), -1, dtype=np.int64)
     generated = [span for span in example.spans if span.generated]
     span_ends = np.asarray([span.end for span in generated], dtype=np.int64)

@@ -35,6 +35,7 @@ from ftdata.schemas.column_mapping import (
     detectable_schemas,
     map_columns,
 )
+from ftdata.schemas.detect_task import detect_task
 from ftdata.schemas.labels import add_label, split_label
 from ftdata.schemas.messages import (
     ROLES,
@@ -59,7 +60,6 @@ from ftdata.schemas.shapes import (
     parse_json_list,
     schemas,
 )
-from ftdata.schemas.tasks import detect_task
 from ftdata.schemas.training_fields import check_training_fields, describe_value, is_guarded
 from ftdata.types import Conversation, Message, Row, RowTokens
 

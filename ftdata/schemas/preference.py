@@ -11,7 +11,7 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.schemas.messages import ROLES, is_single_message, read_role_name
 from ftdata.schemas.rankings import check_ranking, is_finite_number
-from ftdata.schemas.shapes import has_columns, join_instruction, read_preferred_side
+from ftdata.schemas.shapes import has_columns, join_instruction, read_side
 from ftdata.schemas.training_fields import describe_value
 from ftdata.types import SIDES, Conversation, Message
 
@@ -82,7 +82,7 @@ def _starts_with_prompt(side: Any) -> bool:
 
 
 def _read_feedback(data: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the scores of both sides and the margin of the pair, as far as the row has them.
+    """Return the ratings of both sides: `score` and `margin`, if the row contains them.
 
     Scores that are not numbers are not read, because no trainer uses them.
 
@@ -109,7 +109,7 @@ def _read_feedback(data: Mapping[str, Any]) -> tuple[dict[str, float], dict[str,
 
 
 def read_rating(value: Any) -> float | None:
-    """Return a score or a margin, which file formats such as CSV store as text; `None` for any other value."""
+    """Convert a score or a margin, a number or a text such as "0.5", to a float. Return `None` for any other value."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
@@ -135,7 +135,7 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
         hint = "build pairs and other rows separately: task='sft' for conversations, task='kto' for labeled answers"
         raise BadRow("not_a_pair", problem, hint=hint)
     feedback = _read_feedback(data)
-    chosen, rejected = (read_preferred_side(data, name) for name in SIDES)
+    chosen, rejected = (read_side(data, name) for name in SIDES)
     first = _find_first_difference(chosen.messages, rejected.messages)
     _check_prompt(chosen.messages, rejected.messages, first)
     sides = tuple(
@@ -162,7 +162,7 @@ def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message
     sides = {"chosen": chosen, "rejected": rejected}
     for name, messages in sides.items():
         if first == len(messages):
-            problem = f"the {name} side ends where the sides first differ, so it has no answer to compare"
+            problem = f"the {name} side has no message after the shared prompt, expected an assistant message"
             raise BadRow("no_answer", problem, field=name, hint="add the missing answer, or remove the row")
     for name, messages in sides.items():
         if (role := messages[first]["role"]) != "assistant":

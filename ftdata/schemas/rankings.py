@@ -21,7 +21,7 @@ def expand_rankings(rows: Iterable[Row | Reject], columns: Mapping[str, str] | N
     """Replace each row with a list of answers by one row for each pair of answers of different rank.
 
     The answers are in the column `completions`, from the best to the worst, or in any order with the column `scores`.
-    Answers with equal scores make no pair. A list that cannot be expanded stays a row, which `read_pair` rejects.
+    Answers with equal scores yield no pair. A row with an invalid list is yielded unchanged; `read_pair` rejects it.
 
     Args:
         rows: the rows.
@@ -43,18 +43,18 @@ def expand_rankings(rows: Iterable[Row | Reject], columns: Mapping[str, str] | N
             yield row
             continue
         try:
-            pairs = _rank(data[answers_name], data.get(scores_name))
+            pairs = _make_pairs(data[answers_name], data.get(scores_name))
         except BadRow:
             yield row
             continue
         unused = (answers_name, scores_name, *side_names)
-        rest = {name: value for name, value in data.items() if name not in unused}
+        other_columns = {name: value for name, value in data.items() if name not in unused}
         for pair in pairs:
-            yield row._replace(data={**rest, **pair}, notes=row.notes | {"ranking"})
+            yield row._replace(data={**other_columns, **pair}, notes=row.notes | {"ranking"})
 
 
 def check_ranking(data: Mapping[str, Any]) -> None:
-    """Raise an error if a row has a list of answers that makes no pair.
+    """Raise an error if a row has a list of answers that yields no pair.
 
     Raises:
         BadRow: `ranking`.
@@ -63,12 +63,12 @@ def check_ranking(data: Mapping[str, Any]) -> None:
     if ANSWERS not in data or (sides and data[ANSWERS] is None):
         return
     if sides:
-        problem = f"the row has the columns {ANSWERS} and {sides[0]}, so it is a ranked list and half of a pair"
+        problem = f"the row has the columns {ANSWERS} and {sides[0]}, expected either {ANSWERS}, or chosen and rejected"
         raise BadRow("ranking", problem, field=sides[0], hint=f"remove {sides[0]} or {ANSWERS}")
-    _rank(data[ANSWERS], data.get(SCORES))
+    _make_pairs(data[ANSWERS], data.get(SCORES))
 
 
-def _rank(answers: Any, scores: Any) -> Sequence[Mapping[str, Any]]:
+def _make_pairs(answers: Any, scores: Any) -> Sequence[Mapping[str, Any]]:
     """Return the pairs of a list of answers, with their scores if the row has scores."""
     if not isinstance(answers, list) or len(answers) < 2:
         problem = f"is {describe_value(answers)}, expected a list of at least two answers"

@@ -179,10 +179,10 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
 
 def _preference(data: Mapping[str, Any]) -> Conversation:
     """Convert a preference pair to a conversation with the chosen answer. The rejected answer is ignored."""
-    return read_preferred_side(data, "chosen")
+    return read_side(data, "chosen")
 
 
-def read_preferred_side(data: Mapping[str, Any], column: str) -> Conversation:
+def read_side(data: Mapping[str, Any], column: str) -> Conversation:
     """Convert one side of a preference pair to a conversation.
 
     Args:

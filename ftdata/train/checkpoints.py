@@ -25,7 +25,7 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
 from ftdata.storage.atomic import check_no_links, convert_os_errors, lock_file
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
-from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS
 
 CHANGEABLE_SETTINGS = (
     "num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu",

@@ -19,7 +19,7 @@ from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train.model import device
 from ftdata.train.model.isolation_probe import has_leaking_architecture
 from ftdata.train.model.load import load_model_config
-from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS
 from ftdata.types import SIDES
 from ftdata.yaml12 import dump_yaml
 

@@ -42,7 +42,7 @@ def test_scores_are_kept():
         ({"scores": 5}, "expected a list of 3 numbers"),
         ({"scores": [1, 2, 10**400]}, "expected a list of 3 numbers"),
         ({"scores": [1, 2, True]}, "expected a list of 3 numbers"),
-        ({"rejected": "c"}, "ranked list and half of a pair"),
+        ({"rejected": "c"}, "expected either completions, or chosen and rejected"),
         ({"completions": ["a", "b", "a"]}, "contains an answer twice"),
         ({"scores": [1, 1, 1]}, "all scores are equal"),
     ],

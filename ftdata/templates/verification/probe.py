@@ -89,7 +89,7 @@ class TemplateReport:
         template: name of the template.
         kind: `"chat"` or `"prompt"`.
         verdict: `"exact"`: one example per conversation. `"split"`: one example per turn, because the template rewrites
-            earlier turns. `"refused"`: no probe could be rendered with certain turns, or a cross-check failed.
+            earlier turns. `"refused"`: the turns of no probe could be located unambiguously, or a cross-check failed.
         stop: text that ends a turn, or `None`.
         prefix_stable: whether the template renders the first turns of a conversation without system message and tools
             as a prefix of the whole text.

@@ -24,7 +24,7 @@ from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
 from ftdata.train.model.load import weights_dtype
 from ftdata.train.model.quantization import bytes_per_weight, quantization_name, skipped_modules
-from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
@@ -220,7 +220,7 @@ def estimate_run(
     # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
     # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    forward_passes = TRAINER_TASKS[config.task].forward_passes
+    forward_passes = TRAINER_TASKS[config.task].no_grad_forward_passes
     if forward_passes and not arguments.precompute_ref_log_probs:
         shares += 2 * forward_passes
         # With an adapter, the reference model is the model without the adapter.

@@ -22,7 +22,7 @@ from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.model import device
 from ftdata.train.model.device import compute_dtype
 from ftdata.train.model.quantization import Quantization, quantization_config
-from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS
 
 
 def weights_dtype(config: Config) -> torch.dtype:

@@ -33,7 +33,7 @@ class PreferenceTrainer(RunTrainer):
     scores: Mapping[str, str]
 
     def __init__(self, **arguments: Any) -> None:
-        self._evaluated = list[dict[str, int]]()
+        self._batch_row_counts = list[dict[str, int]]()
         super().__init__(**arguments)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -45,7 +45,7 @@ class PreferenceTrainer(RunTrainer):
 
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
         """Evaluate a batch, and record how many rows its metrics cover."""
-        self._evaluated.append(self._count_rows(inputs))
+        self._batch_row_counts.append(self._count_rows(inputs))
         return super().prediction_step(model, inputs, *arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -55,17 +55,21 @@ class PreferenceTrainer(RunTrainer):
         """
         if not self.model.training:
             for name, values in self._metrics["eval"].items():
-                counts = (rows.get(name.rpartition("/")[2], rows["all"]) for rows in self._evaluated)
+                counts = (rows.get(name.rpartition("/")[2], rows["all"]) for rows in self._batch_row_counts)
                 # A batch without rows of a kind has no metric of this kind.
                 weights = [count for count in counts if count]
                 if len(values) == len(weights):
                     self._metrics["eval"][name] = [float(np.average(values, weights=weights))]
-            self._evaluated.clear()
+            self._batch_row_counts.clear()
             self._complete_metrics(self._metrics["eval"])
         super().log(logs, start_time)
 
     def _count_rows(self, inputs: Mapping[str, Any]) -> dict[str, int]:
-        """Return the number of rows of a batch (`all`), and of rows that metrics with other last names cover."""
+        """Return the number of rows of a batch behind each metric.
+
+        The keys are the last parts of the names of metrics, such as `chosen` for `rewards/chosen`; `all` is the number
+        for all other metrics.
+        """
         raise NotImplementedError
 
     def _complete_metrics(self, metrics: dict[str, list[float]]) -> None:
@@ -89,7 +93,7 @@ class PairTrainer(PreferenceTrainer):
 
 
 class DPORunTrainer(PairTrainer, DPOTrainer):
-    """A subclass of `DPOTrainer` that trains on the labels of a build.
+    """A subclass of `DPOTrainer` that trains on the tokens and masks of a build.
 
     `DPOTrainer` always tokenizes the data again, and trains on all tokens after the prompt. This class does neither.
     The reward of an answer is beta times the difference between its log-probabilities under the trained model and under
@@ -104,7 +108,7 @@ class DPORunTrainer(PairTrainer, DPOTrainer):
         if is_peft_model(self.model):
             # The reference model is the model without the adapter.
             self._precompute_model_hash = _hash_frozen_weights(self.model)
-        # The name of the parent class would depend neither on the data of the build nor on these settings.
+        # The name of the file in TRL depends neither on the data of the build nor on these settings.
         settings = hash_bytes(repr((self.ld_alpha, self.args.bf16, self.args.fp16)).encode())[:8]
         folder, build = _reference_folder(dataset, Path(self.args.output_dir)), self._seal.fingerprint
         dataset._get_cache_file_path = lambda model: str(folder / f"{name}-{build}-{settings}-{model}.arrow")
@@ -143,7 +147,7 @@ class RewardRunTrainer(PairTrainer, RewardTrainer):
 
 
 class KTORunTrainer(PreferenceTrainer, KTOTrainer):
-    """A subclass of `KTOTrainer` that trains on the labels of a build, which `KTOTrainer` would tokenize again."""
+    """A subclass of `KTOTrainer` that trains on the tokens and masks of a build. `KTOTrainer` would tokenize again."""
 
     scores = MappingProxyType({"test_loss": "loss", "reward_margin": "rewards/margins"})
 
@@ -166,31 +170,33 @@ class KTORunTrainer(PreferenceTrainer, KTOTrainer):
 
 @dataclass(frozen=True)
 class LabelCollator:
-    """Creates a batch of answers with labels for KTO.
+    """Collates labeled answers for KTO.
 
     KTO estimates the divergence from the reference model on answers to other prompts (Ethayarajh et al. 2024,
-    section 4.1): the text before the first trained token of each row is also followed by the text from the first
-    trained token on of the row before it in the batch.
+    section 4.1): each prompt is also paired with the answer of the previous row of the batch. Here, the prompt of a row
+    ends before its first trained token.
 
     Attributes:
         pad_id: the token id of the padding on the right.
-        max_tokens: the number of tokens after which a prompt with another answer is cut; `None` for no limit.
+        max_kl_tokens: the number of tokens after which a prompt with another answer is cut; `None` for no limit.
     """
 
     pad_id: int
-    max_tokens: int | None = None
+    max_kl_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return int64 tensors of shape `[rows, tokens]`, and the bool tensor `label` of shape `[rows]`.
+        """Return the tensors of a batch.
 
-        `completion_mask` is 1 for each trained token. The names of the tensors with other answers begin with `KL_`.
+        `input_ids`, `attention_mask` and `completion_mask` (1 for each trained token) are int64 `[rows, tokens]`.
+        `KL_input_ids`, `KL_attention_mask` and `KL_completion_mask` contain the answers of the previous rows, and can
+        have another number of tokens. `label` is bool `[rows]`, true for desirable answers.
         """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         trained = [torch.tensor(row["labels"]) != IGNORE_INDEX for row in rows]
         starts = [int(mask.int().argmax()) for mask in trained]
         batch = _pad_documents(ids, trained, self.pad_id)
         others = [
-            [document[: self.max_tokens] for document in _join_previous(documents, starts)]
+            [document[: self.max_kl_tokens] for document in _join_previous_answers(documents, starts)]
             for documents in (ids, trained)
         ]
         other_batch = _pad_documents(others[0], others[1], self.pad_id)
@@ -198,7 +204,7 @@ class LabelCollator:
         return batch | {"label": torch.tensor([row["label"] for row in rows])}
 
 
-def _join_previous(documents: Sequence[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
+def _join_previous_answers(documents: Sequence[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
     """Join the part of each tensor before its start (its first trained token) with the rest of the tensor before."""
     return [
         torch.cat((documents[index][:start], documents[index - 1][starts[index - 1] :]))
@@ -218,7 +224,7 @@ def _pad_documents(
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Creates a batch of pairs: first all chosen sides, then all rejected sides, each with its prompt.
+    """Collates pairs: first all chosen sides, then all rejected sides, each with its prompt.
 
     Attributes:
         pad_id: the token id of the padding on the right.
@@ -229,10 +235,11 @@ class PairCollator:
     for_rewards: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return int64 tensors of shape `[2 * rows, tokens]`, and float tensors of shape `[rows]`.
+        """Return the tensors of a batch.
 
-        `completion_mask` is 1 for each trained token. The float tensors exist if the rows contain them: the
-        log-probabilities of the reference model, or the margins for a reward model.
+        `input_ids`, `attention_mask` and, except for rewards, `completion_mask` (1 for each trained token) are int64
+        `[2 * rows, tokens]`. If the rows contain them, there are also float32 `[rows]`: `margin` for rewards; otherwise
+        `ref_chosen_logps` and `ref_rejected_logps`.
         """
         sides = [(row, side) for side in SIDES for row in rows]
         ids = [torch.tensor([*row["prompt_ids"], *row[f"{side}_ids"]]) for row, side in sides]

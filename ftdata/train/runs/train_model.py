@@ -39,7 +39,7 @@ from ftdata.train.model.estimate import Estimate, check_adapter, check_memory, c
 from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_leak
 from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
-from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
 from ftdata.train.runs.preference_trainers import (
@@ -234,7 +234,7 @@ def make_trainer(
     if config.task == "kto":
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         arguments["data_collator"] = LabelCollator(tokenizer.pad_token_id, positions)
-    has_reference = TRAINER_TASKS[config.task].forward_passes > 0
+    has_reference = TRAINER_TASKS[config.task].no_grad_forward_passes > 0
     if has_reference and lora is None and not settings.precompute_ref_log_probs:
         # The embeddings of new tokens are random, so the reference model must be a copy.
         arguments["ref_model"] = copy.deepcopy(model)

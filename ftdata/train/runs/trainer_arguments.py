@@ -24,7 +24,7 @@ from ftdata.redaction import redact
 from ftdata.train.model.config_fields import ConfigField, check_type, fields_of
 from ftdata.train.model.device import compute_dtype, process_count
 from ftdata.train.model.load import wants_adapter
-from ftdata.train.model.tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS
 from ftdata.types import IGNORE_INDEX, SIDES
 
 FIXED = {

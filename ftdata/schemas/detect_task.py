@@ -23,8 +23,8 @@ def detect_task(rows: Iterable[Row | Reject], columns: Mapping[str, str] | None 
     The first row with columns decides:
 
     - A pair has the columns `chosen` and `rejected`, of which at most one is null, or `completions`, a ranked list.
-    - A labeled answer has a label of any kind that `split_label` accepts beside `prompt` and `completion`, or the
-      label `true` or `false` beside other columns, unless the row is a text. Other labels can be classes.
+    - A labeled answer has `prompt`, `completion` and a label that `split_label` accepts; or other columns and the label
+      `true` or `false`, unless the row has the column `text`, where the label can be a class.
 
     Args:
         rows: the rows; at most 100 are read.

@@ -1,4 +1,4 @@
-"""What differs between the trainers of conversations, pairs and labeled answers."""
+"""The trainer classes and default settings of each training task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 @dataclass(frozen=True)
 class TrainerTask:
-    """The facts about a task that do not depend on a run.
+    """The settings of a training task that do not depend on a run.
 
     Attributes:
         config_class: the class of TRL that contains the settings of the trainer.
@@ -20,8 +20,8 @@ class TrainerTask:
         learning_rate: the default learning rate of full fine-tuning.
         adapter_learning_rate: the default learning rate of an adapter. It is higher, because an adapter starts at zero,
             whereas full fine-tuning changes pretrained weights.
-        forward_passes: the number of forward passes of a training step without a gradient, most of them of the
-            reference model; 0 if there is no reference model.
+        no_grad_forward_passes: the number of forward passes without a gradient in a training step; 0 if there is no
+            reference model.
     """
 
     config_class: Any
@@ -29,17 +29,24 @@ class TrainerTask:
     metrics: tuple[str, ...]
     learning_rate: float
     adapter_learning_rate: float
-    forward_passes: int = 0
+    no_grad_forward_passes: int = 0
 
 
 TRAINER_TASKS = {
     "sft": TrainerTask(SFTConfig, AutoModelForCausalLM, ("loss", "perplexity"), 2e-5, 2e-4),
     # The rates of full DPO and KTO are the defaults of TRL, and so is the rate of an adapter of a reward model.
     "dpo": TrainerTask(
-        DPOConfig, AutoModelForCausalLM, ("loss", "rewards/accuracies", "rewards/margins"), 1e-6, 1e-5, 1
+        DPOConfig,
+        AutoModelForCausalLM,
+        ("loss", "rewards/accuracies", "rewards/margins"),
+        1e-6,
+        1e-5,
+        no_grad_forward_passes=1,
     ),
     "reward": TrainerTask(RewardConfig, AutoModelForSequenceClassification, ("loss", "accuracy", "margin"), 1e-5, 1e-4),
-    # The trained model and the reference model also process answers to other prompts.
-    "kto": TrainerTask(KTOConfig, AutoModelForCausalLM, ("loss", "rewards/margins"), 1e-6, 1e-5, 3),
+    # The reference model processes the answers. Both models process the answers to other prompts.
+    "kto": TrainerTask(
+        KTOConfig, AutoModelForCausalLM, ("loss", "rewards/margins"), 1e-6, 1e-5, no_grad_forward_passes=3
+    ),
 }
-"""Task of a run -> its facts."""
+"""Task of a run -> its settings."""
