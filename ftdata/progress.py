@@ -10,7 +10,7 @@ class ProgressUpdate(NamedTuple):
     """The progress of an operation.
 
     Attributes:
-        phase: the current phase, such as `"plan"`, `"tokenize"`, `"pack"` or `"write"`.
+        phase: the current phase, such as `"plan"`, `"start"` (of the workers), `"tokenize"`, `"pack"` or `"write"`.
         rows: the number of processed rows.
         tokens: the number of processed tokens.
         share: the processed share of the data, from 0 to 1; `None` if it is unknown.

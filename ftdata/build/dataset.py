@@ -309,6 +309,9 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     start, folder = time.monotonic(), workspace.new
     recipe, layout = request.recipe, request.layout
     tasks = request.make_tasks(workspace.shards)
+    if progress:
+        # Worker processes take seconds to load the tokenizer.
+        progress(ProgressUpdate("start"))
     try:
         results = runner.build(recipe, tasks, progress)
     except EncodersDiffer as difference:

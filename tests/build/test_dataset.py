@@ -338,7 +338,7 @@ def test_user_defined_mask_policy(tiny):
 def test_progress_is_reported(tiny):
     seen = []
     build_sft_dataset(ROWS, tiny, progress=seen.append)
-    assert list(dict.fromkeys(update.phase for update in seen)) == ["plan", "tokenize", "pack", "write"]
+    assert list(dict.fromkeys(update.phase for update in seen)) == ["plan", "start", "tokenize", "pack", "write"]
     assert seen[-1].rows == len(ROWS)
     assert seen[-1].tokens > 0
 
