@@ -74,3 +74,19 @@ def test_llamafactory_reward_model_is_imported(tmp_path):
     assert read(config, {"instruction": "q", "chosen": "a", "rejected": "b"})[0] == [["q", "a"], ["q", "b"]]
     with pytest.raises(UsageError, match="stage is 'ppo', expected sft, pt, dpo, rm or kto"):
         import_config(factory(tmp_path, {}, stage="ppo"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"roles_to_train": ["user"]}, "reads roles_to_train only in a data set.*entries of datasets"),
+        (
+            {"datasets": [{"path": "a", "type": "chat_template", "train_on_inputs": True}]},
+            "move this key out of datasets",
+        ),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_trian": ["user"]}]}, "mean roles_to_train"),
+    ],
+)
+def test_misspelled_and_misplaced_mask_keys_are_refused(changes, says, tmp_path):
+    with pytest.raises(UsageError, match=f"cannot_import.*{says}"):
+        import_config(axolotl(tmp_path, **changes))

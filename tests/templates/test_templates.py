@@ -335,3 +335,19 @@ def test_unknown_filters_and_tests_are_named_with_their_line(tokenizer_dir, wron
     source = "{% for m in messages %}\n{{ " + wrong + " }}{% endfor %}"
     with pytest.raises(TemplateRefused, match=r"template_syntax.*line 2: No (filter|test) named"):
         make_recipe(tokenizer_dir("tiny_bpe"), source)
+
+
+@pytest.mark.parametrize(
+    ("message", "said", "hint"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "no", "join the text parts"),
+        ({"content": "a", "tool_calls": [{"id": "call_1", "function": {"name": "f"}}]}, "bad id", "remove the ids"),
+        ({"content": "a", "tool_calls": [{"id": "call_1", "function": {"name": "f"}}]}, "no", "may not support"),
+        ({"content": "a"}, "no", "correct the row, or use a template that accepts it"),
+    ],
+)
+def test_errors_of_templates_have_a_fix(message, said, hint):
+    template = bound("{{ messages[0].content }}{{ raise_exception('" + said + "') }}")
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", **message})
+    with pytest.raises(BadRow, match=f"template_raises.*{hint}"):
+        render_in_worker(Conversation(messages=messages), template)

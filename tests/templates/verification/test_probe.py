@@ -54,3 +54,17 @@ def test_templates_that_leave_out_earlier_reasoning_split_conversations():
     report = check_template(source)
     assert (report.verdict, report.prefix_stable) == ("split", False)
     assert "<think>first thought</think>first answer" in report.reasons[0]
+
+
+def test_template_that_moves_the_system_message_is_reported():
+    """Conversations with a system message are split, although other conversations are prefix-stable."""
+    source = (
+        "{% if messages[0].role == 'system' %}{% set rule, rest = messages[0].content, messages[1:] %}"
+        "{% else %}{% set rule, rest = '', messages %}{% endif %}{% for m in rest %}"
+        "{% if m.role == 'user' %}<|im_start|>user\n{% if loop.last or loop.index == rest | length - 1 %}{{ rule }}"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% else %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    report = check_template(source)
+    assert (report.prefix_stable, report.rewrites) == (True, ("system_turns",))
+    assert "yes, but not for conversations with a system message" in str(report)
