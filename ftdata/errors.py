@@ -213,20 +213,25 @@ def suggest_similar(name: str, candidates: Iterable[str]) -> str:
     >>> suggest_similar("qwen33", ["qwen3", "llama"]), suggest_similar("x", ["qwen3"])
     ("did you mean 'qwen3'?", '')
     """
+    similar = _find_similar(name, candidates)
+    return f"did you mean {similar!r}?" if similar else ""
+
+
+def _find_similar(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate closest to `name`, regardless of upper and lower case; `None` if no candidate is similar."""
     by_folded_name = {candidate.casefold(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.casefold(), by_folded_name, n=1)
-    return f"did you mean {by_folded_name[matches[0]]!r}?" if matches else ""
+    return by_folded_name[matches[0]] if matches else None
 
 
 def suggest_path(path: str | Path) -> str:
     """Return a hint with a file or folder of a similar name, or `""` if `path` exists or no name is similar."""
     path = Path(path)
-    siblings = dict[str, str]()
+    similar = None
     with suppress(OSError):
         if not path.exists():
-            siblings = {sibling.name.casefold(): str(sibling) for sibling in path.parent.iterdir()}
-    matches = difflib.get_close_matches(path.name.casefold(), siblings, n=1)
-    return f"did you mean {siblings[matches[0]]!r}?" if matches else ""
+            similar = _find_similar(path.name, [sibling.name for sibling in path.parent.iterdir()])
+    return f"did you mean {str(path.parent / similar)!r}?" if similar else ""
 
 
 def count_noun(count: int, noun: str) -> str:

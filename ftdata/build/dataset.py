@@ -466,7 +466,7 @@ def _empty_share_notes(
     sources: Sequence[FileSource | MemorySource], splits: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """Yield a note for each source with a requested number of rows or tokens, but without a row in the train split."""
-    requested = {source.path: source.share for source in sources if source.share.unit != "times"}
+    requested = {redact_for_storage(source.path): source.share for source in sources if source.share.unit != "times"}
     for source in splits["train"]["sources"]:
         share = requested.get(source["source"])
         if share and share.amount and not source["examples"]:

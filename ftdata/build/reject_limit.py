@@ -89,8 +89,9 @@ class RejectLimit:
         bad = sum(ledger.rejected.total() - sum(ledger.rejected[code] for code in BY_CHOICE) for ledger in ledgers)
         rows = sum(ledger.read - ledger.filtered for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
-            hint = f"fix the rows, or leave them out: on_bad_rows='quarantine', max_rejects={bad}"
-            hint = "fix the rows" if bad == rows else hint
+            hint = "fix the rows"
+            if bad < rows:
+                hint += f", or leave them out: on_bad_rows='quarantine', max_rejects={bad}"
             raise BadRows(bad, group_rejects(rejects()), hint=hint)
         if bad > self.max_bad_rows(rows):
             listed = "\n  ".join(group_rejects(rejects()))
