@@ -343,14 +343,14 @@ class RenderedRow(NamedTuple):
         conversation: the normalized row.
         texts: the rendered texts of the row; one empty text for a pretokenized row.
         trained_spans: for each text, which spans are trained; `None` if the mask policy was not applied yet.
-        is_single_text: whether the row is a pretokenized row, or a single text that, if it consists of messages, ends
-            with an answer.
+        ends_with_answers: whether the row, or each side of a preference pair, is one text that, if it consists of
+            messages, ends with an answer.
     """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
     trained_spans: tuple[Sequence[bool], ...] | None
-    is_single_text: bool
+    ends_with_answers: bool
 
 
 @dataclass(frozen=True, slots=True)

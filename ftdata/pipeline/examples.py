@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftdata.errors import BadRow
 from ftdata.options import select_options
@@ -53,18 +54,19 @@ def _finish_rows(
     is_final[list(errors)] = False
     if recipe.reject_flags:
         is_final &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in batch.flags), np.bool_)
-    if is_final.all() and all(outcome.is_single_text for _, outcome in rendered if type(outcome) is RenderedRow):
+    final_rows = _find_final_rows(batch, [outcome for _, outcome in rendered], is_final)
+    if all(final_rows):
         return batch
-    final_texts, next_text = is_final.tolist(), 0
+    next_text = 0
     outcomes, rows = list[Conversation | Reject](), list[Sequence[int]]()
     changed, dropped = dict[int, Example](), dict[int, tuple[int, ...]]()
-    for row, outcome in rendered:
+    for (row, outcome), is_final_row in zip(rendered, final_rows, strict=True):
         if isinstance(outcome, Reject):
             outcomes.append(outcome)
             continue
         numbers: Sequence[int] = range(next_text, next_text + len(outcome.texts))
         next_text += len(outcome.texts)
-        if not (outcome.is_single_text and final_texts[numbers[0]]):
+        if not is_final_row:
             encoded = {number: errors.get(number) or batch.example(number) for number in numbers}
             truncated = _truncate_row(recipe, row, outcome.conversation, encoded)
             if isinstance(truncated, Reject):
@@ -78,6 +80,29 @@ def _finish_rows(
         outcomes.append(outcome.conversation)
         rows.append(numbers)
     return batch.select(outcomes, rows, changed, dropped)
+
+
+def _find_final_rows(batch: Batch, outcomes: Sequence[RenderedRow | Reject], is_final: NDArray[np.bool_]) -> list[bool]:
+    """Return for each outcome whether it needs no further check: a rejected row, or a row with final examples.
+
+    Args:
+        batch: the batch.
+        outcomes: the rendered rows and the rejected rows.
+        is_final: bool `[examples]`, whether the example is trained, not too long, and without flags that reject it.
+    """
+    bounds, ids, trained = batch.tokens.token_bounds.tolist(), batch.tokens.ids, batch.trained
+    final_examples, final_rows, number = is_final.tolist(), list[bool](), 0
+    for outcome in outcomes:
+        if isinstance(outcome, Reject):
+            final_rows.append(True)
+            continue
+        is_final_row = outcome.ends_with_answers and all(final_examples[number : number + len(outcome.texts)])
+        if is_final_row and outcome.conversation.sides:
+            chosen, rejected = (slice(*bounds[side : side + 2]) for side in (number, number + 1))
+            is_final_row = not _are_identical((ids[chosen], trained[chosen]), (ids[rejected], trained[rejected]))
+        final_rows.append(is_final_row)
+        number += len(outcome.texts)
+    return final_rows
 
 
 def _truncate_row(
@@ -125,11 +150,7 @@ def _check_sides_differ(examples: Mapping[int, Example]) -> None:
         BadRow: `identical_sides`.
     """
     chosen, rejected = examples.values()
-    ends = [int(np.flatnonzero(example.trained)[-1]) + 1 for example in (chosen, rejected)]
-    trained_parts = [
-        (example.input_ids[:end], example.trained[:end]) for example, end in zip((chosen, rejected), ends, strict=True)
-    ]
-    if not all(map(np.array_equal, *trained_parts)):
+    if not _are_identical((chosen.input_ids, chosen.trained), (rejected.input_ids, rejected.trained)):
         return
     if np.array_equal(chosen.input_ids, rejected.input_ids):
         reason = "after the truncation" if chosen.cut or rejected.cut else "because the template omits the difference"
@@ -138,6 +159,18 @@ def _check_sides_differ(examples: Mapping[int, Example]) -> None:
     problem = f"the tokens of the chosen and the rejected side are identical {reason}"
     hint = "raise max_length, or remove the row" if chosen.cut or rejected.cut else "remove the row"
     raise BadRow("identical_sides", problem, field=SIDES[1], hint=hint)
+
+
+_Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""The token ids of a text, and the mask of its trained tokens."""
+
+
+def _are_identical(chosen: _Tokens, rejected: _Tokens) -> bool:
+    """Return whether the trained tokens of both sides of a pair and the tokens before them are identical."""
+    ends = [len(trained) - int(trained[::-1].argmax()) for _, trained in (chosen, rejected)]
+    return ends[0] == ends[1] and all(
+        np.array_equal(left[: ends[0]], right[: ends[0]]) for left, right in zip(chosen, rejected, strict=True)
+    )
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:

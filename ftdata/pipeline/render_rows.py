@@ -260,16 +260,18 @@ def _reject_too_deep(row: Row) -> Reject:
 
 def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> RenderedRow:
     """Select the trained spans of a rendered row. If `policy` is `None`, the spans are selected later."""
-    messages = conversation.messages
-    is_single_text = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
+    parts = conversation.parts
+    ends_with_answers = len(texts) == len(parts) and all(
+        not part.messages or part.messages[-1]["role"] == "assistant" for part in parts
+    )
     if conversation.tokens is not None:
-        return RenderedRow(conversation, texts, ((),), is_single_text)
+        return RenderedRow(conversation, texts, ((),), ends_with_answers)
     trained_spans = (
         None
         if policy is None
         else tuple([policy(text, conversation.part(number)) for number, text in enumerate(texts)])
     )
-    return RenderedRow(conversation, texts, trained_spans, is_single_text)
+    return RenderedRow(conversation, texts, trained_spans, ends_with_answers)
 
 
 def render_conversation(

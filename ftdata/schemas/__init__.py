@@ -138,7 +138,8 @@ def normalize(
     conversation.kwargs = kwargs
     notes = _collect_notes(kind, data, conversation.messages) | conversation.notes
     if conversation.sides:
-        read = [name for name in RATING_COLUMNS if data.get(name) == "" or read_rating(data.get(name)) is not None]
+        ratings = [name for name in RATING_COLUMNS if name in data]
+        read = [name for name in ratings if data[name] == "" or read_rating(data[name]) is not None]
         notes = notes.difference(f"column {name}" for name in read)
     conversation.notes = notes | row.notes if row.notes else notes
     conversation.schema, conversation.source = PAIR_SCHEMA if conversation.sides else kind.name, row.source

@@ -141,7 +141,7 @@ def read_role_name(message: Mapping[str, Any]) -> Any:
 def message_notes(value: Any) -> Iterator[str]:
     """Yield notes for the report about uncommon role names, and about message keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and plain_message(item) is not item:
             yield from (f"message key {key}" for key in item if key not in _COMMON_KEYS)
             role = read_role_name(item)
             if role not in _ANSWER_ROLES and any(item.get(key) in (1, "true") for key in TRAIN_FIELDS):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas.messages import ROLES, is_single_message, read_role_name
 from ftdata.schemas.rankings import check_ranking, is_finite_number
-from ftdata.schemas.shapes import has_columns, join_instruction, read_side
+from ftdata.schemas.shapes import has_columns, join_instruction, read_sides
 from ftdata.schemas.training_fields import describe_value
 from ftdata.types import SIDES, Conversation, Message
 
@@ -90,6 +89,8 @@ def _read_feedback(data: Mapping[str, Any]) -> tuple[dict[str, float], dict[str,
         BadRow: `score_order`, if the chosen answer has the lower score; `margin_value`, if the margin is not a number.
     """
     feedback: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    if data.keys().isdisjoint(RATING_COLUMNS):
+        return feedback
     for names in _SCORES:
         scores = [read_rating(data.get(name)) for name in names]
         for side, score in zip(feedback, scores, strict=True):
@@ -135,14 +136,15 @@ def read_pair(data: Mapping[str, Any]) -> Conversation:
         hint = "build pairs and other rows separately: task='sft' for conversations, task='kto' for labeled answers"
         raise BadRow("not_a_pair", problem, hint=hint)
     feedback = _read_feedback(data)
-    chosen, rejected = (read_side(data, name) for name in SIDES)
+    chosen, rejected = read_sides(data, SIDES)
     first = _find_first_difference(chosen.messages, rejected.messages)
     _check_prompt(chosen.messages, rejected.messages, first)
+    shared = exclude_messages(chosen.messages[:first], first)
     sides = tuple(
-        replace(side, messages=exclude_messages(side.messages, first), completion_from=first, feedback=numbers)
+        Conversation(shared + side.messages[first:], tools=side.tools, completion_from=first, feedback=numbers)
         for side, numbers in zip((chosen, rejected), feedback, strict=True)
     )
-    return replace(chosen, sides=sides, completion_from=first)
+    return Conversation(chosen.messages, tools=chosen.tools, completion_from=first, sides=sides)
 
 
 def _find_first_difference(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
@@ -179,6 +181,8 @@ def _are_same(left: Message, right: Message) -> bool:
 
     Templates print 1, 1.0 and true differently, and the keys of an object in their order, but `==` ignores this.
     """
+    if left is right:
+        return True
     names = left.keys() - {"train"}
     values: Sequence[Mapping[str, Any]] = (left, right)
     return names == right.keys() - {"train"} and all(_are_same_values(*(one[name] for one in values)) for name in names)

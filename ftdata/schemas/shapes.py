@@ -179,33 +179,40 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
 
 def _preference(data: Mapping[str, Any]) -> Conversation:
     """Convert a preference pair to a conversation with the chosen answer. The rejected answer is ignored."""
-    return read_side(data, "chosen")
+    (conversation,) = read_sides(data, ["chosen"])
+    return conversation
 
 
-def read_side(data: Mapping[str, Any], column: str) -> Conversation:
-    """Convert one side of a preference pair to a conversation.
+def read_sides(data: Mapping[str, Any], columns: Sequence[str]) -> list[Conversation]:
+    """Convert the sides of a preference pair to conversations, which share the message objects of the prompt.
 
     Args:
         data: the row.
-        column: the column with the answer, `chosen` or `rejected`. It contains a text, or messages, which may include
-            the prompt.
+        columns: the columns with the answers, `chosen` or `rejected`. Each contains a text, or messages, which may
+            include the prompt.
     """
-    answer, prompt = _read_chat_column(data, column, "assistant"), _get_column(data, "prompt")
+    prompt, tools, history = _get_column(data, "prompt"), read_tools(data), _read_history(data)
+    has_prompt = prompt is not None and not (isinstance(prompt, str) and not prompt.strip())
+    prompt_messages = _read_chat_column(data, "prompt", "user") if has_prompt else ()
+    sides = list[Conversation]()
+    for column in columns:
+        messages = _add_prompt(prompt_messages, _read_chat_column(data, column, "assistant"), column)
+        messages = _add_context(data, messages, history)
+        sides.append(Conversation(messages=messages, tools=tools, completion_from=last_answer_index(messages)))
+    return sides
+
+
+def _add_prompt(prompt: tuple[Message, ...], answer: tuple[Message, ...], column: str) -> tuple[Message, ...]:
+    """Return the messages of a prompt, which can be empty, and of an answer, which can repeat the prompt."""
     after_system = _split_system(answer)[1]
     has_question = after_system[:1] != () and after_system[0]["role"] != "assistant"
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
-        if not has_question:
-            message = "the conversation has no question, and the row has no prompt"
-            hint = "add the prompt to the column prompt, or name its column with columns={'prompt': ...}"
-            raise BadRow("no_prompt", message, field=column, hint=hint)
-        messages = answer
-    elif has_question:
-        # Some data sets repeat the question in both answers.
-        messages = _merge_prompt(_read_chat_column(data, "prompt", "user"), answer, column)
-    else:
-        messages = _read_chat_column(data, "prompt", "user") + answer
-    messages = _add_context(data, messages, _read_history(data))
-    return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer_index(messages))
+    if prompt:
+        return _merge_prompt(prompt, answer, column) if has_question else prompt + answer
+    if not has_question:
+        message = "the conversation has no question, and the row has no prompt"
+        hint = "add the prompt to the column prompt, or name its column with columns={'prompt': ...}"
+        raise BadRow("no_prompt", message, field=column, hint=hint)
+    return answer
 
 
 def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...], column: str) -> tuple[Message, ...]:
