@@ -1,0 +1,127 @@
+"""Read the configuration of a model's image processor, and expand the placeholders of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ftdata.errors import UsageError
+from ftdata.images.families import FAMILIES, ImageFamily, Settings, Tokens
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """An image processor with its settings. It computes the text of an image from the size of the image.
+
+    Attributes:
+        family: the formula, and the settings that it reads.
+        settings: the settings of the processor and of its image processor.
+        tokens: the texts of the tokens that the formula prints.
+    """
+
+    family: ImageFamily
+    settings: Settings
+    tokens: Tokens
+
+    @property
+    def placeholder(self) -> str:
+        """The text that the chat template prints for each image."""
+        return self.tokens[self.family.placeholder]
+
+    def expand(self, width: int, height: int) -> str:
+        """Return the text that replaces the placeholder of an image.
+
+        Args:
+            width, height: the size of the image in pixels, after it is rotated as its EXIF data says.
+
+        Raises:
+            BadRow: `image_ratio`, if the processor does not accept the aspect ratio.
+        """
+        return self.family.expand(width, height, self.settings, self.tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the text of an image: 64 hexadecimal digits."""
+        content = [self.family.processors, dict(self.settings), dict(self.tokens)]
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_image_processor(folder: Path) -> ImageProcessor | None:
+    """Read the image processor of a model. Return `None` if the model has no image processor.
+
+    The settings are in `processor_config.json` or `preprocessor_config.json`, and the tokens in these files or in
+    `tokenizer_config.json`. Settings that are missing have the defaults of the processor's class.
+
+    Args:
+        folder: a folder with the files of the model's tokenizer.
+
+    Raises:
+        UsageError: `image_processor`, if the processor belongs to no known family, or a setting is missing or invalid.
+    """
+    processor_config = _read_json(folder / "processor_config.json")
+    image_config = processor_config.get("image_processor") or _read_json(folder / "preprocessor_config.json")
+    if not image_config:
+        return None
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    configs = (processor_config, image_config, tokenizer_config)
+    name = next((str(config["processor_class"]) for config in configs if config.get("processor_class")), "")
+    family = next((family for family in FAMILIES.values() if name in family.processors), None)
+    if family is None:
+        known = ", ".join(sorted(processor for family in FAMILIES.values() for processor in family.processors))
+        problem = f"the image processor {name or '(without processor_class)'} of {folder} is not supported"
+        raise UsageError("image_processor", problem, hint=f"use a model with one of the processors {known}")
+    settings = {
+        **_read_settings(family.image_settings, image_config),
+        **_read_settings(family.processor_settings, processor_config),
+    }
+    missing = [key for key, value in settings.items() if value is None and key not in ("min_pixels", "max_pixels")]
+    if missing:
+        problem = f"the configuration of the image processor in {folder} has no {' and no '.join(missing)}"
+        raise UsageError("image_processor", problem, hint="add the setting to processor_config.json")
+    extra_tokens = tokenizer_config.get("extra_special_tokens")
+    named_tokens = extra_tokens if isinstance(extra_tokens, Mapping) else {}
+    tokens = {
+        token: _read_token((processor_config, tokenizer_config, named_tokens), token) or text
+        for token, text in family.tokens.items()
+    }
+    return ImageProcessor(family, settings, tokens)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        problem = f"{path} is not valid JSON: {error}"
+        raise UsageError("image_processor", problem, hint="download the file again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _read_settings(defaults: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: default if config.get(key) is None else _read_size(config[key], default)
+        for key, default in defaults.items()
+    }
+
+
+def _read_size(value: Any, default: Any) -> Any:
+    """Convert a size that is one number, as in older configurations, to the form of the class's default."""
+    if not isinstance(default, Mapping) or isinstance(value, Mapping):
+        return value
+    return dict.fromkeys(default, value)
+
+
+def _read_token(configs: tuple[Mapping[str, Any], ...], name: str) -> str | None:
+    """Return the text of a token. Configurations contain the text, or an object with the text."""
+    for config in configs:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str) and text:
+            return text
+    return None

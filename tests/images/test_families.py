@@ -1,0 +1,204 @@
+"""The text of an image equals the text that the model's own processor prints for it."""
+
+import json
+from importlib import import_module
+
+import pytest
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ftdata.errors import BadRow, UsageError
+from ftdata.images.families import FAMILIES
+from ftdata.images.processor import load_image_processor
+
+SIZES = [
+    (640, 480), (480, 640), (1, 1), (1, 30), (30, 1), (27, 28), (29, 3), (13, 13), (336, 336), (337, 335), (364, 364),
+    (365, 728), (448, 449), (512, 512), (1000, 40), (40, 1000), (997, 991), (1100, 700), (700, 1100), (200, 300),
+]  # fmt: skip
+TOO_LONG = [(1, 201), (402, 2), (3, 999)]
+
+
+def byte_tokenizer(names, tokens):
+    """Return a tokenizer that gives the text back if its ids are decoded."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, extra_special_tokens=names)
+    fast.add_special_tokens({"additional_special_tokens": tokens})
+    return fast
+
+
+ROWS_AND_COLUMNS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+AYA = [
+    "<|START_OF_IMG|>",
+    "<|END_OF_IMG|>",
+    "<|IMG_PATCH|>",
+    "TILE",
+    "TILE_GLOBAL",
+    *[f"TILE_{n}" for n in range(1, 13)],
+]
+GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+LLAVA_SIZES = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+LLAVA = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+PROCESSORS = {
+    "gemma3": ("Gemma3Processor", "Gemma3ImageProcessorPil", {}, {}, GEMMA, []),
+    "idefics3": ("Idefics3Processor", "Idefics3ImageProcessorPil", {}, {}, {}, ["<global-img>", *ROWS_AND_COLUMNS]),
+    "idefics3 with other sizes": (
+        "Idefics3Processor",
+        "Idefics3ImageProcessorPil",
+        {"size": {"longest_edge": 1500}, "max_image_size": {"longest_edge": 512}},
+        {"image_seq_len": 64},
+        {},
+        ["<global-img>", *ROWS_AND_COLUMNS],
+    ),
+    "idefics3 without tiles": (
+        "Idefics3Processor",
+        "Idefics3ImageProcessorPil",
+        {"do_image_splitting": False},
+        {},
+        {},
+        ["<global-img>"],
+    ),
+    "llava": ("LlavaProcessor", "LlavaImageProcessorPil", LLAVA_SIZES, LLAVA, {}, ["<image>"]),
+    "llava without a crop": (
+        "LlavaProcessor",
+        "LlavaImageProcessorPil",
+        {"do_pad": True, "do_center_crop": False, "size": {"height": 384, "width": 384}},
+        {"patch_size": 14, "vision_feature_select_strategy": "full"},
+        {},
+        ["<image>"],
+    ),
+    "llava_next": ("LlavaNextProcessor", "LlavaNextImageProcessorPil", LLAVA_SIZES, LLAVA, {}, ["<image>"]),
+    "aya_vision": ("AyaVisionProcessor", "GotOcr2ImageProcessorPil", {}, {}, {}, ["<image>", *AYA]),
+    "mllama": ("MllamaProcessor", "MllamaImageProcessorPil", {}, {}, {}, ["<|image|>", "<|python_tag|>"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_text_of_an_image_equals_the_text_of_the_processor(name, tmp_path):
+    processor_class, image_class, image_settings, settings, names, tokens = PROCESSORS[name]
+    image_processor = getattr(transformers, image_class)(**image_settings)
+    processor = getattr(transformers, processor_class)(image_processor, byte_tokenizer(names, tokens), **settings)
+    processor.save_pretrained(tmp_path)
+    ours = load_image_processor(tmp_path)
+    # Settings that change only the pixels.
+    fast = {"do_rescale": False, "do_normalize": False, "resample": 0}
+    for sizes in [*[[size] for size in SIZES if max(size) < 40 * min(size)], SIZES[3:6]]:
+        images = [Image.new("RGB", size) for size in sizes]
+        text = " b ".join(["<s>a", *[ours.placeholder] * len(sizes), "c"])
+        expected = processor(
+            images=images, text=text, return_tensors="np", images_kwargs=fast, add_special_tokens=False
+        )
+        expanded = iter(ours.expand(*size) for size in sizes)
+        pieces = text.split(ours.placeholder)
+        result = pieces[0] + "".join(next(expanded) + piece for piece in pieces[1:])
+        assert processor.tokenizer.decode(expected["input_ids"][0], skip_special_tokens=False) == result, sizes
+
+
+QWEN3 = {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 1048576}}
+IMAGE_PROCESSORS = {
+    "qwen_vl": ("qwen2_vl.Qwen2VL", {}, "<|image_pad|>", lambda out: out["image_grid_thw"][0].prod() // 4),
+    "qwen_vl of Qwen3": ("qwen2_vl.Qwen2VL", QWEN3, "<|image_pad|>", lambda out: out["image_grid_thw"][0].prod() // 4),
+    "glm4v": ("glm4v.Glm4v", {}, "<|image|>", lambda out: out["image_grid_thw"][0].prod() // 4),
+    "gemma4": ("gemma4.Gemma4", {}, "<|image|>", lambda out: out["num_soft_tokens_per_image"][0]),
+    "pixtral": (
+        "pixtral.Pixtral", {"patch_size": {"height": 16, "width": 16}}, "[IMG]",
+        lambda out: (out["image_sizes"][0] // 16).prod(),
+    ),
+    "internvl": ("got_ocr2.GotOcr2", {"crop_to_patches": True}, "<IMG_CONTEXT>", lambda out: 256 * out["num_patches"][0]),
+}  # fmt: skip
+CLASSES = {
+    "qwen_vl": "Qwen3VLProcessor",
+    "glm4v": "Glm4vProcessor",
+    "gemma4": "Gemma4Processor",
+    "pixtral": "PixtralProcessor",
+    "internvl": "InternVLProcessor",
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_PROCESSORS)
+def test_number_of_image_tokens_equals_the_size_of_the_features(name, tmp_path):
+    image_class, settings, token, count = IMAGE_PROCESSORS[name]
+    model, prefix = image_class.split(".")
+    module = import_module(f"transformers.models.{model}.image_processing_pil_{model}")
+    image_processor = getattr(module, f"{prefix}ImageProcessorPil")(**settings)
+    config = {**settings, "processor_class": CLASSES[name.split()[0]]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    ours = load_image_processor(tmp_path)
+    for size in SIZES:
+        out = image_processor(
+            images=[Image.new("RGB", size)], return_tensors="np", do_rescale=False, do_normalize=False
+        )
+        assert ours.expand(*size).count(token) == count(out), size
+
+
+@pytest.mark.parametrize("family", ["qwen_vl", "glm4v"])
+def test_image_that_is_too_long_is_rejected_like_in_the_processor(family, tmp_path):
+    model, prefix = IMAGE_PROCESSORS[family][0].split(".")
+    module = import_module(f"transformers.models.{model}.image_processing_pil_{model}")
+    image_processor = getattr(module, f"{prefix}ImageProcessorPil")()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"processor_class": CLASSES[family]}))
+    ours = load_image_processor(tmp_path)
+    for size in TOO_LONG:
+        with pytest.raises(ValueError, match="aspect ratio"):
+            image_processor(images=[Image.new("RGB", size)])
+        with pytest.raises(BadRow, match=f"image of {size[0]} x {size[1]} pixels is too long"):
+            ours.expand(*size)
+
+
+def test_image_whose_short_side_vanishes_is_rejected(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"processor_class": "PixtralProcessor"}')
+    with pytest.raises(BadRow, match="1025 x 1 pixels is too long"):
+        load_image_processor(tmp_path).expand(1025, 1)
+
+
+# These processors need torchvision. The numbers are from transformers 5.24.0 with torchvision 0.29.1.
+LFM2_VL = {
+    (640, 480): (234, 0), (1, 1): (64, 0), (32, 2000): (128, 0), (1000, 700): (1783, 6), (1920, 1080): (2300, 8),
+    (512, 512): (256, 0), (513, 511): (256, 0), (3000, 200): (2804, 10),
+}  # fmt: skip
+LLAMA4 = {
+    (640, 480): (720, 4), (1, 1): (144, 0), (32, 2000): (1008, 6), (1000, 700): (1440, 9), (1920, 1080): (2304, 15),
+    (512, 512): (720, 4), (513, 511): (720, 4), (3000, 200): (1440, 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("processor", "token", "separator", "counts"), [
+    ("Lfm2VlProcessor", "<image>", "<|img_row_", LFM2_VL),
+    ("Llama4Processor", "<|patch|>", "separator|>", LLAMA4),
+])  # fmt: skip
+def test_number_of_image_tokens_of_processors_that_need_torchvision(processor, token, separator, counts, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"processor_class": processor}))
+    ours = load_image_processor(tmp_path)
+    for size, expected in counts.items():
+        text = ours.expand(*size)
+        assert (text.count(token), text.count(separator)) == expected, size
+
+
+def test_every_family_has_its_own_processors():
+    processors = [processor for family in FAMILIES.values() for processor in family.processors]
+    assert len(processors) == len({*processors})
+
+
+def test_unknown_processor_is_refused(tmp_path):
+    assert load_image_processor(tmp_path) is None
+    (tmp_path / "preprocessor_config.json").write_text('{"processor_class": "FuyuProcessor"}')
+    with pytest.raises(UsageError, match=r"FuyuProcessor .* is not supported.*Qwen2VLProcessor"):
+        load_image_processor(tmp_path)
+
+
+def test_missing_setting_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
+    with pytest.raises(UsageError, match="has no patch_size and no vision_feature_select_strategy"):
+        load_image_processor(tmp_path)
+
+
+def test_fingerprint_depends_on_settings(tmp_path):
+    config = tmp_path / "preprocessor_config.json"
+    config.write_text('{"processor_class": "Qwen2VLProcessor"}')
+    first = load_image_processor(tmp_path)
+    config.write_text('{"processor_class": "Qwen2VLProcessor", "max_pixels": 1000}')
+    assert load_image_processor(tmp_path).fingerprint != first.fingerprint
