@@ -205,6 +205,8 @@ class Part(StrEnum):
     """The tool definitions in the prompt."""
     OTHER = "other"
     """Any other field of a message, such as a name or an id."""
+    MEDIA = "media"
+    """The tokens that stand for an image."""
 
 
 class Span(NamedTuple):
