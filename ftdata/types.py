@@ -140,6 +140,18 @@ class RowTokens:
     trained: NDArray[np.bool_]
 
 
+class RowImage(NamedTuple):
+    """An image of a row, as the row contains it.
+
+    Attributes:
+        field: the path of the image in the row.
+        value: a path, a URL, bytes, or an object that contains one of them.
+    """
+
+    field: str
+    value: Any
+
+
 @dataclass  # Not frozen: assigning the fields of a frozen dataclass takes as long as reading a row.
 class Conversation:
     """One normalized row. It contains messages, tools and template variables, or only a text, or only tokens.
@@ -157,6 +169,7 @@ class Conversation:
         source: the origin of the row.
         sides: the conversations of a preference pair, in the order of `SIDES`; empty for other rows.
         feedback: numbers that rate the answer, by their name in `FEEDBACK`.
+        images: the images, in the order of the parts `{"type": "image"}` of the messages.
     """
 
     messages: tuple[Message, ...]
@@ -171,6 +184,7 @@ class Conversation:
     source: Source = UNKNOWN_SOURCE
     sides: tuple[Conversation, ...] = ()
     feedback: Mapping[str, float] = field(default_factory=dict)
+    images: tuple[RowImage, ...] = ()
 
     @property
     def parts(self) -> tuple[Conversation, ...]:

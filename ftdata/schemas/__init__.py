@@ -51,6 +51,7 @@ from ftdata.schemas.messages import (
 )
 from ftdata.schemas.preference import PAIR_SCHEMA, RATING_COLUMNS, is_pair, read_pair, read_rating, rename_pair_columns
 from ftdata.schemas.rankings import check_ranking, expand_rankings
+from ftdata.schemas.row_images import NO_IMAGES, place_images, take_images
 from ftdata.schemas.shapes import (
     Convert,
     Schema,
@@ -92,7 +93,12 @@ _RESERVED_VARIABLES = {
 
 
 def normalize(
-    row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None, task: str = "sft"
+    row: Row,
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    task: str = "sft",
+    *,
+    images: bool = False,
 ) -> Conversation:
     """Convert a row to a `Conversation`, according to its schema.
 
@@ -102,6 +108,7 @@ def normalize(
             `Conversation`.
         columns: canonical column name -> name in the data, e.g. `{"instruction": "q", "output": "a"}`.
         task: `"preference"` reads both sides of a preference pair; `"kto"` reads an answer with a label.
+        images: whether to read the images of the row. Otherwise, a row with images is rejected.
 
     Raises:
         BadRow: the schema is unknown or ambiguous, or a value is invalid; `field` is the path of the value.
@@ -114,6 +121,7 @@ def normalize(
     """
     try:
         data, missing = map_columns(row, columns)
+        data, found_images = take_images(data) if images else (data, NO_IMAGES)
         if task == "preference":
             data = rename_pair_columns(data)
             # The row can also contain the messages of the chosen side, or answers without a preference.
@@ -128,6 +136,8 @@ def normalize(
             if kind.guarded:
                 check_training_fields(data, kind.guarded)
             conversation = read_pair(data) if task == "preference" else kind.convert(data)
+            if found_images is not NO_IMAGES:
+                conversation.messages, conversation.images = place_images(conversation.messages, found_images)
         except BadRow as error:
             raise _choose_error(error, missing, data, task) from None
     except BadRow as error:

@@ -26,6 +26,7 @@ from typing import Any, cast
 
 from ftdata.errors import BadRow, suggest_names
 from ftdata.schemas.answer_text import THINKING_NAMES
+from ftdata.schemas.row_images import IMAGE_PART
 from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, describe_value, is_guarded, read_flag
 from ftdata.types import Message
 
@@ -326,8 +327,8 @@ def _find_arguments(call: Mapping[str, Any], keys: Sequence[str] = _ARGUMENT_KEY
 def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
     if content is None and has_calls:
         return {}
-    if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
-        if not all(isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and content and all(part is IMAGE_PART or _is_part(part, "text") for part in content):
+        if not all(part is IMAGE_PART or isinstance(part.get("text"), str) for part in content):
             raise BadRow(
                 "content_type", "the content part has type 'text', but its field 'text' is not a string", field=field
             )
@@ -335,7 +336,8 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
             _check_part(part, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
-        kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
+        others = [part for part in content if isinstance(part, Mapping) and part is not IMAGE_PART]
+        kinds = sorted({str(part.get("type")) for part in others} - {"text"})
         hint = "remove the parts, or leave out the row; only text can be trained"
         problem = f"the content has parts of unsupported types: {', '.join(kinds)}"
         raise BadRow("content_type", problem, field=field, hint=hint)
