@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,11 @@ os.environ["FTDATA_CACHE"] = "off"
 # Records of what was built belong to this run.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ftdata-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+# Hundreds of processes import the same modules: without bytecode files, each would compile them again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# The workers share the warm processes.
+warm.make_folder()
 # Tiny models gain nothing from threads, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -204,9 +210,16 @@ def hub_environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def training_python(hub_environment):
+def training_python():
+    """Return a Python command that has imported the training libraries already."""
+    pytest.importorskip("trl")
+    return functools.partial(warm.python, modules=warm.TRAINING)
+
+
+@pytest.fixture(scope="session")
+def hub_python(hub_environment):
     """Return a Python command that has imported the training libraries already, and that uses the hub on localhost."""
-    return lambda *arguments: warm.python(*arguments, modules=warm.TRAINING, environment=hub_environment)
+    return functools.partial(warm.python, modules=warm.TRAINING, environment=hub_environment)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tokenizers
+import warm
 from datasets import load_dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
@@ -342,7 +343,7 @@ def test_killed_export_leaves_the_old_or_the_new_export(builds, tmp_path, name):
     killed = 0
     for number in range(1, 200, 3):
         environment = {**os.environ, "FTDATA_FAILPOINT": f"*:{number}:kill"}
-        command = [sys.executable, "-c", CRASH, str(builds["packed"]), name, str(out)]
+        command = warm.python("-c", CRASH, builds["packed"], name, out)
         done = subprocess.run(command, env=environment, check=False, capture_output=True)
         assert verify(out) == []
         manifest = (out / "manifest.json").read_bytes()

@@ -56,11 +56,11 @@ def place(tmp_path, llama):
 
 
 @pytest.fixture(scope="session")
-def environment(hub_environment, training_python, tmp_path_factory):
+def environment(hub_environment, hub_python, tmp_path_factory):
     """The environment of a page, with `ftdata` and `python` on the `PATH`."""
     folder = tmp_path_factory.mktemp("programs")
     for name, arguments in (("python", ()), ("ftdata", (FTDATA,))):
-        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(training_python(*arguments))} "$@"\n')
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(hub_python(*arguments))} "$@"\n')
         (folder / name).chmod(0o755)
     return {**hub_environment, "PATH": os.pathsep.join((str(folder), str(FTDATA.parent), hub_environment["PATH"]))}
 

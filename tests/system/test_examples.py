@@ -14,11 +14,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def example(hub_environment, training_python, tmp_path):
+def example(hub_environment, hub_python, tmp_path):
     """Run an example in the folder of the test, and return its output."""
 
     def run(name, *options):
-        command = training_python(EXAMPLES / f"{name}.py", *options)
+        command = hub_python(EXAMPLES / f"{name}.py", *options)
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, cwd=tmp_path, env=hub_environment, timeout=280
         )

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -29,7 +28,7 @@ def test_links_in_a_run_directory_are_refused(llama, tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "run"]
 
 
-def test_only_one_process_trains_in_a_run_directory(llama, tmp_path):
+def test_only_one_process_trains_in_a_run_directory(training_python, llama, tmp_path):
     """The process that holds the lock is a separate process: a file lock of the same process would not be refused."""
     folder = tmp_path / "run"
     code = f"""
@@ -39,7 +38,7 @@ with lock_run(pathlib.Path({str(folder)!r})):
     print("locked", flush=True)
     sys.stdin.read()
 """
-    command = [sys.executable, "-c", code]
+    command = training_python("-c", code)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(UsageError, match="run_in_use.*another process is training"):
