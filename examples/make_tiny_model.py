@@ -79,7 +79,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int)
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * max(0.05, 1 - step / steps)
         echoes = [
             [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-            for text in chosen.choices(texts, k=16)
+            for text in chosen.choices(texts, k=6)
         ]
         batch = tokenizer(
             [tokenizer.apply_chat_template(echo, tokenize=False) for echo in echoes],
