@@ -217,12 +217,12 @@ def test_json_errors_report_their_position(tmp_path):
 
 @pytest.mark.slow
 def test_many_invalid_rows_and_many_keys_take_linear_time(tmp_path):
-    found = outcomes(write(tmp_path, "d.json", "[" + "1,\n" * 200_000 + row_of(1) + "]"))
-    assert len(found) == 200_001
+    found = outcomes(write(tmp_path, "d.json", "[" + "1,\n" * 100_000 + row_of(1) + "]"))
+    assert len(found) == 100_001
     assert [one.source.line for one in found[:3]] == [1, 2, 3]
-    wide = "{" + ",".join(f'"k{n}":1' for n in range(200_000)) + ',"k199999":2}'
+    wide = "{" + ",".join(f'"k{n}":1' for n in range(100_000)) + ',"k99999":2}'
     (twice,) = outcomes(write(tmp_path, "d.jsonl", wide + "\n"))
-    assert "'k199999' more than once" in twice.reason
+    assert "'k99999' more than once" in twice.reason
 
 
 @pytest.mark.parametrize(
