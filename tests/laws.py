@@ -1,6 +1,6 @@
 """The number of examples of each Hypothesis property: few by default, many with a larger profile.
 
-The profile `full`, which `make test-long` uses, runs three times as many examples as the default profile `ci`,
+The profile `full`, which `make test-long` uses, runs five times as many examples as the default profile `ci`,
 `nightly` 30 times and `release` five hundred times as many; `FTDATA_LAWS=N` runs each masking law N times in every profile.
 """
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ONCE = 100
-PROFILES = {"ci": 3 * ONCE // 10, "full": ONCE, "nightly": 10 * ONCE, "release": 200 * ONCE}
+PROFILES = {"ci": ONCE // 5, "full": ONCE, "nightly": 10 * ONCE, "release": 200 * ONCE}
 for name, examples in PROFILES.items():
     settings.register_profile(name, max_examples=examples, deadline=None)
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

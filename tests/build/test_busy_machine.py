@@ -89,8 +89,8 @@ def build(data, tokenizer, template, target):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("runs", [1, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+@pytest.mark.long
+@pytest.mark.parametrize("runs", [1, pytest.param(100, marks=pytest.mark.timeout(3600))])
 def test_builds_are_the_same_on_a_busy_machine(runs, tmp_path, tokenizer_dir):
     data, template = tmp_path / "data.jsonl", tmp_path / "t.jinja"
     data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in conversations()))

@@ -160,10 +160,17 @@ def test_changed_package_code_invalidates_the_shards(kept, files, build, work, m
     assert work() == (2, 0)
 
 
+CACHED = ["ids.i32", "trained.b8", "examples.arrow", "result.json", "hashes", "places.i64", "offsets.i32"]
+
+
 @pytest.mark.parametrize(
-    "name", ["ids.i32", "trained.b8", "examples.arrow", "result.json", "hashes", "places.i64", "offsets.i32"]
+    ("name", "damage"),
+    [
+        pytest.param(name, damage, marks=() if number % 3 == at % 3 else pytest.mark.long)
+        for number, name in enumerate(CACHED)
+        for at, damage in enumerate([b"", b"x", None])
+    ],
 )
-@pytest.mark.parametrize("damage", [b"", b"x", None])
 def test_damaged_cache_does_not_change_the_build(kept, files, build, name, damage):
     build(files)
     damaged = list(kept.rglob(name))

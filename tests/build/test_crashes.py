@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from cases import long
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -141,9 +142,9 @@ def test_disk_operations_all_have_failpoints(builder):
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("every", [18, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [36, pytest.param(1, marks=pytest.mark.long)])
 def test_every_disk_operation_may_fail(builder, fault, old, every):
-    """G8, G9: at each write, sync and rename; without `-m long` at every eighteenth."""
+    """G8, G9: at each write, sync and rename; without `-m long` at every thirty-sixth."""
     before = "old" if old else None
     asked = operations(builder, old)
     (published,) = [number for number, step in enumerate(asked, 1) if is_publication(step, builder)]
@@ -166,7 +167,7 @@ def test_every_disk_operation_may_fail(builder, fault, old, every):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("builds", [6, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("builds", [4, pytest.param(100, marks=pytest.mark.long)])
 def test_build_may_be_killed_at_any_time(builder, old, builds):
     """G8: SIGKILL at random times, often several times before a build is complete."""
     dice, before = random.Random(old), "old" if old else None
@@ -185,7 +186,7 @@ def test_build_may_be_killed_at_any_time(builder, old, builds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("many", [2, 4, 8])
-@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_builds_at_once_make_one_build(builder, many, rounds):
     """G12: one process builds; the other processes wait and reuse its result."""
     for number in range(rounds):
@@ -199,8 +200,9 @@ def test_builds_at_once_make_one_build(builder, many, rounds):
 
 
 @pytest.mark.slow
-def test_waiting_builds_resume_after_the_first_is_killed(builder):
-    for number in range(1, len(operations(builder, old=True)) + 1, 6):
+@pytest.mark.parametrize("every", [12, long(6)])
+def test_waiting_builds_resume_after_the_first_is_killed(builder, every):
+    for number in range(1, len(operations(builder, old=True)) + 1, every):
         builder.begin(old=True)
         done = builder.build(together=3, failpoint=f"*:{number}:kill", first_only=True)
         assert sorted(done["codes"]) == [-9, 0, 0], done
@@ -313,7 +315,7 @@ class Changes(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("examples", [8, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_changes_never_give_an_outdated_build(builder, examples):
     """G11."""
     Changes.builder, Changes.cache = builder, builder.folder / "cache"

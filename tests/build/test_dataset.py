@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from cases import long
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
@@ -252,7 +253,8 @@ def digest(folder):
 
 
 @pytest.mark.slow
-def test_output_does_not_depend_on_the_number_of_workers(tiny, tmp_path):
+@pytest.mark.parametrize("counts", [(1, 3), long((1, 2, 4))], ids=str)
+def test_output_does_not_depend_on_the_number_of_workers(tiny, tmp_path, counts):
     """P7, D6, D3."""
     typed, more = ({"role": "user", "content": content} for content in ("<|im_end|> typed", "more"))
     # Of what there are several of one row, the order must be told by nothing but what they are.
@@ -267,13 +269,13 @@ def test_output_does_not_depend_on_the_number_of_workers(tiny, tmp_path):
     )
     path = tmp_path / "script.py"
     path.write_text(script)
-    for workers, seed in ((1, "0"), (2, "1"), (4, "2")):
+    for seed, workers in enumerate(counts):
         subprocess.run(
             [sys.executable, path, json.dumps(files), tiny, tmp_path / f"out{workers}", str(workers)],
             check=True,
-            env={"PYTHONHASHSEED": seed, "PATH": "", "TZ": f"UTC-{workers}", "FTDATA_CACHE": "off"},
+            env={"PYTHONHASHSEED": str(seed), "PATH": "", "TZ": f"UTC-{workers}", "FTDATA_CACHE": "off"},
         )
-    assert digest(tmp_path / "out1") == digest(tmp_path / "out2") == digest(tmp_path / "out4")
+    assert len({digest(tmp_path / f"out{workers}") for workers in counts}) == 1
 
 
 def test_output_does_not_depend_on_the_batch_size(tiny, monkeypatch):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import long
 
 from ftdata import verify
 from ftdata.build.dataset import write_build
@@ -62,7 +63,7 @@ def failing(_, task):
     raise UsageError("code", f"task {task}", hint="none")
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", long("ray")])
 def test_errors_of_workers_are_unchanged(cluster, engine):
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(UsageError, match=r"\[code\] task \d. Fix: none"):

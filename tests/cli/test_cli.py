@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from cases import long
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "pandas", "bitsandbytes", "accelerate")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -300,7 +301,7 @@ def test_column_names_cannot_control_the_terminal(tmp_path, tokenizer_dir):
     assert "\u202e" not in done.stdout
 
 
-@pytest.mark.parametrize("command", ["preview", "audit", "stats", "build", "diff"])
+@pytest.mark.parametrize("command", ["preview", "audit", long("stats"), "build", long("diff")])
 def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path):
     """Every command that renders rows accepts template variables and shows their effect."""
     data, template = tmp_path / "d.jsonl", tmp_path / "t.jinja"

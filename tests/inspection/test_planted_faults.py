@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from cases import long
 
 from ftdata import audit, build_sft_dataset
 from ftdata.tokenizing.load import load_tokenizer
@@ -111,7 +112,7 @@ def planted(chance, clean, tokenizer):
     }
 
 
-@pytest.fixture(scope="module", params=[1_500, pytest.param(20_000, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[800, *map(long, (1_500, 20_000))])
 def large(request, tokenizer_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     tokenizer = shutil.copytree(tokenizer_dir("deepseek"), folder / "tokenizer")

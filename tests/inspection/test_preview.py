@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm
+from cases import long
 from chat_templates import ANSWER, USER
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,7 +145,7 @@ def test_json_contains_all_segments(tokenizer_dir):
     assert json.loads(json.dumps(told)) == told
 
 
-@pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
+@pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", long("mistral")])
 @often(40)
 @given(
     text=st.lists(st.sampled_from([*AWKWARD_TEXTS, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(

@@ -413,7 +413,7 @@ def test_try_template_checks_the_template_of_a_user(name, loaded_tokenizer):
     assert set(refused) <= {"message_dropped", "control_tokens", "history_drift", "template_raises"}
 
 
-@pytest.mark.slow
+@pytest.mark.long  # most of the time is the search for a small example, as in `test_policies.py`
 def test_try_template_reports_a_broken_rule(tokenizer_dir, monkeypatch):
     from ftdata.pipeline import examples
 

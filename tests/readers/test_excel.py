@@ -158,7 +158,7 @@ def test_oversized_header_cell_is_refused(tmp_path):
         outcomes(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workbook_with_a_repeated_long_text_is_read(tmp_path):
     """700 kB that expand to 130 MB of XML: the same system prompt of 8 kB in each row."""
     prompt = "You are a helpful assistant. " * 280

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import warm
+from cases import long
 from hub.server import serving
 
 from ftdata import read
@@ -80,7 +81,7 @@ def refusal(data):
 QUESTIONS = [row["question"] for row in ROWS]
 
 
-@pytest.mark.parametrize("place", ["me/chats", "hf://me/chats", "hf://datasets/me/chats"])
+@pytest.mark.parametrize("place", ["me/chats", long("hf://me/chats"), "hf://datasets/me/chats"])
 def test_splits_are_detected_from_file_names(hub, place):
     hub.add("me/chats", {
         "README.md": "about", "data/train-00000-of-00002.jsonl": lines(ROWS[:10]), "data/train-00001-of-00002.jsonl.gz": gzip.compress(lines(ROWS[10:20]).encode()),
@@ -299,8 +300,19 @@ def questions(url):
 
 
 @pytest.mark.parametrize("where", ["files", "whole", "plain"])
-@pytest.mark.parametrize("fault", [None, 503, 429, "cut"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "packed"),
+    [
+        (None, True),
+        (503, False),
+        ("cut", True),
+        long(None, False),
+        long(503, True),
+        long("cut", False),
+        long(429, False),
+        long(429, True),
+    ],
+)
 def test_interrupted_download_resumes(web, where, fault, packed):
     server, address = web
     name = "chats.jsonl.gz" if packed else "chats.jsonl"

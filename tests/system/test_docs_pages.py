@@ -16,8 +16,15 @@ from docs_pages import PAGES, ROOT, blocks, commands
 from ftdata import convert
 
 FTDATA = Path(sys.executable).parent / "ftdata"
-LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/trainers/trl.md"}
-"""Pages that train several models; shorter pages or `examples/` cover the same commands."""
+LONG = {
+    "docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/trainers/trl.md", "docs/data.md",
+    # The same steps with another format as in the pages of LLaMA-Factory and of exports.
+    *(f"docs/trainers/{name}.md" for name in ("axolotl", "data-libraries", "litgpt", "mlx-lm", "ms-swift", "nemo")),
+    *(f"docs/trainers/{name}.md" for name in ("rl-frameworks", "tinker", "torchtune")),
+    # Previews, as in the pages of tokens and of prompt templates.
+    "docs/concepts/turns.md", "docs/concepts/masks.md", "docs/howto/thinking-and-tools.md",
+}  # fmt: skip
+"""Pages whose commands other pages or `examples/` run as well."""
 
 
 def run_pages():

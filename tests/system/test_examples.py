@@ -59,6 +59,7 @@ def test_b_text_field(example, tmp_path, shape):
     assert run["stops"] == ["</s>"]
 
 
+@pytest.mark.long  # `test_systems.py` trains the same system
 def test_c_conversations(example, tmp_path):
     (tmp_path / "conversations.json").write_text(json.dumps([chat(n) for n in range(10)]))
     said = example("conversations", "--epochs", "1", "--max-length", "400")
@@ -67,6 +68,7 @@ def test_c_conversations(example, tmp_path):
     assert run["options"]["train_on"] == "assistant"
 
 
+@pytest.mark.long  # `translate.py` and `company_faq.py` take the same steps
 def test_d_code_alpaca(example, tmp_path):
     said = example("code_alpaca", "--epochs", "1", "--rows", "4", "--max-new-tokens", "24")
     run = about(tmp_path / "out" / "code_alpaca")

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from cases import long
 from conftest import SHARED
 from tokenizer_makers import MAKERS
 
@@ -16,10 +17,9 @@ pytestmark = pytest.mark.train
 SHARED_NAMES = (
     sorted(p.name for p in (SHARED / "tokenizers").iterdir()) if (SHARED / "tokenizers").is_dir() else ["none"]
 )
-ALL = [
-    *MAKERS,
-    *(pytest.param(f"shared/{name}", marks=[pytest.mark.shared, pytest.mark.long]) for name in SHARED_NAMES),
-]
+SHARED_FOLDERS = [pytest.param(f"shared/{name}", marks=[pytest.mark.shared, pytest.mark.long]) for name in SHARED_NAMES]
+SLOW = ("deepseek", "mistral")
+FOLDERS = [*(long(name) if name in SLOW else name for name in MAKERS), *SHARED_FOLDERS]
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello!")],
     [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
@@ -37,7 +37,7 @@ def folder(request, tokenizer_dir):
     )
 
 
-@pytest.mark.parametrize("folder", ALL, indirect=True)
+@pytest.mark.parametrize("folder", FOLDERS, indirect=True)
 def test_chat_templates_give_the_same_ids(folder):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     if not theirs.chat_template:
@@ -55,7 +55,7 @@ def test_chat_templates_give_the_same_ids(folder):
         assert by_object.input_ids.tolist() == ours.input_ids.tolist()
 
 
-@pytest.mark.parametrize("folder", ALL, indirect=True)
+@pytest.mark.parametrize("folder", FOLDERS, indirect=True)
 def test_prompt_templates_and_text_give_the_same_ids(folder):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = load_tokenizer(folder)

@@ -1,6 +1,7 @@
 """KTO on the labels of a build: the losses of TRL where its mask is right, exact resume, and a model that learns."""
 
 import pytest
+from cases import long
 from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
 from preference_runs import (
     TRL_SETTINGS,
@@ -49,8 +50,10 @@ def trained(llama, data, tmp_path_factory):
     return run(data, model=llama, output_dir=folder, settings={**SETTINGS, "save_steps": 10}, **options)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize(
+    ("loss", "adapter"),
+    [("kto", False), long("kto", True), long("apo_zero_unpaired", False), ("apo_zero_unpaired", True)],
+)
 def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter, loss):
     rows = make_rows(12)
     config = KTOConfig(str(tmp_path), **TRL_SETTINGS, loss_type=loss)

@@ -6,6 +6,7 @@ import subprocess
 import weakref
 
 import pytest
+from cases import long
 
 from ftdata.errors import InputRefused
 
@@ -50,8 +51,11 @@ def nf4(llama, data, tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}, {"test_size": 2, "early_stopping": 1}],
-                         ids=["full", "lora", "nf4", "best model"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [long({}), long({"lora": {"r": 4}}), {"quantization": "nf4"}, {"test_size": 2, "early_stopping": 1}],
+    ids=["full", "lora", "nf4", "best model"],
+)
 def test_trained_model_is_freed_before_the_saved_model_is_reloaded(llama, data, tmp_path, monkeypatch, options):
     kept = {}
     read_back, check = finish._read_back, finish.check_reloads
@@ -84,7 +88,7 @@ def live_models():
     return sum(issubclass(type(one), hf.LlamaForCausalLM) for one in gc.get_objects())
 
 
-@pytest.mark.parametrize("kind", ["full", "nf4"])
+@pytest.mark.parametrize("kind", [long("full"), "nf4"])
 def test_one_model_is_in_memory_at_a_time_and_the_base_is_loaded_once(kind, request, monkeypatch):
     folder, loaded, living = request.getfixturevalue(kind), [], []
     load, ask, before = run_dir.load_model, evaluation.generate_ids, live_models()

@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import pytest
+from cases import long
 from preference_runs import CHATML_TRAINED_TO_THE_END as TEMPLATE
 from preference_runs import (
     TRL_SETTINGS,
@@ -58,8 +59,9 @@ def trained(llama, data, tmp_path_factory):
     return run(data, model=llama, output_dir=folder, settings=settings, **options)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(
+    ("adapter", "padding_free"), [(False, False), long(False, True), long(True, False), (True, True)]
+)
 def test_losses_equal_those_of_trl_where_its_mask_is_right(llama, tmp_path, adapter, padding_free):
     rows = make_pairs(8)
     config = DPOConfig(str(tmp_path), **TRL_SETTINGS)
@@ -141,7 +143,7 @@ def test_killed_run_resumes_exactly_in_the_middle_of_an_epoch(training_python, t
     assert_equal_runs(trained, tmp_path / "run")
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("precompute", [False, long(True)])
 def test_full_fine_tuning_keeps_the_reference_model(llama, data, tmp_path, precompute):
     settings = {**SETTINGS, "precompute_ref_log_probs": precompute}
     out = run(data, model=llama, output_dir=tmp_path / "run", task="preference", settings=settings)
@@ -288,7 +290,7 @@ def test_batches_are_processed_without_padding(llama, data, tmp_path, monkeypatc
     assert torch.allclose(model(**inputs).log_probs, padded, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["dpo", "kto"])
+@pytest.mark.parametrize("task", ["dpo", long("kto")])
 def test_full_fine_tuning_with_mixed_precision_is_saved_and_reloaded(llama, tmp_path, task):
     """Accelerate restores the forward method of the model after a training in bfloat16."""
     rows = make_pairs(8)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from cases import long, mostly_long
 
 from ftdata import build_sft_dataset
 from ftdata.config import load_config, make_config, to_yaml
@@ -121,12 +122,11 @@ def test_report_to_is_passed_through(llama, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"kind": "qwen3_moe"},
-        {"kind": "qwen3_moe", "lora": {"r": 4}},
-        {"settings": {"label_smoothing_factor": 0.3}},
-        {"settings": {"loss_type": "dft"}},
+        long({"kind": "qwen3_moe"}, id="experts"),
+        pytest.param({"kind": "qwen3_moe", "lora": {"r": 4}}, id="experts with an adapter"),
+        pytest.param({"settings": {"label_smoothing_factor": 0.3}}, id="smoothed labels"),
+        long({"settings": {"loss_type": "dft"}}, id="dft"),
     ],
-    ids=["experts", "experts with an adapter", "smoothed labels", "dft"],
 )
 def test_perplexity_excludes_auxiliary_losses(tiny, data, tmp_path, options):
     kind, settings = options.pop("kind", "llama"), {**QUICK, **options.pop("settings", {})}
@@ -139,7 +139,14 @@ def test_perplexity_excludes_auxiliary_losses(tiny, data, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"top_k": 1}, {"min_p": 0.1}, {"length_penalty": 0.8}, {"early_stopping": True}, {"temperature": 0.6}]
+    "settings",
+    [
+        {"top_k": 1},
+        long({"min_p": 0.1}),
+        {"length_penalty": 0.8},
+        long({"early_stopping": True}),
+        long({"temperature": 0.6}),
+    ],
 )
 def test_invalid_generation_config_of_the_base_model_is_accepted(llama, data, tmp_path, settings):
     shutil.copytree(llama, tmp_path / "model")
@@ -182,7 +189,7 @@ def test_new_embeddings_count_as_trained(llama, tmp_path):
     assert generate(folder, ["[OTHER]"], max_new_tokens=1)
 
 
-@pytest.mark.parametrize("kind", [*ISOLATED, "opt"])
+@pytest.mark.parametrize("kind", mostly_long([*ISOLATED, "opt"], "gemma2", "gpt_neox", "opt"))
 def test_models_of_every_class_train_and_can_be_reloaded(tiny, data, tmp_path, kind):
     packed = kind != "opt"
     options = {"packing": "bfd", "max_length": 128} if packed else {}
@@ -264,7 +271,7 @@ def test_batches_group_rows_by_length_and_start_with_the_longest(llama, tmp_path
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [long({}, id="full"), pytest.param({"lora": {"r": 4}}, id="lora")])
 def test_bfloat16_run_can_be_reloaded(llama, data, tmp_path, options):
     folder = run(data, model=llama, output_dir=tmp_path / "run", settings={**QUICK, "bf16": True}, **options)
     assert compare(folder, n=1, max_new_tokens=2).rows
@@ -306,7 +313,9 @@ def test_flops_of_pythia_equal_the_published_value():
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}], ids=["full", "lora", "nf4"])
+@pytest.mark.parametrize(
+    "options", [{}, long({"lora": {"r": 4}}), {"quantization": "nf4"}], ids=["full", "lora", "nf4"]
+)
 def test_estimate_equals_the_finished_run(llama, data, tmp_path, options):
     found, _ = dry_run(data, model=llama, output_dir=tmp_path / "run", max_length=64, packing="bfd", **options)
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cases import long
 
 from ftdata import build_sft_dataset
 from ftdata.errors import InputRefused, InternalError, UsageError
@@ -144,7 +145,7 @@ def test_run_directory_can_be_moved(qlora_run, tmp_path, monkeypatch):
     assert compare("moved", n=1, max_new_tokens=2).rows
 
 
-@pytest.mark.parametrize("options", [{"lora": {"r": 4}}, {}], ids=["lora", "full"])
+@pytest.mark.parametrize("options", [{"lora": {"r": 4}}, long({})], ids=["lora", "full"])
 def test_unquantized_run_learns(llama, data, tmp_path, options):
     run(
         data,
@@ -419,8 +420,12 @@ def test_pad_token_without_an_embedding_is_replaced(llama, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder / "model").get_input_embeddings().weight.shape[0] == rows
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}], ids=["full", "lora", "nf4"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}],
+    ids=["full", "lora", "nf4"],
+)
+@pytest.mark.parametrize("tied", [True, long(False)])
 def test_new_tokens_get_embeddings_and_are_trained(llama, tmp_path, options, tied):
     model = with_token(llama, tmp_path / "model", "[NEW]")
     base = AutoModelForCausalLM.from_pretrained(llama, tie_word_embeddings=tied)
