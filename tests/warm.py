@@ -34,7 +34,9 @@ TRAINING = (
 def python(*arguments, modules=LIGHT, environment=os.environ):
     """Return a command that does what `python ARGUMENTS...` does in an environment, but has imported these modules."""
     prefixes = ("HF_", "PYTHON") if modules != LIGHT else "PYTHON"
-    at_import = tuple(sorted((name, value) for name, value in environment.items() if name.startswith(prefixes)))
+    # Ray sets a debugger when it is imported.
+    names = sorted(name for name in environment if name.startswith(prefixes) and name != "PYTHONBREAKPOINT")
+    at_import = tuple((name, environment[name]) for name in names)
     return [*_start(modules, at_import), *map(str, arguments)]
 
 

@@ -343,7 +343,7 @@ def test_killed_export_leaves_the_old_or_the_new_export(builds, tmp_path, name):
     killed = 0
     for number in range(1, 200, 3):
         environment = {**os.environ, "FTDATA_FAILPOINT": f"*:{number}:kill"}
-        command = warm.python("-c", CRASH, builds["packed"], name, out)
+        command = warm.python("-c", CRASH, builds["packed"], name, out, modules=(*warm.LIGHT, "datasets"))
         done = subprocess.run(command, env=environment, check=False, capture_output=True)
         assert verify(out) == []
         manifest = (out / "manifest.json").read_bytes()

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,45 +30,28 @@ def data(tmp_path_factory):
     return str(path)
 
 
-def together(data, llama, folder, *more, **settings):
+@pytest.fixture(scope="module")
+def together(training_python, data, llama):
     """Train in two processes, as described in the documentation."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "ftdata",
-        "train",
-    ]
-    command += [
-        data,
-        "-m",
-        llama,
-        "-o",
-        str(folder),
-        "--packing",
-        "bfd",
-        "--max-length",
-        "80",
-        "--test-size",
-        "3",
-        *more,
-    ]
-    command += [
-        f"--set={name}={value}" for name, value in {**SETTINGS, "per_device_train_batch_size": 1, **settings}.items()
-    ]
-    environment = {**os.environ, "FTDATA_CACHE": "off", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done
+
+    def train(folder, *more, source=data, **settings):
+        torchrun = training_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python")
+        command = [*torchrun, *training_python("-m", "ftdata", "train", source, "-m", llama, "-o", folder)]
+        command += ["--packing", "bfd", "--max-length", "80", "--test-size", "3", *more]
+        settings = {**SETTINGS, "per_device_train_batch_size": 1, **settings}
+        command += [f"--set={name}={value}" for name, value in settings.items()]
+        environment = {**os.environ, "FTDATA_CACHE": "off", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return train
 
 
 @pytest.fixture(scope="module")
-def two(data, llama, tmp_path_factory):
+def two(together, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "two"
-    return folder, together(data, llama, folder)
+    return folder, together(folder)
 
 
 def test_two_processes_train_the_same_model_as_one(two, data, llama, tmp_path):
@@ -108,12 +90,12 @@ def test_documented_accelerate_commands_are_valid():
 
 
 @pytest.mark.long
-def test_two_processes_resume_exactly(two, data, llama, tmp_path):
+def test_two_processes_resume_exactly(two, together, tmp_path):
     folder, _ = two
     shutil.copytree(folder, tmp_path / "again")
     last = max((tmp_path / "again").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.rmtree(last)
-    together(data, llama, tmp_path / "again", "--resume")
+    together(tmp_path / "again", "--resume")
     assert (
         json.loads((tmp_path / "again" / "run.json").read_text())["loss"]
         == json.loads((folder / "run.json").read_text())["loss"]
@@ -121,8 +103,8 @@ def test_two_processes_resume_exactly(two, data, llama, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_stop_together_if_one_fails(llama, tmp_path):
+def test_two_processes_stop_together_if_one_fails(together, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"question": "a", "answer": ""}\n')
     with pytest.raises(AssertionError, match="bad_rows"):
-        together(str(path), llama, tmp_path / "run")
+        together(tmp_path / "run", source=path)
