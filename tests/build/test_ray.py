@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import long
 
 from ftdata import verify
 from ftdata.build.dataset import write_build
@@ -63,7 +62,7 @@ def failing(_, task):
     raise UsageError("code", f"task {task}", hint="none")
 
 
-@pytest.mark.parametrize("engine", ["local", long("ray")])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.long)])
 def test_errors_of_workers_are_unchanged(cluster, engine):
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(UsageError, match=r"\[code\] task \d. Fix: none"):
@@ -95,7 +94,10 @@ def cluster():
     os.environ["RAY_AUTH_MODE"] = "disabled"
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 << 20})
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False},
+    )
     made.add_node(num_cpus=2, object_store_memory=80 << 20)
     made.wait_for_nodes()
     yield made

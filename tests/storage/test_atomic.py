@@ -189,22 +189,22 @@ def test_without_records_every_build_is_repeated(unusable, data, tokenizer_dir, 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
-    """300 source files with a limit of 128 open files; each pack contains examples of many files."""
+    """400 source files with a limit of 256 open files; each pack contains examples of many files."""
     folder = tmp_path / "many"
     folder.mkdir()
-    for n in range(300):
+    for n in range(400):
         (folder / f"{n:04d}.jsonl").write_text(json.dumps({"question": f"What is {n}?", "answer": f"{n}"}) + "\n")
     script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
         "from ftdata.build.dataset import write_build\n"
         "report = write_build(sys.argv[1], sys.argv[2], sys.argv[3], template='chatml', max_length=512, packing='bfd', test_size=9)\n"
         "print(report.totals['built'])"
     )
     given = str(folder / "*.jsonl"), tokenizer_dir("tiny_bpe"), str(tmp_path / "built")
     ran = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, check=False)
-    assert ran.stdout == "300\n", ran.stderr
+    assert ran.stdout == "400\n", ran.stderr
     assert verify(tmp_path / "built") == []
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 128
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 256
     alone = tmp_path / "one.jsonl"
     alone.write_text("".join(path.read_text() for path in sorted(folder.iterdir())))
     report = write_build(
@@ -216,11 +216,11 @@ def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
         packing="bfd",
         test_size=9,
     )
-    assert report.totals["built"] == 300
+    assert report.totals["built"] == 400
     data = [next((tmp_path / name / "train").glob("*.arrow")).read_bytes() for name in ("built", "same")]
     assert data[0] == data[1]
     shutil.rmtree(folder)
-    assert len(build_sft_dataset(str(alone), tokenizer_dir("tiny_bpe"), "chatml")["train"]) == 300
+    assert len(build_sft_dataset(str(alone), tokenizer_dir("tiny_bpe"), "chatml")["train"]) == 400
 
 
 def test_folders_may_disappear_while_links_are_searched(tmp_path):

@@ -109,7 +109,7 @@ def site(tmp_path_factory):
     return folder / "reference" / "api" / "index.html"
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the site is built by a workflow of its own as well
 def test_every_public_name_is_in_the_reference(site):
     import ftdata
     import ftdata.testing

@@ -188,7 +188,7 @@ def test_killed_template_worker_is_replaced(tokenizer_dir):
 
     data = [
         {"messages": [*row["messages"][:-1], {**row["messages"][-1], "name": f"x{n}"}]}
-        for n, row in enumerate(rows("") * 40)
+        for n, row in enumerate(rows("") * 20)
     ]
     whole = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:]
     worker = process._get_worker()
