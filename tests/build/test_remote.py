@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import warm
+from cases import long
 from hub.bucket import serving
 
 from ftdata import build_sft_dataset, preview, verify
@@ -159,7 +160,7 @@ def test_concurrent_upload_of_another_build_is_refused(bucket, build, monkeypatc
     assert "ftdata-upload" not in objects("out")
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "train/./x"])
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", long("a/../../x"), "", long("."), long("train/./x")])
 def test_downloaded_files_stay_in_their_folder(bucket, tmp_path, name):
     (tmp_path / "made").mkdir()
     (tmp_path / "x").write_text("mine")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import warm
+from cases import long
 
 from ftdata.cli import output
 from ftdata.progress import ProgressUpdate
@@ -65,7 +66,7 @@ def test_interrupted_build_resumes(data, tokenizer_dir, tmp_path):
     assert "of 4 parts of the data were already built" in done.stderr
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, long(120)])
 def test_terminal_shows_phases_within_its_width(data, tokenizer_dir, tmp_path, columns):
     text = show_on_terminal(
         ["-m", "ftdata", "build", str(data), "-t", tokenizer_dir("tiny_bpe"), "-o", str(tmp_path / "out")],

@@ -112,7 +112,7 @@ def planted(chance, clean, tokenizer):
     }
 
 
-@pytest.fixture(scope="module", params=[800, *map(long, (1_500, 20_000))])
+@pytest.fixture(scope="module", params=[400, *map(long, (1_500, 20_000))])
 def large(request, tokenizer_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     tokenizer = shutil.copytree(tokenizer_dir("deepseek"), folder / "tokenizer")

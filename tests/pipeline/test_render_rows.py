@@ -51,14 +51,20 @@ def rows(draw):
     return talk if draw(st.integers(0, 9)) == 0 else data
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen", "gemma"])
+OPTIONS = [
+    {},
+    {"turns": "joint", "train_on": "completion", "train_parts": ["answer"]},
+    {"schema": "messages", "train_on": "last_assistant"},
+    {"on_missing_stop": "append_eos"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {},
-        {"turns": "joint", "train_on": "completion", "train_parts": ["answer"]},
-        {"schema": "messages", "train_on": "last_assistant"},
-        {"on_missing_stop": "append_eos"},
+        pytest.param(name, options, marks=pytest.mark.long if name == "qwen" and number in (1, 2) else ())
+        for name in ("chatml", "qwen", "gemma")
+        for number, options in enumerate(OPTIONS)
     ],
 )
 @often(150)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cases import long
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,10 +73,10 @@ ROWS = [
     "options",
     [
         {},
-        {"max_length": 40},
+        long({"max_length": 40}),
         {"max_length": 40, "overlong": "drop_turns"},
         {"turns": "split"},
-        {"reject_flags": ["trailing_messages"]},
+        long({"reject_flags": ["trailing_messages"]}),
     ],
 )
 @settings(deadline=None)
