@@ -3,6 +3,7 @@ import json
 import jinja2
 import pytest
 from hypothesis import given
+from laws import often
 from hypothesis import strategies as st
 
 from ftdata import check_template
@@ -156,6 +157,7 @@ TRICKY = [
 ]
 
 
+@often(100)
 @given(messages=conversation_strategy(max_turns=2))
 def test_attribution_does_not_change_the_text(messages):
     """The tracked rendering equals that of plain Jinja."""
