@@ -3,8 +3,8 @@ import json
 import jinja2
 import pytest
 from hypothesis import given
-from laws import often
 from hypothesis import strategies as st
+from laws import often
 
 from ftdata import check_template
 from ftdata.errors import BadRow, TemplateRefused, UsageError
