@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.mask import Policy, is_built_in_policy
-from ftdata.pipeline.plain_rows import render_plain_row, supports_plain_rows
 from ftdata.pipeline.read_rows import check_row_answers, drops_rejected_side, read_conversation
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import expand_rankings
@@ -86,10 +85,9 @@ def _render_groups(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[lis
     """Render rows in groups. The next group is read while the template worker renders the current group."""
     # A custom policy runs later: its exception must not reject the row, and it must not see rejected texts.
     policy = recipe.policy if is_built_in_policy(recipe.train_on) else None
-    plain_policy = policy if supports_plain_rows(recipe) else None
     size, pending, failure_limits = 1, list[_Group](), _FailureLimits(recipe)
     while group := _read_group(rows, size):
-        pending.append([(row, _start_row(recipe, row, plain_policy)) for row in group])
+        pending.append([_start_row(recipe, row) for row in group])
         # With long rows, only one group is in memory at a time.
         is_single = size < GROUP or len(group) < size
         while len(pending) > (not is_single):
@@ -106,16 +104,18 @@ class _StartedRow(NamedTuple):
     """A row whose rendering has started.
 
     Attributes:
+        row: the row.
         conversation: the normalized row.
         texts: the rendered texts of each side, or functions that wait for them; empty if rendering has not started.
             A row that is not a preference pair has one side.
     """
 
+    row: Row
     conversation: Conversation
     texts: Sequence[PendingTexts]
 
 
-_Group = list[tuple[Row | Reject, _StartedRow | RenderedRow | Reject]]
+_Group = list[_StartedRow | Reject]
 
 
 @dataclass
@@ -181,10 +181,10 @@ def _finish_group(
     recipe: Recipe, group: _Group, policy: Policy | None, failure_limits: _FailureLimits
 ) -> list[RowAndOutcome]:
     finished = list[RowAndOutcome]()
-    for row, started in group:
-        outcome = _finish_row(recipe, row, started, policy) if isinstance(started, _StartedRow) else started
+    for started in group:
+        outcome = started if isinstance(started, Reject) else _finish_row(recipe, started, policy)
         failure_limits.check(outcome)
-        finished.append((row, outcome))
+        finished.append((started if isinstance(started, Reject) else started.row, outcome))
     return finished
 
 
@@ -198,15 +198,10 @@ def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
     return group
 
 
-def _start_row(recipe: Recipe, row: Row | Reject, plain_policy: Policy | None) -> _StartedRow | RenderedRow | Reject:
-    """Normalize a row, and start to render it in the template worker. If it is a plain row, render it completely.
-
-    `plain_policy` is the policy of the recipe, or `None` if the recipe does not support plain rows.
-    """
+def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
+    """Normalize a row, and start to render it in the template worker."""
     if isinstance(row, Reject):
         return row
-    if plain_policy and not _is_cross_checked(row) and (plain := render_plain_row(recipe, row, plain_policy)):
-        return plain
     try:
         conversation = read_conversation(row, recipe)
         check_row_answers(conversation)
@@ -216,21 +211,18 @@ def _start_row(recipe: Recipe, row: Row | Reject, plain_policy: Policy | None) -
         return _reject_too_deep(row)
     # Rows with token ids are not rendered, and rows with template variables need another template.
     if conversation.tokens is not None or conversation.kwargs:
-        return _StartedRow(conversation, ())
+        return _StartedRow(row, conversation, ())
     options = recipe.template, recipe.turns, recipe.on_dropped_message
     texts = [submit_render(part, *options) for part in conversation.parts]
-    return _StartedRow(conversation, texts)
+    return _StartedRow(row, conversation, texts)
 
 
-def _is_cross_checked(row: Row | Reject) -> bool:
-    return row.source.row < CHECKED_FIRST or row.source.row % CHECK_INTERVAL == 0
-
-
-def _finish_row(recipe: Recipe, row: Row | Reject, started: _StartedRow, policy: Policy | None) -> RenderedRow | Reject:
+def _finish_row(recipe: Recipe, started: _StartedRow, policy: Policy | None) -> RenderedRow | Reject:
     """Wait for the rendered texts of a row, check them, and select the trained spans."""
-    conversation, pending = started
+    row, conversation, pending = started
+    cross_check = row.source.row < CHECKED_FIRST or row.source.row % CHECK_INTERVAL == 0
     try:
-        texts = _render_sides(recipe, conversation, pending, cross_check=_is_cross_checked(row))
+        texts = _render_sides(recipe, conversation, pending, cross_check=cross_check)
         return apply_policy(conversation, texts, policy)
     except BadRow as error:
         return make_reject(row, error)
@@ -262,7 +254,7 @@ def _render_sides(
     return tuple(texts)
 
 
-def _reject_too_deep(row: Row | Reject) -> Reject:
+def _reject_too_deep(row: Row) -> Reject:
     return make_reject(row, BadRow("too_deep", "the row is nested too deeply to be read"))
 
 
