@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, count_noun
 from ftdata.types import Part, Rendered, Span
 
 
@@ -40,20 +41,19 @@ def expand_images(rendered: Rendered, placeholder: str, texts: Sequence[str]) ->
             if part == placeholder:
                 count += 1
                 pieces.append((next(images, ""), span._replace(part=Part.MEDIA, generated=False)))
-            else:
+            elif part:
                 pieces.append((part, span))
     if count != len(texts):
-        problem = f"the template prints {count} image placeholders ({placeholder}) for {len(texts)} images"
+        placeholders, images_of_row = count_noun(count, "image placeholder"), count_noun(len(texts), "image")
+        problem = f"the template prints {placeholders} ({placeholder}) for {images_of_row}"
         hint = "correct the images of the row, or use the chat template of the model"
         raise BadRow("image_count", problem, hint=hint)
-    return rendered._replace(text="".join(text for text, _ in pieces), spans=_place(pieces))
+    return rendered._replace(text="".join(text for text, _ in pieces), spans=_place_spans(pieces))
 
 
-def _place(pieces: Sequence[tuple[str, Span]]) -> tuple[Span, ...]:
-    """Return the spans of consecutive pieces of text. Empty pieces that were not empty before have no span."""
-    spans, end = list[Span](), 0
-    for text, span in pieces:
-        if text or span.start == span.end:
-            spans.append(span._replace(start=end, end=end + len(text)))
-            end += len(text)
-    return tuple(spans)
+def _place_spans(pieces: Sequence[tuple[str, Span]]) -> tuple[Span, ...]:
+    """Return the spans of consecutive pieces of text."""
+    ends = [*accumulate((len(text) for text, _ in pieces), initial=0)]
+    return tuple(
+        span._replace(start=start, end=end) for (_, span), (start, end) in zip(pieces, pairwise(ends), strict=True)
+    )

@@ -28,7 +28,7 @@ _ORIENTATION = 0x0112
 """The EXIF tag for the orientation. Its values from 5 to 8 exchange the width and the height."""
 
 _EXIF_IN_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""Text that a PNG file contains if it has EXIF data. Pillow decodes a PNG file to find them."""
+"""A PNG file with EXIF data contains one of these texts. Pillow decodes the pixels of a PNG file to read EXIF data."""
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*?;base64,", re.IGNORECASE)
 

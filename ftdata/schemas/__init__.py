@@ -80,8 +80,8 @@ __all__ = [
     "schemas",
 ]
 
-_MESSAGE_COLUMNS = ((schemas.get("messages"), "messages"), (schemas.get("sharegpt"), "conversations"))
-"""Schemas whose rows are messages in one column. Compared by identity: a user can register a changed `Schema`."""
+_MESSAGE_COLUMNS = ("messages", "conversations")
+"""Columns that must contain messages in a row without a schema."""
 
 _RESERVED_VARIABLES = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "cycler", "dict", "documents",
@@ -121,7 +121,7 @@ def normalize(
     """
     try:
         data, missing = map_columns(row, columns)
-        data, found_images = take_images(data) if images else (data, NO_IMAGES)
+        data, unplaced_images = take_images(data) if images else (data, NO_IMAGES)
         if task == "preference":
             data = rename_pair_columns(data)
             # The row can also contain the messages of the chosen side, or answers without a preference.
@@ -136,8 +136,8 @@ def normalize(
             if kind.guarded:
                 check_training_fields(data, kind.guarded)
             conversation = read_pair(data) if task == "preference" else kind.convert(data)
-            if found_images is not NO_IMAGES:
-                conversation.messages, conversation.images = place_images(conversation.messages, found_images)
+            if unplaced_images is not NO_IMAGES:
+                conversation.messages, conversation.images = place_images(conversation.messages, unplaced_images)
         except BadRow as error:
             raise _choose_error(error, missing, data, task) from None
     except BadRow as error:
@@ -186,7 +186,6 @@ class RowKind:
         convert: converts a row to a conversation.
         unread: notes for the report on the columns that the schema does not read.
         chats: columns that the schema reads and that can contain messages.
-        chat: the column that contains all messages, if no other column contributes to the conversation.
         guarded: columns that the schema does not read, but whose values could affect the mask
             (`check_training_fields`).
     """
@@ -195,7 +194,6 @@ class RowKind:
     convert: Convert
     unread: frozenset[str]
     chats: tuple[str, ...]
-    chat: str | None = None
     guarded: tuple[str, ...] = ()
 
 
@@ -251,14 +249,12 @@ def _make_kind(name: str, data: Mapping[str, Any]) -> RowKind:
     read = {find_column(data, column) for column in schema.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*TEXT_OR_CHAT_COLUMNS, "messages", "conversations", "conversation", *logs}
-    message_column = next((column for listed_schema, column in _MESSAGE_COLUMNS if listed_schema is schema), None)
     guarded = tuple(column for column in data if column not in read and is_guarded(str(column), data[column]))
     return RowKind(
         name,
         schema.convert if is_built_in(schema) else partial(_convert_by_user_schema, name, schema),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
-        message_column if read.intersection(data) == {message_column} else None,
         guarded,
     )
 
@@ -386,7 +382,7 @@ def _find_similar_columns(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _check_message_columns(data: Mapping[str, Any]) -> None:
     """Raise an error if a row of no known schema has a column for messages that contains another value."""
-    for _, name in _MESSAGE_COLUMNS:
+    for name in _MESSAGE_COLUMNS:
         if data.get(name) is not None and not isinstance(data[name], list):
             problem = f"is {describe_value(data[name])}, expected a list of messages"
             hint = "write a list of messages; or rename the column if it contains other text"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, count_noun
 from ftdata.types import Message, RowImage
 
 IMAGE_PART: Final[dict[str, Any]] = {"type": "image"}
@@ -27,7 +27,7 @@ _MARKER = "<image>"
 """The text that stands for an image in data for LLaVA and LLaMA-Factory."""
 
 
-class FoundImages(NamedTuple):
+class UnplacedImages(NamedTuple):
     """The images of a row before its messages are read.
 
     Attributes:
@@ -39,10 +39,10 @@ class FoundImages(NamedTuple):
     columns: tuple[RowImage, ...]
 
 
-NO_IMAGES = FoundImages((), ())
+NO_IMAGES = UnplacedImages((), ())
 
 
-def take_images(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], FoundImages]:
+def take_images(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], UnplacedImages]:
     """Separate the images of a row from the other values.
 
     Returns:
@@ -64,7 +64,7 @@ def take_images(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], FoundImages
     if not parts and not columns:
         return data, NO_IMAGES
     others = {name: value for name, value in data.items() if name not in IMAGE_COLUMNS}
-    return {**others, **chats}, FoundImages(tuple(parts), tuple(columns))
+    return {**others, **chats}, UnplacedImages(tuple(parts), tuple(columns))
 
 
 def _take_message_images(message: Any, field: str, parts: list[RowImage]) -> Any:
@@ -103,7 +103,9 @@ def _read_value(part: Mapping[str, Any], key: str | None) -> Any:
     return value
 
 
-def place_images(messages: Sequence[Message], found: FoundImages) -> tuple[tuple[Message, ...], tuple[RowImage, ...]]:
+def place_images(
+    messages: Sequence[Message], images: UnplacedImages
+) -> tuple[tuple[Message, ...], tuple[RowImage, ...]]:
     """Add the images in the columns of a row to its messages.
 
     The columns contain the images of the image parts that have no image. Without image parts, they contain the images
@@ -116,28 +118,30 @@ def place_images(messages: Sequence[Message], found: FoundImages) -> tuple[tuple
     Raises:
         BadRow: `image_count`, if the number of images differs from the number of image parts or markers.
     """
-    if found.parts:
-        empty = sum(image.value is None for image in found.parts)
-        _check_count(len(found.columns), empty, "image parts without an image")
-        columns = iter(found.columns)
-        return tuple(messages), tuple(next(columns) if image.value is None else image for image in found.parts)
+    if images.parts:
+        empty = sum(image.value is None for image in images.parts)
+        _check_count(len(images.columns), empty, "empty image part")
+        columns = iter(images.columns)
+        return tuple(messages), tuple(next(columns) if image.value is None else image for image in images.parts)
     markers = sum(text.count(_MARKER) for message in messages for text in _user_texts(message))
     if markers:
-        _check_count(len(found.columns), markers, f"{_MARKER} markers in its user messages")
-        return tuple(map(_split_markers, messages)), found.columns
+        _check_count(len(images.columns), markers, f"{_MARKER} marker")
+        return tuple(map(_split_markers, messages)), images.columns
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
-        problem = f"the row has {len(found.columns)} images, but no user message that can contain them"
-        raise BadRow("image_count", problem, field=found.columns[0].field, hint="add a user message, or remove the row")
+        problem = f"the row has {count_noun(len(images.columns), 'image')}, but no user message that can contain images"
+        raise BadRow(
+            "image_count", problem, field=images.columns[0].field, hint="add a user message, or remove the row"
+        )
     content = messages[first]["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    message = cast("Message", {**messages[first], "content": [IMAGE_PART] * len(found.columns) + parts})
-    return (*messages[:first], message, *messages[first + 1 :]), found.columns
+    message = cast("Message", {**messages[first], "content": [IMAGE_PART] * len(images.columns) + parts})
+    return (*messages[:first], message, *messages[first + 1 :]), images.columns
 
 
 def _check_count(images: int, places: int, kind: str) -> None:
     if images != places:
-        problem = f"the row has {images} images in its columns, and {places} {kind}"
+        problem = f"the row has {count_noun(images, 'image')} in its columns, and {count_noun(places, kind)}"
         hint = "give each image one place in the messages, or remove the row"
         raise BadRow("image_count", problem, field=IMAGE_COLUMNS[0], hint=hint)
 

@@ -48,5 +48,5 @@ def test_only_placeholders_of_the_template_are_replaced(pieces):
 @pytest.mark.parametrize("images", [[], ["one"], ["one", "two", "three"]])
 def test_other_number_of_placeholders_is_rejected(images):
     rendered = rendered_from([(PLACEHOLDER * 2, Part.SCAFFOLD, False), (PLACEHOLDER, Part.CONTENT, False)])
-    with pytest.raises(BadRow, match=rf"prints 2 image placeholders .* for {len(images)} images"):
+    with pytest.raises(BadRow, match=rf"prints 2 image placeholders .* for {len(images)} image"):
         expand_images(rendered, PLACEHOLDER, images)

@@ -93,10 +93,10 @@ def test_row_without_images_is_unchanged():
 
 
 @pytest.mark.parametrize(("data", "problem"), [
-    ({"messages": [user(IMAGE, text("a")), ANSWER]}, "0 images in its columns, and 1 image parts"),
-    ({"messages": [user(IMAGE, text("a")), ANSWER], "images": ["1", "2"]}, "2 images in its columns, and 1 image parts"),
-    ({"messages": [user({"type": "image", "image": "a"}), ANSWER], "image": "b"}, "1 images .* 0 image parts"),
-    ({"messages": [{"role": "user", "content": "<image><image>?"}, ANSWER], "image": "a"}, "1 images .* 2 <image> markers"),
+    ({"messages": [user(IMAGE, text("a")), ANSWER]}, "0 images in its columns, and 1 empty image part"),
+    ({"messages": [user(IMAGE, text("a")), ANSWER], "images": ["1", "2"]}, "2 images in its columns, and 1 empty image part"),
+    ({"messages": [user({"type": "image", "image": "a"}), ANSWER], "image": "b"}, "1 image in .* 0 empty image parts"),
+    ({"messages": [{"role": "user", "content": "<image><image>?"}, ANSWER], "image": "a"}, "1 image in .* 2 <image> markers"),
     ({"text": "A cat.", "image": "a"}, "no user message"),
     ({"messages": [{"role": "system", "content": "x"}, ANSWER], "image": "a"}, "no user message"),
 ])  # fmt: skip

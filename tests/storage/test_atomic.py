@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from cases import long
 
 from ftdata import build_sft_dataset, verify
 from ftdata.build.dataset import write_build
@@ -188,11 +189,12 @@ def test_without_records_every_build_is_repeated(unusable, data, tokenizer_dir, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
-    """400 source files with a limit of 256 open files; each pack contains examples of many files."""
+@pytest.mark.parametrize("count", [400, long(1200)])
+def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path, count):
+    """Source files with a limit of 256 open files; each pack contains examples of many files."""
     folder = tmp_path / "many"
     folder.mkdir()
-    for n in range(400):
+    for n in range(count):
         (folder / f"{n:04d}.jsonl").write_text(json.dumps({"question": f"What is {n}?", "answer": f"{n}"}) + "\n")
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
@@ -202,7 +204,7 @@ def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
     )
     given = str(folder / "*.jsonl"), tokenizer_dir("tiny_bpe"), str(tmp_path / "built")
     ran = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, check=False)
-    assert ran.stdout == "400\n", ran.stderr
+    assert ran.stdout == f"{count}\n", ran.stderr
     assert verify(tmp_path / "built") == []
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 256
     alone = tmp_path / "one.jsonl"
@@ -216,11 +218,11 @@ def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
         packing="bfd",
         test_size=9,
     )
-    assert report.totals["built"] == 400
+    assert report.totals["built"] == count
     data = [next((tmp_path / name / "train").glob("*.arrow")).read_bytes() for name in ("built", "same")]
     assert data[0] == data[1]
     shutil.rmtree(folder)
-    assert len(build_sft_dataset(str(alone), tokenizer_dir("tiny_bpe"), "chatml")["train"]) == 400
+    assert len(build_sft_dataset(str(alone), tokenizer_dir("tiny_bpe"), "chatml")["train"]) == count
 
 
 def test_folders_may_disappear_while_links_are_searched(tmp_path):
