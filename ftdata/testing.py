@@ -35,7 +35,7 @@ from ftdata.errors import BadRow, check_choice
 from ftdata.pipeline.examples import encode
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.schemas.answer_text import has_answer
-from ftdata.types import IGNORE_INDEX, Example, Message, Part
+from ftdata.types import IGNORE_INDEX, Example, Message
 
 __all__ = [
     "byte_tokenizer",
@@ -202,7 +202,7 @@ def check_control_tokens(example: Example, control: ArrayLike) -> None:
     """
     scaffold = np.ones(len(example.text) + 1, dtype=np.bool_)
     for span in example.spans:
-        if span.part is not Part.SCAFFOLD:
+        if span.part.is_data:
             scaffold[span.start : span.end] = False
     for position in np.flatnonzero(np.isin(example.input_ids, np.asarray(control))):
         start, end = example.offsets[position]

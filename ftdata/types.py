@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import cached_property
 from html import escape
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NotRequired, Required, TypedDict, overload
 
 from ftdata.errors import escape_line_breaks
 
@@ -140,6 +140,33 @@ class RowTokens:
     trained: NDArray[np.bool_]
 
 
+class ImageReference(NamedTuple):
+    """An image of a row.
+
+    Attributes:
+        path: the path of the file with its bytes; empty if the row contains the bytes. In a build, relative paths begin
+            in the folder of the build.
+        start: index of its first byte in the file.
+        size: number of its bytes.
+        hash: SHA-256 of its bytes, 64 hexadecimal digits.
+        width, height: its size in pixels, after it is rotated as its EXIF data says.
+        content: its bytes if the row contains them, until they are written to a file.
+    """
+
+    path: str
+    start: int
+    size: int
+    hash: str
+    width: int
+    height: int
+    content: bytes | None = None
+
+
+IMAGE_PART: Final[dict[str, Any]] = {"type": "image"}
+"""The part of a message that represents an image. The reader of messages accepts only this object, so that each image
+part belongs to an image of the row."""
+
+
 class RowImage(NamedTuple):
     """An image of a row, as the row contains it.
 
@@ -222,6 +249,11 @@ class Part(StrEnum):
     MEDIA = "media"
     """The tokens that stand for an image."""
 
+    @property
+    def is_data(self) -> bool:
+        """Whether the text comes from the row, not from the template or from the image processor."""
+        return self not in (Part.SCAFFOLD, Part.MEDIA)
+
 
 class Span(NamedTuple):
     """A half-open range `[start, end)` of characters in the rendered text.
@@ -263,7 +295,14 @@ class SpanKinds:
         """A mask that is true for spans of data and false for template text (bool `[spans]`)."""
         import numpy as np
 
-        return np.fromiter((part is not Part.SCAFFOLD for part in self.parts), np.bool_)
+        return np.fromiter((part.is_data for part in self.parts), np.bool_)
+
+    @cached_property
+    def is_media(self) -> NDArray[np.bool_]:
+        """A mask that is true for the tokens of images (bool `[spans]`)."""
+        import numpy as np
+
+        return np.fromiter((part is Part.MEDIA for part in self.parts), np.bool_)
 
     @cached_property
     def turns(self) -> tuple[int, ...]:
@@ -342,6 +381,7 @@ class Rendered(NamedTuple):
             templates and plain text.
         keep_control: whether control tokens in the text are intended, regardless of the `control_tokens` option; for
             text that was formatted before it was read.
+        images: the images of the text, in the order of its spans with the part `Part.MEDIA`.
     """
 
     text: str
@@ -350,6 +390,7 @@ class Rendered(NamedTuple):
     messages: int = 0
     add_bos: bool = False
     keep_control: bool = False
+    images: tuple[ImageReference, ...] = ()
 
 
 class RenderedRow(NamedTuple):
@@ -382,6 +423,7 @@ class Example:
         flags: properties for the report (`no_trained_stop`, `control_tokens`, ...).
         source: the origin of the row.
         cut: number of tokens that truncation removed from the end.
+        images: the images of the example, in the order of its spans with the part `Part.MEDIA`.
     """
 
     input_ids: NDArray[np.int32]
@@ -392,6 +434,7 @@ class Example:
     flags: frozenset[str]
     source: Source
     cut: int = 0
+    images: tuple[ImageReference, ...] = ()
 
     @property
     def labels(self) -> NDArray[np.int32]:

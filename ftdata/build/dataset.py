@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata._version import __version__
-from ftdata.build import cache, near_duplicates, remote, store
+from ftdata.build import cache, image_files, near_duplicates, pack_files, remote, store
 from ftdata.build.dataset_card import render_dataset_card
 from ftdata.build.executors import check_engine
 from ftdata.build.ledger import Report, report_notes
@@ -300,6 +300,8 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
     """Load a finished build as a `datasets.DatasetDict`, and attach `report` to it as an attribute."""
     import datasets
 
+    if in_memory:
+        image_files.check_in_memory(folder)
     dataset = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
     dataset.report = report
     return dataset
@@ -332,10 +334,11 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     if progress:
         progress(ProgressUpdate("write", rows, tokens))
     disk.mkdir(folder)
-    written, splits = list[store.WrittenFile](), dict[str, dict[str, Any]]()
+    written, splits = list[pack_files.WrittenFile](), dict[str, dict[str, Any]]()
     for name, members in plan.splits.items():
         splits[name], files = _write_split(folder, name, merged, members, layout, runner, recipe.task)
         written += files
+    image_files.publish_image_files(folder, merged.examples.folders)
     sources = [{"split": source.split, **source.share._asdict()} for source in merged.sources]
     options = {**request.options, "sources": sources}
     fingerprint = _fingerprint(options, merged)
@@ -418,7 +421,7 @@ def _write_split(
     layout: Layout,
     runner: TaskRunner,
     task: str,
-) -> tuple[dict[str, Any], list[store.WrittenFile]]:
+) -> tuple[dict[str, Any], list[pack_files.WrittenFile]]:
     examples = merged.examples
     lengths = examples.lengths[members]
     has_pairs, fill = task == "preference", None
@@ -430,8 +433,8 @@ def _write_split(
     else:
         plan = plan_unpacked(len(members))
     disk.mkdir(folder / name)
-    files = list(store.plan_pack_files(folder, name, examples, members, plan, has_pairs=has_pairs))
-    written = runner.run(store.write_packs, None, files)
+    files = list(pack_files.plan_pack_files(folder, name, examples, members, plan, has_pairs=has_pairs))
+    written = runner.run(pack_files.write_packs, None, files)
     store.write_split(folder, name, examples, members, plan, [file.path for file in written])
     trained = examples.column("trained")[members]
     sources = np.asarray(merged.source_numbers)[examples.shard[members]]

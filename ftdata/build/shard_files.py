@@ -4,6 +4,7 @@
     SHARD/trained.b8        one byte per token: 1 if it is trained, else 0
     SHARD/examples.arrow    table of the examples
     SHARD/rejects.jsonl     rejected rows
+    SHARD/images.bin        bytes of images that the rows contain, if there are any
     SHARD/minhashes.u32     MinHash signatures of the examples, for near-duplicates
 
 Rows and lines are counted from the beginning of the shard's part of the file.
@@ -16,6 +17,7 @@ import json
 import mmap
 import os
 import secrets
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ftdata.build.image_files import IMAGE_LISTS, ImageWriter, image_lists
 from ftdata.pipeline.batch import Batch
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import disk
@@ -57,6 +60,7 @@ _EXAMPLES = pa.schema(
         ("content", pa.binary(24)),
         ("group_hash", pa.binary(16)),
         *((name, pa.float32()) for name in FEEDBACK),
+        ("images", IMAGE_LISTS),
     ]
 )
 
@@ -80,14 +84,22 @@ def write_shard(
         )
         table = stack.enter_context(pa.ipc.new_file(examples, _EXAMPLES))
         minhashes = stack.enter_context(disk.create(folder / "minhashes.u32")) if minhash else None
+        images = ImageWriter(folder, stack)
         for batch in batches:
             ids.write(batch.tokens.ids.data)
             trained.write(batch.trained.data)
             rejects.write(b"".join(map(_encode_reject, batch.rejects)))
             if batch.counts:
-                table.write_batch(_table_batch(batch))
+                table.write_batch(_table_batch(batch, images))
             if minhash and minhashes:
-                minhashes.write(np.repeat(minhash(batch.conversations), batch.counts, axis=0).tobytes())
+                signatures = np.repeat(minhash(batch.conversations), batch.counts, axis=0)
+                minhashes.write((signatures ^ _hash_images(batch)[:, None]).tobytes())
+
+
+def _hash_images(batch: Batch) -> NDArray[np.uint32]:
+    """Return a hash of the images of each example, 0 without images. Similar examples must have the same images."""
+    names = ["".join(image.hash for image in text.images).encode() for text in batch.texts]
+    return np.array([zlib.crc32(name) for name in names], np.uint32)
 
 
 def _encode_reject(reject: Reject) -> bytes:
@@ -115,7 +127,7 @@ def read_rejects(folder: Path, offset: FileOffset = _NO_OFFSET) -> Iterator[Reje
             yield Reject(source, code, field_path, reason, fix, raw, tuple(lengths))
 
 
-def _table_batch(batch: Batch) -> pa.RecordBatch:
+def _table_batch(batch: Batch, writer: ImageWriter) -> pa.RecordBatch:
     flags = [sorted(names) if names else () for names in batch.flags]
     # The content of an example is the hash of the tokens and labels of its whole row.
     row_hashes = batch.hash_rows()
@@ -135,6 +147,7 @@ def _table_batch(batch: Batch) -> pa.RecordBatch:
             pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(_hash_groups(batch, row_hashes)))]
         ),
         *map(float32_array, _feedback(batch)),
+        image_lists([[writer.write(image) for image in text.images] for text in batch.texts]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 

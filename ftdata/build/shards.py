@@ -83,6 +83,8 @@ class ShardResult:
         encoder: name and version of the encoder.
         key: the cache key; `None` if the shard cannot be cached.
         origin: `"built"`, `"resumed"` (finished by an interrupted build) or `"cached"`.
+        is_reusable: whether the shard depends only on what its cache key contains. Files of images can change without
+            a change of the data file.
     """
 
     task: Task
@@ -92,6 +94,7 @@ class ShardResult:
     encoder: str
     key: str | None = None
     origin: str = "built"
+    is_reusable: bool = True
 
 
 def build_shard(recipe: Recipe, task: Task, progress: ShardProgress | None = None) -> ShardResult:
@@ -105,6 +108,7 @@ def build_shard(recipe: Recipe, task: Task, progress: ShardProgress | None = Non
     status, key = _file_status(task.source), shard_key(recipe, task)
     folder = task.home / ((key or f"{task.number:06d}") + ("" if task.trusted else "-reference"))
     resumed = atomic.read_sealed(folder) if key is not None else None
+    resumed = resumed if resumed and resumed["is_reusable"] else None
     stored = resumed or (key is not None and cache.restore_entry("shards", key, folder))
     if stored:
         result = _read_result(stored, task, folder, key)
@@ -117,7 +121,8 @@ def build_shard(recipe: Recipe, task: Task, progress: ShardProgress | None = Non
         with cache.open_text_cache(_texts_key(recipe, task)) if key and disk.cache_root() else nullcontext() as texts:
             recipe.tokenizer.encoders.cache = texts
             try:
-                result = replace(_build(recipe, task, scratch, progress), folder=folder, key=key)
+                result = _build(recipe, task, scratch, progress)
+                result = replace(result, folder=folder, key=key if result.is_reusable else None)
             finally:
                 recipe.tokenizer.encoders.cache = None
         is_unchanged = status is not None and status == _file_status(task.source)
@@ -126,7 +131,7 @@ def build_shard(recipe: Recipe, task: Task, progress: ShardProgress | None = Non
             problem = "the file changed while it was read"
             raise InputRefused("file_changed", problem, where=path, hint="run the build again")
         atomic.seal_folder(scratch, _describe_result(result))
-    if key:
+    if key and result.key:
         cache.store_entry("shards", key, folder)
     return result
 
@@ -203,6 +208,7 @@ def _describe_result(result: ShardResult) -> dict[str, Any]:
         "ledger": result.ledger.as_dict(),
         "lines": result.lines,
         "encoder": result.encoder,
+        "is_reusable": result.is_reusable,
     }
 
 
@@ -233,9 +239,13 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: ShardProgress | N
     encoders.expect_input(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
     row_filter, rows = RowFilter(task.where, task.limit), _LineCounter(task.source.rows())
 
+    is_reusable = True
+
     def batches() -> Iterator[Batch]:
+        nonlocal is_reusable
         for batch in build_batches(recipe, row_filter.filter_rows(iter(rows))):
             ledger.add(batch)
+            is_reusable = is_reusable and not any(image.path for text in batch.texts for image in text.images)
             yield batch
             if progress:
                 progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last_source))
@@ -243,7 +253,7 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: ShardProgress | N
     with _rare_garbage_collection():
         write_shard(folder, batches(), minhash_signatures if task.needs_minhashes else None)
     ledger.add_filtered(row_filter.filtered, row_filter.missing_columns)
-    return ShardResult(task, folder, ledger, rows.lines, encoders.name)
+    return ShardResult(task, folder, ledger, rows.lines, encoders.name, is_reusable=is_reusable)
 
 
 @contextmanager

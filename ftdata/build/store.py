@@ -8,6 +8,9 @@
     DIR/train/data-*.arrow      input_ids, labels, seq_lengths; one row per pack (or per example)
     DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags, and the
                                     columns of `FEEDBACK` that have values
+    DIR/images/*.bin            bytes of images that the rows contain
+
+If the rows have images, the Arrow files and `provenance.parquet` have the column `images`.
 
 The folder of a split has the layout of `datasets.save_to_disk`.
 """
@@ -18,34 +21,33 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from itertools import groupby
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ftdata.build.image_files import IMAGE_LISTS, has_images, image_lists, locate_images
 from ftdata.build.pack import PackPlan
-from ftdata.build.shard_files import ExampleTable, MappedArray
+from ftdata.build.pack_files import WrittenFile
+from ftdata.build.shard_files import ExampleTable
 from ftdata.errors import InputRefused, UsageError, suggest_path
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import build_records, disk
-from ftdata.storage.arrow_arrays import bool_array, float32_array, int32_array, int64_array, list_offsets
-from ftdata.types import FEEDBACK, IGNORE_INDEX, Reject
+from ftdata.storage.arrow_arrays import int32_array, int64_array
+from ftdata.types import FEEDBACK, Reject
 
 FORMAT, _SEAL = 4, "sha256"
-_TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
-_MAX_OPEN_SHARDS = 64
-"""Maximum number of open shards. Each has two open files, and many processes can open only 256 files."""
+_ROWS_PER_GROUP = 1 << 16
 
 _BUILD_FILE = re.compile(
     r"(manifest|report|dataset_dict)\.json|rejects\.jsonl|README\.md"
     r"|[^/]+/(data-\d+\.arrow|state\.json|dataset_info\.json|provenance\.parquet)"
+    r"|images/\d+\.bin"
 )
 """Matches the relative paths of the files of a build."""
 
@@ -53,215 +55,6 @@ REFERENCE_FOLDER = "reference"
 """The folder of a build with log-probabilities of reference models, which trainings add to it."""
 
 _REJECT_KEYS = {"file", "code", "reason", "fix", "raw"}
-
-_PACKS = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("seq_lengths", pa.list_(pa.int32())),
-    ]
-)
-
-
-_PAIRS = pa.schema(
-    [
-        (name, pa.list_(pa.int32()))
-        for name in ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
-    ]
-)
-
-
-_RATINGS = {"label": pa.bool_(), "margin": pa.float32()}
-"""Name of a rating that the rows of a build have, if the data has it -> its type."""
-
-
-@dataclass(frozen=True)
-class PackFile:
-    """The plan for one Arrow file of packed sequences: which examples it contains, and in which order.
-
-    Attributes:
-        path: the path of the file.
-        shards: the folders of the shards that contain the examples.
-        shard: int32 `[examples]`, the index into `shards` of each example, in the order of the packs.
-        start: int64 `[examples]`, the index of the first token of each example in its shard.
-        lengths: int32 `[examples]`, the number of tokens of each example.
-        bounds: int64 `[packs + 1]`, the index of the first example of each pack, and the number of examples.
-        batches: the index of the first pack of each record batch, and the number of packs.
-        has_pairs: whether each pack contains the two sides of a preference pair, which are written as one row.
-        ratings: float32 `[packs]`, the label or the margin of each pack, by name.
-    """
-
-    path: Path
-    shards: Sequence[Path]
-    shard: NDArray[np.int32] = field(repr=False)
-    start: NDArray[np.int64] = field(repr=False)
-    lengths: NDArray[np.int32] = field(repr=False)
-    bounds: NDArray[np.int64] = field(repr=False)
-    batches: Sequence[int] = field(repr=False)
-    has_pairs: bool = False
-    ratings: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of the file."""
-        columns = _PAIRS if self.has_pairs else _PACKS
-        return pa.schema([*columns, *((name, _RATINGS[name]) for name in self.ratings)])
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-class WrittenFile(NamedTuple):
-    """A file of a build, with its size in bytes and its SHA-256 hash for the manifest."""
-
-    path: Path
-    bytes: int
-    sha256: str
-
-
-def plan_pack_files(
-    folder: Path,
-    split: str,
-    examples: ExampleTable,
-    members: NDArray[np.int64],
-    plan: PackPlan,
-    *,
-    has_pairs: bool = False,
-) -> Iterator[PackFile]:
-    """Yield a plan for each pack file of a split. The files can be written in any order and by any process.
-
-    Args:
-        folder: the folder of the build.
-        split: the name of the split and of its folder.
-        examples: all examples.
-        members: int64, the examples of this split; `plan` contains indices into it.
-        plan: the packs.
-        has_pairs: whether each pack is a preference pair.
-    """
-    order, bounds = members[plan.order], plan.bounds
-    ratings = examples.ratings(_RATINGS)
-    sizes = np.diff(np.concatenate(([0], np.cumsum(examples.lengths[order])))[bounds])
-    before = np.cumsum(sizes) - sizes
-    batches = np.flatnonzero(np.diff(before // _TOKENS_PER_BATCH, prepend=-1, append=-1))
-    file_of = before[batches[:-1]] // _TOKENS_PER_FILE
-    for number in range(int(file_of[-1]) + 1 if len(file_of) else 1):
-        file_batches = np.flatnonzero(file_of == number)
-        packs = batches[file_batches[0] : file_batches[-1] + 2] if len(file_batches) else np.zeros(1, np.int64)
-        file_examples = order[bounds[packs[0]] : bounds[packs[-1]]]
-        first_examples = order[bounds[packs[0] : packs[-1]]]
-        shard_numbers, shard = np.unique(examples.shard[file_examples], return_inverse=True)
-        yield PackFile(
-            folder / split / f"data-{number:05d}.arrow",
-            [examples.folders[shard_number] for shard_number in shard_numbers.tolist()],
-            shard.astype(np.int32),
-            examples.start[file_examples],
-            examples.lengths[file_examples].astype(np.int32),
-            bounds[packs[0] : packs[-1] + 1] - bounds[packs[0]],
-            (packs - packs[0]).tolist(),
-            has_pairs,
-            {name: values[first_examples] for name, values in ratings.items()},
-        )
-
-
-def write_packs(_: None, file: PackFile) -> WrittenFile:
-    """Write one pack file. The label of a trained token is its id. The label of an untrained token is -100."""
-    with disk.create(file.path) as sink, pa.ipc.new_stream(sink, file.schema) as writer:
-        for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
-            writer.write_batch(_pack_batch(file, first, last))
-    # The next build may have other shards with the same paths.
-    _open_tokens.cache_clear()
-    return WrittenFile(file.path, file.path.stat().st_size, disk.sha256_of_file(file.path))
-
-
-def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
-    bounds = file.bounds[first : last + 1]
-    batch = slice(int(bounds[0]), int(bounds[-1]))
-    lengths = file.lengths[batch]
-    ids, trained = _gather_tokens(file.shards, file.shard[batch], file.start[batch], lengths)
-    ratings = [
-        bool_array(values[first:last] != 0) if name == "label" else float32_array(values[first:last].tolist())
-        for name, values in file.ratings.items()
-    ]
-    if file.has_pairs:
-        return pa.RecordBatch.from_arrays([*_pair_columns(ids, trained, lengths), *ratings], schema=file.schema)
-    example_bounds = int32_array(bounds - bounds[0])
-    token_bounds = int32_array(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
-    columns = [
-        pa.ListArray.from_arrays(token_bounds, int32_array(ids)),
-        pa.ListArray.from_arrays(token_bounds, int32_array(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
-        pa.ListArray.from_arrays(example_bounds, int32_array(lengths)),
-    ]
-    return pa.RecordBatch.from_arrays([*columns, *ratings], schema=file.schema)
-
-
-def _pair_columns(
-    ids: NDArray[np.int32], trained: NDArray[np.bool_], lengths: NDArray[np.int32]
-) -> Iterator[pa.ListArray]:
-    """Yield the columns of preference pairs. `lengths` contains the lengths of the chosen and rejected sides in turn.
-
-    The prompt consists of the untrained tokens with which both sides begin.
-    """
-    labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
-    bounds = np.concatenate(([0], np.cumsum(lengths))).tolist()
-    columns: list[list[NDArray[np.int32]]] = [[] for _ in _PAIRS]
-    for start, middle, end in zip(bounds[:-2:2], bounds[1:-1:2], bounds[2::2], strict=True):
-        shorter = min(middle - start, end - middle)
-        differs = ids[start : start + shorter] != ids[middle : middle + shorter]
-        differs |= trained[start : start + shorter] | trained[middle : middle + shorter]
-        prompt = int(differs.argmax()) if differs.any() else shorter
-        chosen, rejected = slice(start + prompt, middle), slice(middle + prompt, end)
-        row = (ids[start : start + prompt], ids[chosen], labels[chosen], ids[rejected], labels[rejected])
-        for column, values in zip(columns, row, strict=True):
-            column.append(values)
-    for lists in columns:
-        yield pa.ListArray.from_arrays(list_offsets(map(len, lists)), int32_array(np.concatenate(lists)))
-
-
-def _gather_tokens(
-    folders: Sequence[Path], shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Read the token ids and the trained-token mask of examples from their shards, one shard after another.
-
-    Returns:
-        The ids (int32 `[tokens]`) and the mask (bool `[tokens]`), in the order of the examples.
-    """
-    runs = list(_contiguous_runs(shard, start, lengths))
-    sizes = [end - first for _, first, end in runs]
-    offsets = np.cumsum([0, *sizes]).tolist()
-    ids, trained = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.bool_)
-    by_shard = sorted(range(len(runs)), key=lambda run: runs[run][0])
-    for number, shard_runs in groupby(by_shard, key=lambda run: runs[run][0]):
-        tokens = _open_tokens(folders[number])
-        for run in shard_runs:
-            target = slice(offsets[run], offsets[run + 1])
-            ids[target], trained[target] = (
-                tokens.ids.values[slice(*runs[run][1:])],
-                tokens.trained.values[slice(*runs[run][1:])],
-            )
-        tokens.ids.release()
-        tokens.trained.release()
-    return ids, trained
-
-
-class _Tokens(NamedTuple):
-    ids: MappedArray
-    trained: MappedArray
-
-
-@lru_cache(maxsize=_MAX_OPEN_SHARDS)
-def _open_tokens(shard: Path) -> _Tokens:
-    return _Tokens(MappedArray.open(shard / "ids.i32", np.int32), MappedArray.open(shard / "trained.b8", np.bool_))
-
-
-def _contiguous_runs(
-    shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
-) -> Iterator[tuple[int, int, int]]:
-    """Join examples whose tokens are adjacent in a shard. Yield the shard and token range of each joined group."""
-    end = start + lengths
-    is_boundary = np.ones(len(shard) + 1, dtype=np.bool_)
-    is_boundary[1:-1] = (shard[1:] != shard[:-1]) | (start[1:] != end[:-1])
-    bounds = np.flatnonzero(is_boundary)
-    yield from zip(shard[bounds[:-1]].tolist(), start[bounds[:-1]].tolist(), end[bounds[1:] - 1].tolist(), strict=True)
 
 
 def write_split(
@@ -272,17 +65,23 @@ def write_split(
     write_dataset_files(target, [file.name for file in files])
     order = members[plan.order]
     unrated = [name for name in FEEDBACK if examples.table[name].null_count == len(examples.table)]
-    table = examples.table.drop_columns(["content", "group_hash", *unrated])
+    table = examples.table.drop_columns(["content", "group_hash", *unrated, "images"])
+    images = examples.table["images"] if has_images(examples.table["images"]) else None
     packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(plan.bounds))
     # `Table.take` imports modules that take longer to load than a small build.
     is_identity = np.array_equal(order, np.arange(len(table)))
     schema = table.schema.append(pa.field("pack", pa.int32()))
+    schema = schema if images is None else schema.append(pa.field("images", IMAGE_LISTS))
     with disk.create(target / "provenance.parquet") as sink, pq.ParquetWriter(sink, schema) as writer:
         for start in range(0, len(order), _ROWS_PER_GROUP):
             numbers = order[start : start + _ROWS_PER_GROUP]
             rows = table.slice(start, len(numbers)) if is_identity else table.take(int64_array(numbers))
             rows = examples.add_offsets(rows, examples.shard[numbers])
-            writer.write_table(rows.append_column("pack", int32_array(packs[start : start + len(numbers)])))
+            rows = rows.append_column("pack", int32_array(packs[start : start + len(numbers)]))
+            if images is not None:
+                lists = locate_images(images, numbers, examples.shard[numbers])
+                rows = rows.append_column("images", image_lists(lists))
+            writer.write_table(rows)
 
 
 def write_dataset_files(folder: Path, names: Iterable[str]) -> None:

@@ -36,6 +36,7 @@ class ImageFamily:
         tokens: the tokens that the formula prints, with the texts that the class of the processor gives them.
         image_settings: settings of the image processor that the formula reads, with the defaults of its class.
         processor_settings: settings of the processor that the formula reads, with the defaults of its class.
+        feature: name of the token that the model replaces by a feature of the image.
     """
 
     processors: tuple[str, ...]
@@ -44,6 +45,7 @@ class ImageFamily:
     tokens: Tokens
     image_settings: Settings = field(default_factory=dict)
     processor_settings: Settings = field(default_factory=dict)
+    feature: str = "image_token"
 
 
 _MAX_RATIO = 200
@@ -233,11 +235,11 @@ def _lfm2_vl(width: int, height: int, settings: Settings, tokens: Tokens) -> str
     return tokens["image_start_token"] + text + tokens["image_end_token"]
 
 
-def _llama4(width: int, height: int, settings: Settings, tokens: Tokens) -> str:  # noqa: ARG001  (they are fixed)
+def _llama4(width: int, height: int, settings: Settings, tokens: Tokens) -> str:
     side = settings["size"]["height"]
     tiles = least_upscaling(height, width, side, settings["max_patches"], largest=settings["resize_to_max_canvas"])
     shuffled = round(1 / settings["pixel_shuffle_ratio"] ** 2)
-    features = "<|patch|>" * ((side // settings["patch_size"]) ** 2 // shuffled)
+    features = tokens["patch_token"] * ((side // settings["patch_size"]) ** 2 // shuffled)
     row = "<|tile_x_separator|>".join([features] * tiles.columns) + "<|tile_y_separator|>"
     all_tiles = row * tiles.rows if tiles.cells > 1 else ""
     return f"<|image_start|>{all_tiles}<|image|>{features}<|image_end|>"
@@ -354,6 +356,7 @@ FAMILIES = {
         {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"},
         _TILES,
         {"image_seq_length": 256},
+        feature="context_image_token",
     ),
     "aya_vision": ImageFamily(
         ("AyaVisionProcessor",),
@@ -369,6 +372,7 @@ FAMILIES = {
         },
         _TILES,
         {"patch_size": 28, "img_size": 364, "downsample_factor": 1},
+        feature="img_patch_token",
     ),
     "lfm2_vl": ImageFamily(
         ("Lfm2VlProcessor",),
@@ -397,9 +401,10 @@ FAMILIES = {
         ("Llama4Processor",),
         "image_token",
         _llama4,
-        {"image_token": "<|image|>"},
+        {"image_token": "<|image|>", "patch_token": "<|patch|>"},
         {"size": {"height": 336, "width": 336}, "max_patches": 16, "resize_to_max_canvas": False},
         {"patch_size": 14, "pixel_shuffle_ratio": 0.5},
+        feature="patch_token",
     ),
     "mllama": ImageFamily(("MllamaProcessor",), "image_token", _mllama, {"image_token": "<|image|>"}),
 }

@@ -33,6 +33,11 @@ class ImageProcessor:
         """The text that the chat template prints for each image."""
         return self.tokens[self.family.placeholder]
 
+    @property
+    def feature_token(self) -> str:
+        """The token that the model replaces by a feature of an image."""
+        return self.tokens[self.family.feature]
+
     def expand(self, width: int, height: int) -> str:
         """Return the text that replaces the placeholder of an image.
 

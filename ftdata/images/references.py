@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ftdata.errors import BadRow, MissingDependency
+from ftdata.types import ImageReference
 
 MAX_PIXELS = 100_000_000
 """Maximum number of pixels of an image. The pixels of such an image take 300 MB when they are decoded."""
@@ -33,27 +34,13 @@ _EXIF_IN_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _DATA_URI = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*?;base64,", re.IGNORECASE)
 
 
-class ImageReference(NamedTuple):
-    """An image of a row.
-
-    Attributes:
-        path: the path of its file; empty if the row contains its bytes.
-        hash: SHA-256 of its bytes, 64 hexadecimal digits.
-        width, height: its size in pixels, after it is rotated as its EXIF data says.
-    """
-
-    path: str
-    hash: str
-    width: int
-    height: int
-
-
 def read_image(value: Any, folder: Path, field: str) -> ImageReference:
     """Read an image of a row. Its header is parsed, and its pixels are not decoded.
 
     Args:
-        value: the path or `file://` URL of a file, a data URI, the bytes of an image, or an object with one of them in
-            `bytes`, `path`, `url` or `image_url`, as in the format of OpenAI and in columns of `datasets`.
+        value: the path or `file://` URL of a file, a data URI, the bytes of an image, an image of Pillow, or an object
+            with one of them in `bytes`, `path`, `url` or `image_url`, as in the format of OpenAI and in columns of
+            `datasets`.
         folder: the folder of the data file. Relative paths begin there.
         field: the path of the value in the row.
 
@@ -62,6 +49,8 @@ def read_image(value: Any, folder: Path, field: str) -> ImageReference:
         MissingDependency: `no_pillow`, if Pillow is not installed.
     """
     value = _unwrap(value)
+    if type(value).__module__.partition(".")[0] == "PIL":
+        return _read_bytes(_encode(value, field), "", field)
     if isinstance(value, bytes | bytearray | memoryview):
         return _read_bytes(bytes(value), "", field)
     if not isinstance(value, str) or not value.strip():
@@ -80,7 +69,7 @@ def read_image(value: Any, folder: Path, field: str) -> ImageReference:
         raise BadRow("image_missing", problem, field=field, hint=hint) from None
     if size > MAX_BYTES:
         raise _too_large(f"has {size:,} bytes, expected at most {MAX_BYTES:,}", field)
-    return _read_bytes(content, str(path), field)
+    return _read_bytes(content, str(path.absolute()), field)
 
 
 def _unwrap(value: Any) -> Any:
@@ -88,6 +77,19 @@ def _unwrap(value: Any) -> Any:
     while isinstance(value, Mapping):
         value = next((value[key] for key in ("bytes", "path", "url", "image_url") if value.get(key)), None)
     return value
+
+
+def _encode(image: Any, field: str) -> bytes:
+    """Return an image of Pillow as the bytes of a PNG file, which has the same pixels."""
+    buffer = io.BytesIO()
+    try:
+        # A PNG file cannot contain other modes, such as CMYK.
+        is_possible = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+        (image if is_possible else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    except (OSError, ValueError, SyntaxError) as error:
+        problem = f"the image cannot be decoded: {error}"
+        raise BadRow("image_truncated", problem, field=field, hint="replace the image, or remove the row") from None
+    return buffer.getvalue()
 
 
 def _decode_data_uri(text: str, field: str) -> bytes:
@@ -141,7 +143,8 @@ def _read_bytes(content: bytes, path: str, field: str) -> ImageReference:
     if not _is_complete(content, image_format):
         problem = f"the {image_format} image of {width} x {height} pixels is truncated: its end is missing"
         raise BadRow("image_truncated", problem, field=field, hint="replace the image, or remove the row")
-    return ImageReference(path, sha256(content).hexdigest(), width, height)
+    digest = sha256(content).hexdigest()
+    return ImageReference(path, 0, len(content), digest, width, height, None if path else content)
 
 
 def _too_large(problem: str, field: str) -> BadRow:

@@ -34,7 +34,7 @@ from ftdata.progress import Progress
 from ftdata.readers.streams import STDIN
 from ftdata.spelling import spell_options
 from ftdata.templates.worker.client import verify_template
-from ftdata.types import SIDES, Conversation, Example, Part, Reject, Source
+from ftdata.types import SIDES, Conversation, Example, Reject, Source
 
 MAX_LOCATIONS = 10
 """The number of rows that a finding lists."""
@@ -474,6 +474,6 @@ def _run_row_check(check: Check, row: CheckedRow) -> Iterator[str]:
 
 def _is_template_text(example: Example) -> NDArray[np.bool_]:
     """Return a mask of the tokens whose first character comes from the template, not from the row (bool `[n]`)."""
-    is_scaffold = np.asarray([*(span.part is Part.SCAFFOLD for span in example.spans), True])
+    is_template = np.asarray([*(not span.part.is_data for span in example.spans), True])
     span_ends = [span.end for span in example.spans]
-    return np.asarray(is_scaffold[np.searchsorted(span_ends, example.offsets[:, 0], side="right")])
+    return np.asarray(is_template[np.searchsorted(span_ends, example.offsets[:, 0], side="right")])

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, escape_unprintable
+from ftdata.inspection.image_labels import label_images
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.read_rows import check_answers, read_conversation
@@ -71,7 +72,7 @@ class Segment(NamedTuple):
     @property
     def data(self) -> bool:
         """Whether the text comes from the row rather than from the template."""
-        return self.owner.part not in ("", Part.SCAFFOLD)
+        return bool(self.owner.part) and Part(self.owner.part).is_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,7 +367,7 @@ def _view_spans(
     spans, control, trained = list[Span](), list[bool](), list[bool]()
     for span, is_trained in zip(rendered.spans, trained_spans, strict=True):
         # Text of a row never becomes a control token, even if it looks like one.
-        has_control = span.part is Part.SCAFFOLD or rendered.keep_control
+        has_control = not span.part.is_data or rendered.keep_control
         start, text = span.start, rendered.text[span.start : span.end]
         for number, piece in enumerate(pattern.split(text) if has_control else [text]):
             end = start + len(piece)
@@ -397,10 +398,13 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
     generated = np.asarray([*(span.generated for span in example.spans), False])[spans]
     text = bos_text + example.text
     text_end = int(ends[-1]) if len(ends) else len(bos_text)
-    columns = (ends, example.trained, recipe.control.is_control(example.input_ids), owner)
-    return ExampleView(
-        text[:text_end], *columns, owners, example.input_ids, example.flags, example.cut, text[text_end:], generated
-    )
+    control = recipe.control.is_control(example.input_ids)
+    shown, remainder = text[:text_end], text[text_end:]
+    if example.images:
+        control &= ~np.asarray([*(span.part is Part.MEDIA for span in example.spans), False])[spans]
+        shown, ends = label_images(example, shown, ends, len(bos_text))
+    columns = (ends, example.trained, control, owner)
+    return ExampleView(shown, *columns, owners, example.input_ids, example.flags, example.cut, remainder, generated)
 
 
 def _owners_of_spans(
@@ -434,7 +438,7 @@ def _find_dropped_texts(
     printed = [""] * len(conversation.messages)
     for rendered in texts:
         for span in rendered.spans:
-            if span.part is not Part.SCAFFOLD and 0 <= span.message < len(printed):
+            if span.part.is_data and 0 <= span.message < len(printed):
                 printed[span.message] += rendered.text[span.start : span.end]
     for number, message in enumerate(conversation.messages):
         for name, loss_flags in _LOSS_FLAGS.items():

@@ -15,8 +15,9 @@ from ftdata.inspection.pair_views import describe_difference, split_pair
 from ftdata.inspection.row_headings import describe_dropped, describe_trained_share, row_heading
 from ftdata.inspection.row_views import ExampleView, RowView, Segment, make_visible, to_single_line
 from ftdata.spelling import spell_options
+from ftdata.types import Part
 
-_TRAINED, _CONTROL, _SCAFFOLD = "bold green underline", "magenta", "dim"
+_TRAINED, _CONTROL, _SCAFFOLD, _IMAGE = "bold green underline", "magenta", "dim", "cyan"
 _ROLES = {"system": "yellow", "developer": "yellow", "user": "blue", "tool": "cyan", "assistant": "default"}
 _MAX_EXCERPT = 300
 
@@ -76,7 +77,7 @@ def style_segments(segments: Iterable[Segment], *, plain: bool) -> Text:
             is_inside = segment.trained
         style = _TRAINED if segment.trained else _ROLES.get(segment.owner.role, "default")
         if not segment.trained and not segment.data and segment.owner.part:
-            style = _SCAFFOLD
+            style = _IMAGE if segment.owner.part == Part.MEDIA else _SCAFFOLD
         if segment.control:
             # Dim text is hard to read in many themes. A control token determines the structure, so it is never dim.
             control_style = f"{style} {_CONTROL}" if segment.trained else _CONTROL

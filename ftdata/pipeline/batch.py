@@ -82,7 +82,15 @@ class Batch:
         if conversation.tokens is not None:
             text, offsets, spans = _decode_tokens(self.tokenizer, ids, trained)
         return Example(
-            ids, trained, offsets, text, spans, self.flags[number], conversation.source, int(self.cut[number])
+            ids,
+            trained,
+            offsets,
+            text,
+            spans,
+            self.flags[number],
+            conversation.source,
+            int(self.cut[number]),
+            rendered.images,
         )
 
     @cached_property
@@ -154,21 +162,32 @@ class Batch:
     def hash_rows(self) -> list[tuple[bytes, bytes]]:
         """Return for each built row a hash of its token ids (16 bytes) and a hash of its labels (8 bytes).
 
-        The second hash also covers the ratings of the row that training uses: the label and the margin.
+        The first hash also covers the images of the row. The second hash also covers the ratings of the row that
+        training uses: the label and the margin.
         """
-        hashes = zip(self._hash_ranges(self.row_bounds), self.conversations, strict=True)
+        hashes = zip(self._hash_ranges(self._example_bounds), self.conversations, strict=True)
         return [_add_ratings(row_hashes, row.parts) for row_hashes, row in hashes]
 
     def hash_examples(self) -> list[tuple[bytes, bytes]]:
         """Return the same hashes as `hash_rows` for each example."""
-        hashes = zip(self._hash_ranges(self.tokens.token_bounds), self.example_conversations, strict=True)
+        hashes = zip(self._hash_ranges(range(len(self.texts) + 1)), self.example_conversations, strict=True)
         return [_add_ratings(example_hashes, [conversation]) for example_hashes, conversation in hashes]
 
-    def _hash_ranges(self, bounds: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
+    def _hash_ranges(self, bounds: Sequence[int]) -> list[tuple[bytes, bytes]]:
+        """Hash ranges of examples. `bounds` contains the numbers of the first examples, and the number of examples."""
         ids, trained = self.tokens.ids.data, self.trained.data
-        return [
+        hashes = [
             (sha256(ids[start:end]).digest()[:16], sha256(trained[start:end]).digest()[:8])
-            for start, end in pairwise(bounds.tolist())
+            for start, end in pairwise(self.tokens.token_bounds[bounds].tolist())
+        ]
+        if not any(text.images for text in self.texts):
+            return hashes
+        images = [
+            "".join(image.hash for text in self.texts.texts[a:b] for image in text.images) for a, b in pairwise(bounds)
+        ]
+        return [
+            (sha256(tokens + names.encode()).digest()[:16] if names else tokens, mask)
+            for (tokens, mask), names in zip(hashes, images, strict=True)
         ]
 
     def select(
@@ -187,15 +206,16 @@ class Batch:
             dropped: as the attribute.
         """
         numbers = np.fromiter(chain.from_iterable(rows), np.int64)
-        lengths, cut, flags = self.lengths.copy(), self.cut.copy(), [*self.flags]
+        lengths, cut, flags, texts = self.lengths.copy(), self.cut.copy(), [*self.flags], [*self.texts]
         for number, example in changed.items():
             lengths[number], cut[number], flags[number] = len(example), example.cut, example.flags
+            texts[number] = texts[number]._replace(images=example.images)
         positions = self.tokens.token_positions(numbers, lengths[numbers])
         return replace(
             self,
             outcomes=outcomes,
             counts=[*map(len, rows)],
-            texts=RenderedBatch([self.texts[number] for number in numbers.tolist()]),
+            texts=RenderedBatch([texts[number] for number in numbers.tolist()]),
             tokens=self.tokens.select(numbers, positions, lengths[numbers]),
             trained=self.trained[positions],
             flags=[flags[number] for number in numbers.tolist()],

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, UsageError
+from ftdata.images.processor import ImageProcessor
 from ftdata.options import select_options
 from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
 from ftdata.pipeline.flags import FLAGS
@@ -29,7 +30,7 @@ from ftdata.schemas import normalize
 from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import encode_rendered
-from ftdata.types import SIDES, Conversation, Example, Message, Reject, RenderedRow, Row, RowTokens, Source
+from ftdata.types import SIDES, Conversation, Example, Message, Part, Reject, RenderedRow, Row, RowTokens, Source
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
@@ -247,10 +248,39 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
     masked = Batch(recipe.tokenizer, outcomes, counts, batch, tokens, trained, flags, cut)
     if any(row.conversation.tokens is not None for row in built):
         masked = _insert_row_tokens(masked, errors)
+    if recipe.image_processor is not None:
+        _check_image_tokens(recipe.image_processor, masked, errors)
     for number, certain in enumerate(_certainly_have_stops(masked, recipe)):
         if not certain and number not in errors and not _has_stops(masked.example(number), recipe):
             flags[number] |= {"no_trained_stop"}
     return masked, errors
+
+
+def _check_image_tokens(processor: ImageProcessor, batch: Batch, errors: dict[int, BadRow]) -> None:
+    """Check that each text contains as many image tokens as its images have. Add an error for each other text.
+
+    Raises:
+        UsageError: `image_processor`, if a row has images, but the tokenizer does not contain the token.
+    """
+    token, count = processor.feature_token, len(batch.texts)
+    expected = np.zeros(count, np.int64)
+    for number, text in enumerate(batch.texts):
+        if text.images:
+            media = (text.text[span.start : span.end] for span in text.spans if span.part is Part.MEDIA)
+            expected[number] = sum(piece.count(token) for piece in media)
+    id_ = batch.tokenizer.token_to_id(token)
+    if id_ is None and expected.any():
+        problem = f"the tokenizer {batch.tokenizer.name} does not contain the image token {token!r}"
+        raise UsageError("image_processor", problem, hint="use the tokenizer and the processor of the same model")
+    positions = np.flatnonzero(batch.tokens.ids == id_) if id_ is not None else np.empty(0, np.int64)
+    texts = np.searchsorted(batch.tokens.token_bounds, positions, side="right") - 1
+    found = np.bincount(texts, minlength=count)
+    for number in np.flatnonzero(found != expected).tolist():
+        problem = (
+            f"the tokens contain {token} {found[number]:,} times, but the images need it {expected[number]:,} times"
+        )
+        hint = "remove the image tokens from the text of the row, or set control_tokens='escape'"
+        errors.setdefault(number, BadRow("image_tokens", problem, hint=hint))
 
 
 def _insert_row_tokens(batch: Batch, errors: dict[int, BadRow]) -> Batch:
@@ -401,7 +431,7 @@ def encode(
         row = json.loads(json.dumps(row))
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("not_json", f"a value in the messages is not JSON: {error}", where="<messages>") from None
-    conversation = normalize(Row(row, Source("<messages>", 0)), "messages")
+    conversation = normalize(Row(row, Source("<messages>", 0)), "messages", images=recipe.reads_images)
     try:
         rendered = apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)
         batch, errors = _mask_rows(recipe, [rendered])

@@ -2,7 +2,7 @@
 
 A policy returns for each span whether it is trained. A token is trained if it overlaps a trained span by at least one
 character. A token without characters is never trained. The first token of a text is never trained, because there is no
-earlier token to predict it from.
+earlier token to predict it from. The tokens of images are never trained.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def trained_tokens(
 
 def _trained_ranges(batch: RenderedBatch, trained: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the starts and ends of the trained character ranges. Adjacent trained spans form one range."""
-    trained = trained & (batch.starts < batch.ends)
+    trained = trained & (batch.starts < batch.ends) & ~batch.media
     starts, ends = batch.starts[trained], batch.ends[trained]
     is_boundary = np.ones(len(starts) + 1, np.bool_)
     is_boundary[1:-1] = starts[1:] != ends[:-1]

@@ -13,14 +13,19 @@ from ftdata.schemas.training_fields import is_rejected_side
 from ftdata.types import SIDES, Conversation, Row
 
 
-def read_conversation(row: Row, options: Options) -> Conversation:
+def read_conversation(row: Row, options: Options, *, images: bool = False) -> Conversation:
     """Normalize a row according to the options.
+
+    Args:
+        row: the row.
+        options: the options.
+        images: whether to read the images of the row. Otherwise, a row with images is rejected.
 
     Raises:
         BadRow: `pair_in_sft`: the row is a preference pair, but the task is `sft` and the schema is `auto`; or as in
             `normalize`.
     """
-    conversation = normalize(row, options.schema, options.columns, options.task)
+    conversation = normalize(row, options.schema, options.columns, options.task, images=images)
     if conversation.schema == "preference" and options.schema == "auto":
         problem = "the row is a preference pair, and supervised fine-tuning would not use its rejected side"
         hint = "set task='preference' to train on pairs, or schema='preference' to train only on the chosen answers"

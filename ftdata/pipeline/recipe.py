@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import tokenizers
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice, suggest_similar
+from ftdata.images.processor import ImageProcessor, load_image_processor
 from ftdata.options import TASKS, check_choices, select_options
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, masks, resolve_policy
@@ -131,11 +132,19 @@ class Recipe(Options):
     """The options, tokenizer and template that determine how rows are converted to examples.
 
     A recipe is picklable: each worker process receives a copy.
+
+    Attributes:
+        tokenizer, template: the tokenizer and the template.
+        control: the control tokens of both.
+        image_processor: the image processor of the model; `None` if it has none, or one that is not supported.
+        image_problem: why the image processor is not supported. It is raised only for rows with images.
     """
 
     tokenizer: Tokenizer
     template: Template
     control: ControlTokens
+    image_processor: ImageProcessor | None = None
+    image_problem: UsageError | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +157,11 @@ class Recipe(Options):
     def _variants(self) -> dict[str, Recipe]:
         """A cache of copies of this recipe with other template variables. The keys are the variables as JSON."""
         return {}
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model has an image processor. Otherwise, rows with images are rejected."""
+        return self.image_processor is not None or self.image_problem is not None
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
         """Return a copy of the recipe with the template variables that a row sets. Verify its template.
@@ -185,6 +199,7 @@ class Recipe(Options):
                 "kwargs": dict(self.template.kwargs),
                 "date": self.template.date.isoformat(),
             },
+            "image_processor": self.image_processor and self.image_processor.fingerprint,
             **select_options(vars(self), "task", "rows"),
             "columns": dict(self.columns or {}),
             "train_on": policy_name(self.train_on),
@@ -254,7 +269,19 @@ def make_recipe(
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
     bound, control = _bind_template(loaded, name, source, template is not None, parse_date(date), kwargs)
     _check_variables(bound)
-    return Recipe(tokenizer=loaded, template=bound, control=control, **options)
+    processor = problem = None
+    try:
+        processor = load_image_processor(loaded.folder) if loaded.folder else None
+    except UsageError as error:
+        problem = error
+    return Recipe(
+        tokenizer=loaded,
+        template=bound,
+        control=control,
+        image_processor=processor,
+        image_problem=problem,
+        **options,
+    )
 
 
 def load_bare_template(

@@ -13,9 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
+from ftdata.images.expand import expand_images
+from ftdata.images.references import read_image
 from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.read_rows import check_row_answers, drops_rejected_side, read_conversation
 from ftdata.pipeline.recipe import Recipe
@@ -23,7 +26,7 @@ from ftdata.schemas import expand_rankings
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.templates.worker.client import PendingTexts
-from ftdata.types import SIDES, Conversation, Reject, Rendered, RenderedRow, Row, Spans
+from ftdata.types import IMAGE_PART, SIDES, Conversation, Reject, Rendered, RenderedRow, Row, Spans
 
 BATCH, MAX_BATCH_CHARACTERS = 1024, 1 << 20
 """Limits of a batch that is tokenized together: rows, and characters."""
@@ -203,7 +206,7 @@ def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
     if isinstance(row, Reject):
         return row
     try:
-        conversation = read_conversation(row, recipe)
+        conversation = read_conversation(row, recipe, images=recipe.reads_images)
         check_row_answers(conversation)
     except BadRow as error:
         return make_reject(row, error)
@@ -302,10 +305,38 @@ def render_conversation(
     _check_control_tokens(recipe, conversation, texts)
     if cross_check:
         _cross_check(recipe, conversation, texts)
+    if conversation.images:
+        texts = expand_row_images(recipe, conversation, texts)
     texts = add_row_flags(conversation, texts)
     if recipe.on_missing_stop == "append_eos":
         return tuple(append_missing_stop(text, recipe.template) for text in texts)
     return texts
+
+
+def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
+    """Read the sizes of the images of a row, and replace the placeholders in its texts by the tokens of the images.
+
+    Raises:
+        BadRow: an image cannot be read, or has no place in the texts.
+        UsageError: `image_processor`, if the image processor of the model is not supported.
+    """
+    processor = recipe.image_processor
+    if processor is None:
+        raise recipe.image_problem or AssertionError("rows without an image processor contain no images")
+    folder = Path(conversation.source.path).parent
+    references = [read_image(image.value, folder, image.field) for image in conversation.images]
+    expansions = [processor.expand(reference.width, reference.height) for reference in references]
+    images_of_message = [
+        sum(part == IMAGE_PART for part in content) if isinstance(content := message.get("content"), list) else 0
+        for message in conversation.messages
+    ]
+    expanded = list[Rendered]()
+    for text in texts:
+        # A text contains the messages of the row from the first message on. A text without messages prints no image.
+        count = sum(images_of_message[: text.messages or None])
+        new = expand_images(text, processor.placeholder, expansions[:count])
+        expanded.append(new._replace(images=tuple(references[:count])))
+    return tuple(expanded)
 
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:

@@ -6,7 +6,7 @@
 | `drop_turns` | The example ends after the last trained turn that fits completely.                 |
 | `truncate`   | The first `max_length` tokens remain; flag `answer_truncated` if an answer is cut. |
 
-Every policy rejects an example that would have no trained tokens left.
+Every policy rejects an example that would have no trained tokens left. No policy keeps a part of an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import BadRow
-from ftdata.types import Example
+from ftdata.types import Example, Part
 
 
 def truncate(example: Example, max_length: int | None, policy: str = "reject", *, keep_ending: bool = False) -> Example:
@@ -43,6 +43,7 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject", *
     if policy == "drop_turns":
         keep = _fitting_length(example, max_length)
         keep += _ending_length(example, keep, max_length) if keep_ending and keep else 0
+    keep = _end_before_image(example, keep)
     if not example.trained[:keep].any():
         raise BadRow(
             "overlong",
@@ -58,7 +59,31 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject", *
         offsets=example.offsets[:keep],
         flags=flags,
         cut=length - keep,
+        images=example.images[: _count_images(example, keep)],
     )
+
+
+def _end_before_image(example: Example, keep: int) -> int:
+    """Return the number of tokens to keep, so that the example does not end within an image.
+
+    The example then ends before the template text that precedes the image, because this text can contain the token
+    that announces an image.
+    """
+    if not example.images:
+        return keep
+    start, end = int(example.offsets[keep - 1, 1]), int(example.offsets[keep, 0])
+    spans = [*example.spans]
+    for number, span in enumerate(spans):
+        if span.part is Part.MEDIA and span.start <= start < span.end and end < span.end:
+            first = spans[number - 1] if number and spans[number - 1].part is Part.SCAFFOLD else span
+            return int(np.searchsorted(example.offsets[:, 0], first.start))
+    return keep
+
+
+def _count_images(example: Example, keep: int) -> int:
+    """Return the number of images within the first `keep` tokens."""
+    end = int(example.offsets[keep - 1, 1])
+    return sum(span.part is Part.MEDIA and span.end <= end for span in example.spans) if example.images else 0
 
 
 def _fitting_length(example: Example, max_length: int) -> int:

@@ -121,7 +121,7 @@ def normalize(
     """
     try:
         data, missing = map_columns(row, columns)
-        data, unplaced_images = take_images(data) if images else (data, NO_IMAGES)
+        data, unplaced_images = take_images(data, task) if images else (data, NO_IMAGES)
         if task == "preference":
             data = rename_pair_columns(data)
             # The row can also contain the messages of the chosen side, or answers without a preference.

@@ -26,9 +26,8 @@ from typing import Any, cast
 
 from ftdata.errors import BadRow, suggest_names
 from ftdata.schemas.answer_text import THINKING_NAMES
-from ftdata.schemas.row_images import IMAGE_PART
 from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, describe_value, is_guarded, read_flag
-from ftdata.types import Message
+from ftdata.types import IMAGE_PART, Message
 
 ROLES = {
     "system": "system",

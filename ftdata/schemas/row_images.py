@@ -7,13 +7,10 @@ messages by `IMAGE_PART`, which chat templates print as a placeholder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from ftdata.errors import BadRow, count_noun
-from ftdata.types import Message, RowImage
-
-IMAGE_PART: Final[dict[str, Any]] = {"type": "image"}
-"""The part of a message that represents an image. Only this object is accepted, so rows cannot contain it."""
+from ftdata.types import IMAGE_PART, Message, RowImage
 
 IMAGE_COLUMNS = ("images", "image")
 """Columns with the images of a row: one image, or a list of images."""
@@ -42,12 +39,15 @@ class UnplacedImages(NamedTuple):
 NO_IMAGES = UnplacedImages((), ())
 
 
-def take_images(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], UnplacedImages]:
+def take_images(data: Mapping[str, Any], task: str = "sft") -> tuple[Mapping[str, Any], UnplacedImages]:
     """Separate the images of a row from the other values.
 
     Returns:
         A copy of the row without the columns of images, in which each image part is `IMAGE_PART`; and the images. A row
         without images is returned unchanged.
+
+    Raises:
+        BadRow: `images_in_pair`, if the row is a preference pair with images.
     """
     columns = [
         RowImage(f"{name}[{number}]" if isinstance(data[name], list | tuple) else name, value)
@@ -63,6 +63,10 @@ def take_images(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], UnplacedIma
     }
     if not parts and not columns:
         return data, NO_IMAGES
+    if task == "preference":
+        problem = "the row is a preference pair with images, and pairs can contain only text"
+        hint = "remove the row, or train only on the chosen answers: task='sft', schema='preference'"
+        raise BadRow("images_in_pair", problem, hint=hint)
     others = {name: value for name, value in data.items() if name not in IMAGE_COLUMNS}
     return {**others, **chats}, UnplacedImages(tuple(parts), tuple(columns))
 

@@ -10,7 +10,7 @@ from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates.attribution.spans import TurnRegion, make_spans, pieces_of, track_value
 from ftdata.templates.render_cache import TemplateNeeded, render_cache, render_cached
 from ftdata.templates.template import Template, templates
-from ftdata.types import Conversation, Message, Part, Rendered, Span
+from ftdata.types import IMAGE_PART, Conversation, Message, Part, Rendered, Span
 
 _SPLITTABLE = frozenset({"history_drift", "unknown_stop", "overlap"})
 """Codes of errors that may occur only if all turns of a conversation are rendered in one text."""
@@ -48,22 +48,34 @@ def render_chat(
     if not template.is_chat:
         return (_render_fields(conversation, template),)
     try:
-        return _render_chat_with(conversation, template, turns, on_dropped_message)
+        return _render_or_explain(conversation, template, turns, on_dropped_message)
     except BadRow as error:
         joined = join_text_parts(conversation)
-        if error.code == "template_raises" and joined == conversation:
-            hint = error.hint or _explain_failure(conversation, error.message)
-            raise BadRow(error.code, error.message, field=error.field, hint=hint) from None
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
-        texts = _render_chat_with(joined, template, turns, on_dropped_message)
+        texts = _render_or_explain(joined, template, turns, on_dropped_message)
         return tuple(text._replace(flags=text.flags | {"content_parts_joined"}) for text in texts)
+
+
+def _render_or_explain(
+    conversation: Conversation, template: Template, turns: str, on_dropped_message: str
+) -> tuple[Rendered, ...]:
+    """Render a conversation. If the template raises an error, add a hint to the error."""
+    try:
+        return _render_chat_with(conversation, template, turns, on_dropped_message)
+    except BadRow as error:
+        if error.code != "template_raises":
+            raise
+        hint = error.hint or _explain_failure(conversation, error.message)
+        raise BadRow(error.code, error.message, field=error.field, hint=hint) from None
 
 
 def _explain_failure(conversation: Conversation, message: str) -> str:
     """Return a hint for the error of a template, with special hints for common reasons."""
     for index, one in enumerate(conversation.messages):
-        if isinstance(one.get("content"), list):
+        if isinstance(content := one.get("content"), list):
+            if IMAGE_PART in content:
+                return "use the chat template of the model, because this template may not print images"
             return f"join the text parts of message {index} to one text, because the template may accept only text"
         has_ids = any("id" in call for call in one.get("tool_calls") or ())
         if has_ids and re.search(r"\bid\b", message, re.IGNORECASE):

@@ -188,6 +188,11 @@ class RenderedBatch:
         return np.concatenate([np.empty(0, np.bool_), *[spans.kinds.is_data for spans in self.spans]])
 
     @cached_property
+    def media(self) -> NDArray[np.bool_]:
+        """For each span, whether it contains the tokens of an image (bool `[spans]`)."""
+        return np.concatenate([np.empty(0, np.bool_), *[spans.kinds.is_media for spans in self.spans]])
+
+    @cached_property
     def _edges(self) -> NDArray[np.int64]:
         return end_offsets(chain.from_iterable([spans.sizes for spans in self.spans]))
 

@@ -46,7 +46,10 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
     return _from_folder(folder, str(tokenizer))
 
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
 
 _MAX_LOADED = 8
 _loaded: OrderedDict[tuple[str, ...], Tokenizer] = OrderedDict()
@@ -61,7 +64,12 @@ _SAMPLE = (
 
 
 def _from_content(
-    name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None, json_hash: Any = None
+    name: str,
+    text: bytes,
+    special_tokens: dict[str, str],
+    chat_template: str | None,
+    json_hash: Any = None,
+    folder: Path | None = None,
 ) -> Tokenizer:
     """Create a tokenizer from the content of its files, or return a cached tokenizer with the same content.
 
@@ -75,7 +83,7 @@ def _from_content(
         if cached is not None and cached.name == name:
             _loaded[key] = cached.with_template(chat_template, special_tokens)
         else:
-            _loaded[key] = Tokenizer(name, text, special_tokens, chat_template)
+            _loaded[key] = Tokenizer(name, text, special_tokens, chat_template, folder)
             _loaded[key].__dict__["_json_hash"] = json_hash
         if len(_loaded) > _MAX_LOADED:
             _loaded.popitem(last=False)
@@ -139,14 +147,14 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
     json_hash = hashlib.sha256(text)
     cached = _find_loaded(json_hash.hexdigest())
     if cached is not None:
-        return _from_content(name, text, _special_tokens(config, cached._backend), template, json_hash)
+        return _from_content(name, text, _special_tokens(config, cached._backend), template, json_hash, folder)
     try:
         with describe_encoder_error():
             backend = tokenizers.Tokenizer.from_buffer(text)
         stripped = _strip_backend(backend)
     except TemplateRefused as error:
         raise TemplateRefused(error.code, f"{file} cannot be used: {error.message}", hint=error.hint) from None
-    loaded = _from_content(name, text, _special_tokens(config, backend), template, json_hash)
+    loaded = _from_content(name, text, _special_tokens(config, backend), template, json_hash, folder)
     # Set the cached property: loading a large vocabulary again would take most of the time of a preview.
     loaded.__dict__["_stripped_backend"] = stripped
     return loaded

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder, describe_encoder_error
-from ftdata.types import Part, Rendered
+from ftdata.types import Rendered
 
 _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """First private-use character of the placeholders for control tokens (`ControlTokens.escape`); several candidates."""
@@ -44,12 +45,14 @@ class Tokenizer:
         json: the content of `tokenizer.json`.
         special_tokens: name (`bos_token`, `eos_token`, ...) -> text, as passed to templates.
         chat_template: Jinja source, or `None`.
+        folder: the folder of its files; `None` for an object.
     """
 
     name: str
     json: bytes = field(repr=False)
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = field(default=None, repr=False)
+    folder: Path | None = field(default=None, repr=False)
 
     def with_template(self, chat_template: str | None, special_tokens: dict[str, str]) -> Tokenizer:
         """Return a copy with another chat template and special tokens, without loading the tokenizer again."""
@@ -329,7 +332,7 @@ class ControlTokens:
             The matches in template text, and the typed matches, which overlap the text of the row.
         """
         matches = list(self.pattern.finditer(rendered.text)) if self.pattern is not None else []
-        spans = [span for span in rendered.spans if span.part is not Part.SCAFFOLD]
+        spans = [span for span in rendered.spans if span.part.is_data]
         starts = np.fromiter((span.start for span in spans), np.int64, len(spans))
         ends = np.fromiter((span.end for span in spans), np.int64, len(spans))
         next_spans = np.searchsorted(ends, [match.start() for match in matches], side="right")

@@ -4,9 +4,8 @@ import json
 from importlib import import_module
 
 import pytest
-import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from vision import PROCESSORS, make_processor
 
 from ftdata.errors import BadRow, UsageError
 from ftdata.images.families import FAMILIES
@@ -19,69 +18,9 @@ SIZES = [
 TOO_LONG = [(1, 201), (402, 2), (3, 999)]
 
 
-def byte_tokenizer(names, tokens):
-    """Return a tokenizer that gives the text back if its ids are decoded."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, extra_special_tokens=names)
-    fast.add_special_tokens({"additional_special_tokens": tokens})
-    return fast
-
-
-ROWS_AND_COLUMNS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-AYA = [
-    "<|START_OF_IMG|>",
-    "<|END_OF_IMG|>",
-    "<|IMG_PATCH|>",
-    "TILE",
-    "TILE_GLOBAL",
-    *[f"TILE_{n}" for n in range(1, 13)],
-]
-GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-LLAVA_SIZES = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-LLAVA = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-PROCESSORS = {
-    "gemma3": ("Gemma3Processor", "Gemma3ImageProcessorPil", {}, {}, GEMMA, []),
-    "idefics3": ("Idefics3Processor", "Idefics3ImageProcessorPil", {}, {}, {}, ["<global-img>", *ROWS_AND_COLUMNS]),
-    "idefics3 with other sizes": (
-        "Idefics3Processor",
-        "Idefics3ImageProcessorPil",
-        {"size": {"longest_edge": 1500}, "max_image_size": {"longest_edge": 512}},
-        {"image_seq_len": 64},
-        {},
-        ["<global-img>", *ROWS_AND_COLUMNS],
-    ),
-    "idefics3 without tiles": (
-        "Idefics3Processor",
-        "Idefics3ImageProcessorPil",
-        {"do_image_splitting": False},
-        {},
-        {},
-        ["<global-img>"],
-    ),
-    "llava": ("LlavaProcessor", "LlavaImageProcessorPil", LLAVA_SIZES, LLAVA, {}, ["<image>"]),
-    "llava without a crop": (
-        "LlavaProcessor",
-        "LlavaImageProcessorPil",
-        {"do_pad": True, "do_center_crop": False, "size": {"height": 384, "width": 384}},
-        {"patch_size": 14, "vision_feature_select_strategy": "full"},
-        {},
-        ["<image>"],
-    ),
-    "llava_next": ("LlavaNextProcessor", "LlavaNextImageProcessorPil", LLAVA_SIZES, LLAVA, {}, ["<image>"]),
-    "aya_vision": ("AyaVisionProcessor", "GotOcr2ImageProcessorPil", {}, {}, {}, ["<image>", *AYA]),
-    "mllama": ("MllamaProcessor", "MllamaImageProcessorPil", {}, {}, {}, ["<|image|>", "<|python_tag|>"]),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_text_of_an_image_equals_the_text_of_the_processor(name, tmp_path):
-    processor_class, image_class, image_settings, settings, names, tokens = PROCESSORS[name]
-    image_processor = getattr(transformers, image_class)(**image_settings)
-    processor = getattr(transformers, processor_class)(image_processor, byte_tokenizer(names, tokens), **settings)
+    processor = make_processor(name)
     processor.save_pretrained(tmp_path)
     ours = load_image_processor(tmp_path)
     # Settings that change only the pixels.

@@ -141,7 +141,7 @@ def test_recorded_build_is_reused(data, tokenizer_dir, tmp_path):
 
 def test_forged_shards_are_not_reused(data, tokenizer_dir, tmp_path, monkeypatch):
     """An untrusted workspace contains a sealed shard of the same data, with another mask."""
-    from ftdata.build import store
+    from ftdata.build import pack_files
     from ftdata.storage import atomic, disk
 
     target = tmp_path / "built"
@@ -149,7 +149,7 @@ def test_forged_shards_are_not_reused(data, tokenizer_dir, tmp_path, monkeypatch
     def interrupted(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(store, "write_packs", interrupted)
+    monkeypatch.setattr(pack_files, "write_packs", interrupted)
     with pytest.raises(StorageError):
         write_build(data, tokenizer_dir("tiny_bpe"), target, template="chatml")
     monkeypatch.undo()

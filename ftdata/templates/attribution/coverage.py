@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ftdata.errors import BadRow
 from ftdata.templates.attribution.agreement import common_prefix_length
 from ftdata.templates.attribution.spans import TextPiece, find_thinking_tags, override_part
-from ftdata.types import Part
+from ftdata.types import IMAGE_PART, Part
 
 Rerender = Callable[[int, dict[str, Any]], str | None]
 """(index of a message, changed message) -> the rendered conversation, or `None` if the template rejects it."""
@@ -200,9 +200,11 @@ def _is_lost(message: Mapping[str, Any], part: Part, printed: str, text: str) ->
 
 
 def _is_object(content: Any) -> bool:
-    """Return whether `content` is a JSON object or list, such as a tool result, but not a list of text parts."""
+    """Return whether `content` is a JSON object or list, such as a tool result, but not a list of parts."""
     parts = content if isinstance(content, list) else ()
-    return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
+    return isinstance(content, Mapping) or not all(
+        isinstance(part.get("text"), str) or part == IMAGE_PART for part in parts
+    )
 
 
 def _check_object(rendered: _RenderedMessage) -> None:

@@ -1,0 +1,293 @@
+"""Rows with images: the ids equal the ids of the model's processor, no image token is trained, and nothing is lost."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from vision import CHAT_TOKENS, PROCESSORS, QWEN_TOKENS, byte_tokenizer, save_image, save_processor, save_qwen
+
+from ftdata import build_preference_dataset, build_sft_dataset, encode, preview
+from ftdata.build.dataset import load_build, write_build
+from ftdata.errors import BadRow, BadRows, InputRefused, UsageError
+from ftdata.testing import check_masking_rules
+from ftdata.types import Part
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return save_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+IDS = byte_tokenizer({}, [*CHAT_TOKENS, *QWEN_TOKENS]).get_added_vocab()
+PAD = IDS["<|image_pad|>"]
+
+
+def image(path, **others):
+    return {"type": "image", "image": str(path), **others}
+
+
+def text(content):
+    return {"type": "text", "text": content}
+
+
+def chat(*content, answer="A red square."):
+    return [{"role": "user", "content": list(content)}, {"role": "assistant", "content": [text(answer)]}]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_ids_equal_those_of_the_processor(name, tmp_path):
+    processor = save_processor(name, tmp_path / "model")
+    paths = [save_image(tmp_path / f"{n}.png", size) for n, size in enumerate([(300, 200), (64, 640), (31, 29)])]
+    chats = [
+        chat(text("What?")),
+        chat(image(paths[0]), text("What?")),
+        chat(text("First "), image(paths[1]), text(" then "), image(paths[2]), text("?\n")),
+        [*chat(image(paths[2]), text("One")), *chat(image(paths[0]), image(paths[1]), text("Two"), answer="No.")],
+    ]
+    for messages in chats:
+        used = [Image.open(part["image"]) for one in messages for part in one["content"] if part["type"] == "image"]
+        rendered = processor.apply_chat_template(messages, tokenize=False)
+        settings = {"images_kwargs": {"do_rescale": False, "do_normalize": False}, "add_special_tokens": False}
+        expected = processor(text=rendered, images=[used] if used else None, **settings)["input_ids"]
+        (example,) = encode(messages, tmp_path / "model")
+        assert example.input_ids.tolist() == list(np.asarray(expected[0]))
+        assert len(example.images) == len(used)
+        check_masking_rules(example, messages)
+        answers = [example.text[span.start : span.end] for span in example.spans if span.generated]
+        assert [part["text"] in "".join(answers) for part in (messages[1]["content"][0], messages[-1]["content"][0])]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all", lambda rendered, _: [True] * len(rendered.spans)])
+def test_tokens_of_images_are_never_trained(train_on, qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (200, 100))
+    (example,) = encode(chat(image(path), text("What?")), qwen, train_on=train_on)
+    media = [span for span in example.spans if span.part is Part.MEDIA]
+    assert [example.text[span.start : span.end] for span in media] == ["<|image_pad|>" * 28]
+    inside = (example.offsets[:, 0] >= media[0].start) & (example.offsets[:, 1] <= media[0].end)
+    assert inside.sum() == 28
+    assert not example.trained[inside].any()
+    assert example.trained.sum() > 10
+
+
+@pytest.mark.parametrize("control_tokens", ["escape", "refuse", "allow"])
+def test_typed_placeholder_is_text(control_tokens, qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (64, 64))
+    messages = chat(image(path), text("What is <|image_pad|>?"))
+    if control_tokens == "escape":
+        (example,) = encode(messages, qwen)
+        assert "control_tokens" in example.flags
+        assert np.sum(example.input_ids == PAD) == 4
+        return
+    with pytest.raises(BadRow) as error:
+        encode(messages, qwen, control_tokens=control_tokens)
+    assert error.value.code == {"refuse": "control_tokens", "allow": "image_tokens"}[control_tokens]
+
+
+def test_image_tokens_without_an_image_are_rejected(qwen):
+    with pytest.raises(BadRow) as error:
+        encode([{"role": "user", "content": "<|image_pad|>"}, {"role": "assistant", "content": "No."}], qwen,
+               control_tokens="allow")  # fmt: skip
+    assert error.value.code == "image_tokens"
+
+
+def png(size=(64, 64), color="red", kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def spellings(path):
+    """Yield rows with the same image and the same messages, in different spellings."""
+    uri = "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+    answer = {"role": "assistant", "content": "Red."}
+    question = text("What?")
+    yield {"messages": [{"role": "user", "content": [{"type": "image"}, question]}, answer], "images": [path]}
+    yield {"messages": [{"role": "user", "content": [image(path), question]}, answer]}
+    yield {"messages": [{"role": "user", "content": [image(Path(path).name), question]}, answer]}
+    yield {"messages": [{"role": "user", "content": [image(f"file://{path}"), question]}, answer]}
+    url = {"type": "image_url", "image_url": {"url": uri}}
+    yield {"messages": [{"role": "user", "content": [url, question]}, answer]}
+    yield {"messages": [{"role": "user", "content": "<image>What?"}, answer], "images": [path]}
+    yield {"messages": [{"role": "user", "content": "What?"}, answer], "image": path}
+    yield {
+        "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}],
+        "image": path,
+    }
+    yield {
+        "prompt": [{"role": "user", "content": [{"type": "image"}, question]}],
+        "completion": [answer],
+        "images": [path],
+    }
+    source = {"type": "base64", "media_type": "image/png", "data": uri.partition(",")[2]}
+    yield {"messages": [{"role": "user", "content": [{"type": "image", "source": source}, question]}, answer]}
+
+
+def test_all_spellings_give_the_same_tokens(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (200, 100))
+    rows = list(spellings(path))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build = build_sft_dataset(tmp_path / "data.jsonl", qwen, output_dir=tmp_path / "out")["train"]
+    assert len(build) == len(rows)
+    assert len({json.dumps([row["input_ids"], row["labels"]]) for row in build}) == 1
+    hashes = [[(one["hash"], one["width"], one["height"]) for one in row["images"]] for row in build]
+    assert hashes == [hashes[0]] * len(rows)
+    assert {row["images"][0]["path"] for row in build} == {path, "images/00000.bin"}
+
+
+def test_bytes_of_images_are_in_the_folder_of_the_build(qwen, tmp_path):
+    contents = [png(color="red"), png((300, 100), "blue", "JPEG"), png(color="red")]
+    messages = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]] * 3
+    cells = [{"bytes": content, "path": None} for content in contents]
+    pq.write_table(pa.table({"messages": messages, "image": cells}), tmp_path / "data.parquet")
+    in_memory = [
+        {"messages": one, "image": Image.open(io.BytesIO(content))}
+        for one, content in zip(messages, contents, strict=True)
+    ]
+    for number, data in enumerate([tmp_path / "data.parquet", in_memory]):
+        folder = tmp_path / f"build{number}"
+        write_build(data, qwen, folder)
+        assert len(list((folder / "images").iterdir())) == 1
+        for row, content in zip(load_build(folder)["train"], contents, strict=True):
+            (reference,) = row["images"]
+            stored = (folder / reference["path"]).read_bytes()[reference["start"] :][: reference["size"]]
+            left, right = (Image.open(io.BytesIO(one)).convert("RGB") for one in (stored, content))
+            assert left.tobytes() == right.tobytes()
+            assert stored == content or number
+    with pytest.raises(UsageError, match="set output_dir"):
+        build_sft_dataset(in_memory, qwen)
+
+
+def test_equal_texts_with_different_images_are_different_rows(qwen, tmp_path):
+    rows = [
+        {"messages": chat(image(save_image(tmp_path / f"{n}.png", (64, 64), color)), text("Which color is this?"))}
+        for n, color in enumerate(["red", "blue", "red"])
+    ]
+    for options in ({"dedup": True}, {"dedup": True, "near_duplicate_threshold": 0.8}):
+        build = build_sft_dataset(rows, qwen, **options)["train"]
+        assert [row["images"][0]["path"][-5:] for row in build] == ["0.png", "1.png"]
+
+
+def test_packs_have_the_images_of_their_examples(qwen, tmp_path):
+    rows = [
+        {
+            "messages": chat(
+                *[image(save_image(tmp_path / f"{n}.{k}.png", (64 + 28 * n, 64))) for k in range(n)], text("?")
+            )
+        }
+        for n in (0, 1, 2, 0, 3)
+    ]
+    build = build_sft_dataset(rows, qwen, max_length=400, packing="bfd")["train"]
+    assert len(build) < len(rows)
+    for row in build:
+        pads = sum(id_ == PAD for id_ in row["input_ids"])
+        counts = [round(one["width"] / 28) * round(one["height"] / 28) for one in row["images"]]
+        assert pads == sum(counts)
+    assert sum(len(row["images"]) for row in build) == 6
+
+
+def test_truncation_never_keeps_a_part_of_an_image(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (200, 100))
+    messages = [*chat(image(path), text("One?"), answer="1"), *chat(image(path), text("Two?"), answer="2")]
+    (whole,) = encode(messages, qwen)
+    rows = [{"messages": messages}]
+    first_answer = int(whole.trained.argmax()) + 1
+    seen = set()
+    for length in range(first_answer, len(whole)):
+        for overlong in ("truncate", "drop_turns"):
+            options = {"max_length": length, "overlong": overlong}
+            if overlong == "drop_turns" and length <= first_answer:
+                with pytest.raises(InputRefused, match="no answer fits completely"):
+                    build_sft_dataset(rows, qwen, **options)
+                continue
+            build = build_sft_dataset(rows, qwen, **options)["train"]
+            ids, images = build[0]["input_ids"], build[0]["images"]
+            assert len(ids) <= length
+            assert ids == whole.input_ids[: len(ids)].tolist()
+            assert sum(id_ == PAD for id_ in ids) == 28 * len(images)
+            # The token that announces an image is not the last token.
+            assert ids[-1] != IDS["<|vision_start|>"]
+            seen.add((overlong, len(images)))
+    assert seen == {("truncate", 1), ("truncate", 2), ("drop_turns", 1), ("drop_turns", 2)}
+
+
+def test_preview_shows_the_size_and_the_tokens_of_an_image(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (200, 100))
+    shown = str(preview([{"messages": chat(image(path), text("What?"))}], qwen))
+    assert "⟨<|vision_start|>⟩[image 200×100 → 28 tokens]⟨<|vision_end|>⟩What?" in shown
+    assert "image_pad" not in shown
+
+
+BAD_ROWS = {
+    "missing file": (chat(image("missing.png"), text("?")), {}, "image_missing"),
+    "a folder": (chat(image("."), text("?")), {}, "image_missing"),
+    "remote": (chat(image("https://example.com/a.png"), text("?")), {}, "image_remote"),
+    "empty file": (chat(image("empty.png"), text("?")), {}, "image_format"),
+    "text file": (chat(image("text.png"), text("?")), {}, "image_format"),
+    "truncated": (chat(image("cut.png"), text("?")), {}, "image_truncated"),
+    "too long": (chat(image("long.png"), text("?")), {}, "image_ratio"),
+    "number": (chat({"type": "image", "image": 3}, text("?")), {}, "image_value"),
+    "bad base64": (chat(image("data:image/png;base64,???"), text("?")), {}, "image_value"),
+    "too few images": (chat({"type": "image"}, {"type": "image"}, text("?")), {"images": ["a.png"]}, "image_count"),
+    "too many images": (chat({"type": "image"}, text("?")), {"images": ["a.png", "a.png"]}, "image_count"),
+    "images and a part with an image": (chat(image("a.png"), text("?")), {"images": ["a.png"]}, "image_count"),
+    "video": (chat({"type": "video", "video": "a.mp4"}, text("?")), {}, "content_type"),
+    "audio column": (chat(text("?")), {"audio": "a.wav"}, "media"),
+    "image in the answer": (
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": [image("a.png"), text("!")]}], {}, None,
+    ),
+    "tokens": (None, {"input_ids": [1, 2], "labels": [-100, 2], "images": ["a.png"]}, "image_count"),
+    "text": (None, {"text": "abc", "image": "a.png"}, "image_count"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_image_is_rejected_with_its_place(name, qwen, tmp_path):
+    save_image(tmp_path / "a.png", (64, 64))
+    save_image(tmp_path / "long.png", (900, 2))
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(png((500, 500))[:-20])
+    messages, columns, code = BAD_ROWS[name]
+    row = {**({"messages": messages} if messages else {}), **columns}
+    good = {"messages": chat(image("a.png"), text("Good?"))}
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (good, row)))
+    report = build_sft_dataset(tmp_path / "data.jsonl", qwen, on_bad_rows="quarantine", max_rejects=1).report
+    if code is None:
+        assert report.total("built") == 2
+        return
+    (reject,) = report.rejects
+    assert f"[{code}] {tmp_path / 'data.jsonl'}:2" in reject
+    assert "Fix:" in reject
+
+
+def test_pairs_with_images_are_rejected(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (64, 64))
+    row = {"prompt": "What?", "chosen": "This.", "rejected": "That.", "image": path}
+    with pytest.raises(BadRows, match="images_in_pair"):
+        build_preference_dataset([row], qwen)
+
+
+def test_unsupported_processor_is_refused_only_for_rows_with_images(tmp_path):
+    folder = save_qwen(tmp_path / "model", {"processor_class": "OtherVLProcessor"})
+    path = save_image(tmp_path / "a.png", (64, 64))
+    assert len(build_sft_dataset([{"messages": chat(text("What?"))}], folder)["train"]) == 1
+    with pytest.raises(UsageError, match="OtherVLProcessor .* not supported"):
+        build_sft_dataset([{"messages": chat(image(path), text("What?"))}], folder)
+
+
+def test_template_without_images_is_reported(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (64, 64))
+    row = {"messages": chat(image(path), text("What?"))}
+    silent = "{% for m in messages %}{{ m.role }}: {{ m.content if m.content is string else m.content[-1].text }}<|im_end|>{% endfor %}"
+    for template, message in (
+        ("chatml", "use the chat template of the model"),
+        (silent, "prints 0 image placeholders"),
+    ):
+        with pytest.raises(BadRows, match=message):
+            build_sft_dataset([row], qwen, template=template)
