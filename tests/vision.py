@@ -1,8 +1,10 @@
-"""Folders of vision-language models for tests: a tokenizer of single bytes, a chat template and an image processor."""
+"""Vision-language models for tests: a tokenizer of single bytes, a chat template, an image processor, tiny weights."""
 
 import json
+import random
 from pathlib import Path
 
+import torch
 import transformers
 import trl
 from PIL import Image
@@ -70,7 +72,14 @@ PROCESSORS = {
         ["<image>"],
     ),
     "llava_next": ("LlavaNextProcessor", "LlavaNextImageProcessorPil", LLAVA_SIZES, LLAVA, {}, ["<image>"]),
-    "aya_vision": ("AyaVisionProcessor", "GotOcr2ImageProcessorPil", {}, {}, {}, ["<image>", *AYA]),
+    "aya_vision": (
+        "AyaVisionProcessor",
+        "GotOcr2ImageProcessorPil",
+        {"size": {"height": 364, "width": 364}},
+        {},
+        {},
+        ["<image>", *AYA],
+    ),
     "mllama": ("MllamaProcessor", "MllamaImageProcessorPil", {}, {}, {}, ["<|image|>", "<|python_tag|>"]),
 }  # fmt: skip
 """Name -> processor, image processor, settings of both, names of tokens, and tokens. None of them needs torchvision."""
@@ -112,3 +121,106 @@ def save_image(path, size, color=(200, 30, 30)):
     """Save an image of one color, and return its path."""
     Image.new("RGB", size, color).save(path)
     return str(path)
+
+
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+_ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+
+
+def _llama(size):
+    return transformers.LlamaConfig(vocab_size=size, **_TEXT)
+
+
+def _configs(size, ids):
+    """Return the configurations of tiny models, by the name of their processor in `PROCESSORS`, and of Qwen2.5-VL."""
+    clip = transformers.CLIPVisionConfig(image_size=336, patch_size=14, **_VISION)
+    llava = {"vision_config": clip, "text_config": _llama(size), "image_token_index": ids("<image>")}
+    llava |= {"vision_feature_select_strategy": "default", "vision_feature_layer": -2}
+    qwen_vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    cohere = transformers.CohereConfig(vocab_size=size, **_TEXT)
+    gemma = transformers.Gemma3TextConfig(vocab_size=size, head_dim=16, sliding_window=64, **_TEXT)
+    siglip = transformers.SiglipVisionConfig
+    return {
+        "qwen": lambda: transformers.Qwen2_5_VLConfig(
+            text_config={"vocab_size": size, "rope_parameters": _ROPE, **_TEXT},
+            vision_config={**qwen_vision, "fullatt_block_indexes": [1], "window_size": 112},
+            image_token_id=ids("<|image_pad|>"),
+            video_token_id=ids("<|video_pad|>"),
+            vision_start_token_id=ids("<|vision_start|>"),
+            vision_end_token_id=ids("<|vision_end|>"),
+        ),
+        "llava": lambda: transformers.LlavaConfig(**llava),
+        "llava_next": lambda: transformers.LlavaNextConfig(
+            **llava, image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        ),
+        "gemma3": lambda: transformers.Gemma3Config(
+            text_config=gemma,
+            vision_config=siglip(image_size=224, patch_size=14, **_VISION),
+            mm_tokens_per_image=256,
+            image_token_index=ids("<image_soft_token>"),
+            boi_token_index=ids("<start_of_image>"),
+            eoi_token_index=ids("<end_of_image>"),
+        ),
+        "idefics3": lambda: transformers.Idefics3Config(
+            text_config=_llama(size),
+            vision_config={**_VISION, "image_size": 364, "patch_size": 14},
+            image_token_id=ids("<image>"),
+            scale_factor=2,
+        ),
+        "aya_vision": lambda: transformers.AyaVisionConfig(
+            text_config=cohere,
+            vision_config=siglip(image_size=364, patch_size=14, **_VISION),
+            image_token_index=ids("<|IMG_PATCH|>"),
+            downsample_factor=2,
+        ),
+    }
+
+
+def save_vision_model(name, folder):
+    """Save a tiny vision-language model with random weights, its tokenizer and its processor to a folder."""
+    folder = Path(folder)
+    if name == "qwen":
+        limits = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 16}
+        save_qwen(folder, {"image_processor_type": "Qwen2VLImageProcessor", **limits})
+    else:
+        save_processor(name, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = _configs(len(tokenizer), tokenizer.convert_tokens_to_ids)[name]()
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.data.normal_(std=weight.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (245, 245, 245)}
+
+
+def save_colors(folder, rows, seed=0):
+    """Save images of one color, and a file with a question about each image. Return the path of the file."""
+    generator = random.Random(seed)
+    data = []
+    for number in range(rows):
+        name = generator.choice(list(COLORS))
+        size = generator.randrange(30, 120), generator.randrange(30, 120)
+        color = tuple(min(255, max(0, value + generator.randrange(-10, 11))) for value in COLORS[name])
+        save_image(Path(folder) / f"{number}.png", size, color)
+        question = [{"type": "image"}, {"type": "text", "text": "Which color?"}]
+        answer = [{"type": "text", "text": name}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        data.append({"messages": messages, "images": [f"{number}.png"]})
+    path = Path(folder) / "colors.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return path

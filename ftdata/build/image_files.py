@@ -34,10 +34,12 @@ _FIELDS = {
     "hash": pa.string(),
     "width": pa.int32(),
     "height": pa.int32(),
+    "document": pa.int32(),
 }
 
 IMAGE_LISTS = pa.list_(pa.struct(_FIELDS))
-"""The type of a column with the images of each example, or of each packed sequence."""
+"""The type of a column with the images of each example, or of each packed sequence. `document` is the index of the
+example in the packed sequence."""
 
 
 class ImageWriter:
@@ -65,10 +67,14 @@ class ImageWriter:
 def image_lists(lists: Sequence[Sequence[ImageReference | dict[str, Any]]]) -> pa.ListArray:
     """Return a column with a list of images for each example or packed sequence."""
     offsets = list_offsets(map(len, lists))
-    images = [image if isinstance(image, dict) else image._asdict() for images in lists for image in images]
+    images = [image if isinstance(image, dict) else _describe_image(image) for images in lists for image in images]
     # `pa.array` imports pandas, which takes longer than most builds.
     values = pa.array(images, pa.struct(_FIELDS)) if images else _NO_IMAGES
     return pa.ListArray.from_arrays(offsets, values)
+
+
+def _describe_image(image: ImageReference) -> dict[str, Any]:
+    return {"document": 0, **{name: getattr(image, name) for name in _FIELDS if name != "document"}}
 
 
 _EMPTY = pa.py_buffer(bytes(8))
@@ -122,4 +128,7 @@ def check_in_memory(folder: Path) -> None:
 
 def join_lists(lists: Sequence[list[dict[str, Any]]], bounds: Sequence[int]) -> list[list[dict[str, Any]]]:
     """Return the images of each packed sequence. `bounds` contains the numbers of its first example and of the next."""
-    return [[image for images in lists[first:end] for image in images] for first, end in pairwise(bounds)]
+    return [
+        [{**image, "document": document} for document, images in enumerate(lists[first:end]) for image in images]
+        for first, end in pairwise(bounds)
+    ]

@@ -128,7 +128,7 @@ def _compare_values(name: str, stored: Any, requested: Any) -> str:
 def _identify(name: str, value: Any) -> Any:
     """Return the parts of an option that identify it: not the location of a tokenizer, and not the current date."""
     if name == "tokenizer" and isinstance(value, dict):
-        return value.get("fingerprint")
+        return value.get("fingerprint"), value.get("image_processor")
     if name == "template" and isinstance(value, dict):
         return value.get("source"), value.get("kwargs")
     return value

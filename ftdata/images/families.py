@@ -37,6 +37,7 @@ class ImageFamily:
         image_settings: settings of the image processor that the formula reads, with the defaults of its class.
         processor_settings: settings of the processor that the formula reads, with the defaults of its class.
         feature: name of the token that the model replaces by a feature of the image.
+        arguments: arguments that the processor passes to its image processor.
     """
 
     processors: tuple[str, ...]
@@ -46,6 +47,7 @@ class ImageFamily:
     image_settings: Settings = field(default_factory=dict)
     processor_settings: Settings = field(default_factory=dict)
     feature: str = "image_token"
+    arguments: Settings = field(default_factory=dict)
 
 
 _MAX_RATIO = 200
@@ -357,6 +359,7 @@ FAMILIES = {
         _TILES,
         {"image_seq_length": 256},
         feature="context_image_token",
+        arguments={"crop_to_patches": True},
     ),
     "aya_vision": ImageFamily(
         ("AyaVisionProcessor",),
@@ -373,6 +376,7 @@ FAMILIES = {
         _TILES,
         {"patch_size": 28, "img_size": 364, "downsample_factor": 1},
         feature="img_patch_token",
+        arguments={"crop_to_patches": True},
     ),
     "lfm2_vl": ImageFamily(
         ("Lfm2VlProcessor",),

@@ -191,15 +191,15 @@ class Recipe(Options):
 
     def describe(self) -> dict[str, Any]:
         """Return the options, tokenizer and template as JSON values, for the manifest and the fingerprint."""
+        processor = {"image_processor": self.image_processor.fingerprint} if self.image_processor else {}
         return {
-            "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
+            "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint, **processor},
             "template": {
                 "name": self.template.name,
                 "source": self.template.source,
                 "kwargs": dict(self.template.kwargs),
                 "date": self.template.date.isoformat(),
             },
-            "image_processor": self.image_processor and self.image_processor.fingerprint,
             **select_options(vars(self), "task", "rows"),
             "columns": dict(self.columns or {}),
             "train_on": policy_name(self.train_on),

@@ -36,6 +36,11 @@ class TrainingData:
         return has_pairs(self.splits["train"])
 
     @property
+    def has_images(self) -> bool:
+        """Whether any row has images."""
+        return any("images" in split.column_names for split in self.splits.values())
+
+    @property
     def is_packed(self) -> bool:
         """Whether any row is a packed sequence that contains several examples."""
         return not self.has_pairs and any(

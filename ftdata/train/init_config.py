@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ftdata.config import make_config
 from ftdata.errors import InputRefused, UsageError, count_noun
@@ -19,7 +18,7 @@ from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train.model import device
 from ftdata.train.model.isolation_probe import has_leaking_architecture
 from ftdata.train.model.load import load_model_config
-from ftdata.train.model.trainer_tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS, find_model_class
 from ftdata.types import SIDES
 from ftdata.yaml12 import dump_yaml
 
@@ -82,7 +81,8 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     _check_tasks(statistics, rows_task)
     model_config = load_model_config(model, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        model_class = find_model_class("sft", model_config)
+        shapes = model_class.from_config(model_config, trust_remote_code=config.trust_remote_code)
         parameters = shapes.num_parameters()
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     leaks = has_leaking_architecture(model_config, config.attn_implementation)

@@ -24,7 +24,7 @@ from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
 from ftdata.train.model.load import weights_dtype
 from ftdata.train.model.quantization import bytes_per_weight, quantization_name, skipped_modules
-from ftdata.train.model.trainer_tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS, find_model_class
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
@@ -316,7 +316,7 @@ def _make_shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
         if config.task == "reward":
             model_config = copy.deepcopy(model_config)
             model_config.num_labels = 1
-        return TRAINER_TASKS[config.task].model_class.from_config(model_config, dtype=dtype, **options)
+        return find_model_class(config.task, model_config).from_config(model_config, dtype=dtype, **options)
     except (ValueError, ImportError) as error:
         message = f"the model {config.model} cannot be created: {describe_exception(error)}"
         raise UsageError("model_setting", message) from None

@@ -7,19 +7,28 @@ documents are isolated from each other, the logits of B are the same.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM
 
+from ftdata.errors import InputRefused, describe_exception
 from ftdata.train.model.device import training_precision
+from ftdata.train.model.trainer_tasks import find_model_class
+from ftdata.train.model.vision import IMAGE_COLUMN, ImageCollator, add_image_positions
 
 LEAK = 1e-4
 """Relative change of the logits of B above which a model leaks."""
 
 _LAYERS = 4
 _MAX_LAYERS = 12
+_VISION_LAYERS = 2
+_MAX_DOCUMENTS = 3
+
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""The largest relative change of a logit that rounding errors explain, by the dtype of the model."""
 _MAX_WEIGHTS = 1_500_000_000
 
 
@@ -52,6 +61,69 @@ def measure_leak(model: Any, length: int = 20) -> float:
     return float((logits - other_logits).abs().max() / logits.abs().max().clamp_min(1e-12))
 
 
+def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Measure how much the logits of documents change if they are packed together.
+
+    Some models separate packed documents of text, but not of images: with transformers 5.24, the attention mask of
+    Gemma 3 has the images of the first document in all documents.
+
+    Args:
+        model: a vision-language model.
+        collator: makes a batch of one packed sequence.
+        rows: rows of a build with images.
+
+    Returns:
+        The largest difference between a logit in the packed sequence and the same logit of the document alone, relative
+        to the largest logit; 0 if the difference is not larger than the rounding errors of the dtype.
+
+    Raises:
+        InputRefused: `image_features`, if the model rejects the images.
+    """
+    documents = [document for row in rows for document in _split_documents(row)][:_MAX_DOCUMENTS]
+    # A document without images between documents with images.
+    first = documents[0]
+    text = [id_ for id_ in first["input_ids"] if id_ != collator.feature_id]
+    documents.insert(1, {"input_ids": text, "labels": text, "seq_lengths": [len(text)], IMAGE_COLUMN: []})
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), training_precision(model.device, model.dtype):
+            alone = torch.cat([_image_logits(model, collator([document])) for document in documents])
+            packed = _image_logits(model, collator(documents))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+        problem = f"the model rejects the images of the build: {describe_exception(error, 500)}"
+        hint = "build the data with the tokenizer and the image processor of the model"
+        raise InputRefused("image_features", problem, hint=hint) from None
+    finally:
+        model.train(was_training)
+    change = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+    return change if not change <= _ROUNDING[torch.float32 if model.dtype is torch.float32 else torch.bfloat16] else 0.0
+
+
+def _split_documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the documents of a packed sequence as rows."""
+    bounds = [0, *accumulate(row["seq_lengths"])]
+    return [
+        {
+            "input_ids": row["input_ids"][start:end],
+            "labels": row["labels"][start:end],
+            "seq_lengths": [end - start],
+            IMAGE_COLUMN: [image for image in row[IMAGE_COLUMN] if image["document"] == number],
+        }
+        for number, (start, end) in enumerate(pairwise(bounds))
+    ]
+
+
+def _image_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits[0].float()
+    return logits
+
+
 def has_leaking_architecture(config: Any, attention: str | None = None) -> bool | None:
     """Test whether packed documents attend to each other in a model architecture.
 
@@ -64,12 +136,14 @@ def has_leaking_architecture(config: Any, attention: str | None = None) -> bool 
     state = torch.get_rng_state()
     try:
         small = _small(config)
+        model_class = find_model_class("sft", small)
         with torch.device("meta"):
-            size = AutoModelForCausalLM.from_config(small, **options).num_parameters()
+            size = model_class.from_config(small, **options).num_parameters()
         if size > _MAX_WEIGHTS:
             return None
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **options)
+        model = model_class.from_config(small, dtype=torch.float32, **options)
+        add_image_positions(model)
         for weight in model.parameters():
             # With the usual small initial weights, attention is almost uniform and a leak would be hard to measure.
             if weight.dim() > 1:
@@ -95,6 +169,9 @@ def _small(config: Any) -> Any:
         text.layer_types = kinds[:layers]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, 0)
+    for name in ("num_hidden_layers", "depth"):
+        if hasattr(vision := getattr(small, "vision_config", None), name):
+            setattr(vision, name, min(getattr(vision, name), _VISION_LAYERS))
     return small
 
 

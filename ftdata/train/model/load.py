@@ -22,7 +22,8 @@ from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.model import device
 from ftdata.train.model.device import compute_dtype
 from ftdata.train.model.quantization import Quantization, quantization_config
-from ftdata.train.model.trainer_tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import find_model_class
+from ftdata.train.model.vision import add_image_positions
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -58,7 +59,7 @@ def load_model(
     trust_remote_code: bool = False,
     task: str = "sft",
 ) -> Any:
-    """Load a causal language model or a reward model from a folder or the Hub. The weights must be safetensors.
+    """Load a causal language model, a vision-language model or a reward model. The weights must be safetensors.
 
     Args:
         name: a folder or a Hub id.
@@ -73,8 +74,8 @@ def load_model(
         InputRefused: the model does not exist or is incomplete, has no safetensors, or needs remote code.
     """
     dtype = dtype or compute_dtype()
-    kind = TRAINER_TASKS[task].model_class
     model_config = load_model_config(name, trust_remote_code=trust_remote_code)
+    kind = find_model_class(task, model_config)
     quantized = quantization_config(quantization, dtype)
     if quantized is not None and quantized.llm_int8_skip_modules:
         # transformers replaces its default modules with this list. The embeddings must stay unquantized.
@@ -103,6 +104,7 @@ def load_model(
             # weights do not support training.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+    add_image_positions(model)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 
@@ -50,3 +50,20 @@ TRAINER_TASKS = {
     ),
 }
 """Task of a run -> its settings."""
+
+
+def is_vision_model(model_config: Any) -> bool:
+    """Return whether a model generates text from images and text, according to its `transformers` configuration."""
+    return hasattr(model_config, "vision_config") and type(model_config) in AutoModelForImageTextToText._model_mapping
+
+
+def find_model_class(task: str, model_config: Any) -> Any:
+    """Return the class of transformers that loads the model of a run.
+
+    Args:
+        task: the task of the run.
+        model_config: the `transformers` configuration of the model.
+    """
+    model_class = TRAINER_TASKS[task].model_class
+    is_generator = model_class is AutoModelForCausalLM
+    return AutoModelForImageTextToText if is_generator and is_vision_model(model_config) else model_class

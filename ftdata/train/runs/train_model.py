@@ -36,10 +36,11 @@ from ftdata.train.inference.prompts import encode_messages, read_documents, rebu
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_lora, make_lora_config
 from ftdata.train.model.estimate import Estimate, check_adapter, check_memory, count_split, estimate_run
-from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_leak
+from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_image_leak, measure_leak
 from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
-from ftdata.train.model.trainer_tasks import TRAINER_TASKS
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS, is_vision_model
+from ftdata.train.model.vision import IMAGE_COLUMN, freeze_vision, make_image_collator
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
 from ftdata.train.runs.preference_trainers import (
@@ -60,6 +61,10 @@ _TRAINERS: dict[str, tuple[type[RunTrainer], Callable[[int], Any] | None]] = {
     "kto": (KTORunTrainer, LabelCollator),
 }
 """Task -> trainer, and its collator, which is created from the id of the pad token; `None` for TRL's collator."""
+
+
+_PROBED_ROWS = 1000
+"""Number of rows among which the rows of the isolation probe with images are searched."""
 
 
 def train_model(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
@@ -97,6 +102,7 @@ def _train_in(
     for skipped in before.skipped if before else ():
         console.print(f"skipped {run.name}/{skipped}", style="yellow", highlight=False, markup=False)
     data = open_training_data(build or _build_data(config, run, before, console), str(config.tokenizer))
+    _check_images(config, model_config, data)
     estimate = _estimate(config, model_config, data, isolated=config.task == "sft")
     console.print(str(estimate), highlight=False, markup=False, soft_wrap=True)
     check_memory(estimate)
@@ -185,6 +191,7 @@ def estimate_training(config: Config, build: Path | None) -> tuple[Estimate, lis
             report = write_build(config.data, config.tokenizer, build, **config.build_options())
             notes += (spell_options(note) for note in report.notes if note.startswith("left out"))
         data = open_training_data(build, str(config.tokenizer))
+        _check_images(config, model_config, data)
         leaks = has_leaking_architecture(model_config, config.attn_implementation)
         leaks = leaks and config.task == "sft"
         if leaks and data.is_packed:
@@ -203,6 +210,7 @@ def make_trainer(
     *,
     isolated: bool,
     seal: checkpoints.CheckpointSeal | None = None,
+    build: Path = Path(),
 ) -> RunTrainer:
     """Create a trainer that trains on the labels of a build without changing them.
 
@@ -213,6 +221,7 @@ def make_trainer(
         isolated: whether documents of a packed sequence do not attend to each other; otherwise, rows are padded
             instead of concatenated.
         seal: the identity of the run, which is written to each checkpoint.
+        build: the folder of the build, which is needed for rows with images.
 
     Raises:
         UsageError: the trainer rejects its settings, or the tokenizer does not match the model.
@@ -231,9 +240,17 @@ def make_trainer(
     lora = make_lora_config(config, model, grows=has_new_tokens)
     kind, make_collator = _TRAINERS[config.task]
     arguments: dict[str, Any] = {"data_collator": make_collator(tokenizer.pad_token_id)} if make_collator else {}
+    if config.task == "sft" and is_vision_model(model.config):
+        folder = load_tokenizer(config.tokenizer or config.model).folder
+        arguments["data_collator"] = make_image_collator(model, tokenizer, folder, build, padding_free=isolated)
+        # This setting of TRL configures only its own collator.
+        settings.padding_free = False
+        splits = splits.rename_columns({"images": IMAGE_COLUMN}) if data.has_images else splits
     if config.task == "kto":
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         arguments["data_collator"] = LabelCollator(tokenizer.pad_token_id, positions)
+    if lora is None and is_vision_model(model.config):
+        freeze_vision(model)
     has_reference = TRAINER_TASKS[config.task].no_grad_forward_passes > 0
     if has_reference and lora is None and not settings.precompute_ref_log_probs:
         # The embeddings of new tokens are random, so the reference model must be a copy.
@@ -310,6 +327,22 @@ def _check_config(config: Config) -> Any:
     return model_config
 
 
+def _check_images(config: Config, model_config: Any, data: TrainingData) -> None:
+    """Check that the model and the task support images if the rows have images.
+
+    Raises:
+        UsageError: `no_vision_model` or `image_task`.
+    """
+    if not data.has_images:
+        return
+    if not is_vision_model(model_config):
+        problem = f"the rows have images, but the model {config.model} ({model_config.model_type}) reads only text"
+        raise UsageError("no_vision_model", problem, hint="use a vision-language model, or data without images")
+    if config.task != "sft":
+        problem = f"the rows have images, which the task {config.task} does not support"
+        raise UsageError("image_task", problem, hint="use task: sft, or data without images")
+
+
 def _resolve_config(config: Config, build: Path | None) -> Config:
     """Return a configuration with absolute paths, and with the task of the trainer: `sft`, `dpo`, `reward` or `kto`."""
     check_choice("task", config.task, TASKS)
@@ -384,10 +417,12 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     options["task"] = config.task
     model = load_model(config.model, config.quantization, **options)
     isolated = config.task != "reward" and measure_leak(model) <= LEAK
+    if isolated and data.has_images:
+        isolated = _measure_image_leak(config, model, data) <= LEAK
     if data.is_packed and not isolated:
         raise _leak_error(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
     seal = checkpoints.CheckpointSeal(data.manifest["fingerprint"], checkpoints.read_run_json(run)["setup"])
-    trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
+    trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal, build=data.folder)
     check_first_batch(trainer, padding_free=isolated and config.task == "sft")
     if not isolated and config.task == "sft":
         note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
@@ -408,6 +443,16 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     return trainer
 
 
+def _measure_image_leak(config: Config, model: Any, data: TrainingData) -> float:
+    """Measure how much the logits of documents with images change if they are packed together."""
+    tokenizer = load_trainer_tokenizer(str(config.tokenizer), trust_remote_code=config.trust_remote_code)
+    folder = load_tokenizer(config.tokenizer).folder
+    collator = make_image_collator(model, tokenizer, folder, data.folder, padding_free=True)
+    rows = data.splits["train"].rename_columns({"images": IMAGE_COLUMN})
+    numbers = [number for number, images in enumerate(rows[IMAGE_COLUMN][:_PROBED_ROWS]) if images][:2]
+    return measure_image_leak(model, collator, [rows[number] for number in numbers]) if numbers else 0.0
+
+
 def _leak_error(model: str, kind: str) -> InputRefused:
     message = f"packed documents attend to each other in the model {model} ({kind})"
     hint = "build without packing (pack: null), so that rows are padded; or set another attn_implementation"
@@ -420,7 +465,9 @@ def _make_sample_callback(
     tokenizer = load_tokenizer(config.tokenizer)
     expected: list[list[int] | None]
     if isinstance(config.samples, int):
-        held_out = read_documents(desirable_rows(data.splits["test"])) if "test" in data.splits else iter(())
+        # The prompts of rows with images would need their images.
+        has_prompts = "test" in data.splits and not data.has_images
+        held_out = read_documents(desirable_rows(data.splits["test"])) if has_prompts else iter(())
         turns = (turn for ids, labels in held_out if (turn := split_last_turn(ids, labels, stop_ids)) is not None)
         samples = [turn for _, turn in zip(range(config.samples), turns, strict=False)]
         prompts, expected = [prompt for prompt, _ in samples], [answer for _, answer in samples]

@@ -193,8 +193,8 @@ def make_trainer_config(config: Config, *, isolated: bool, packed: bool, evaluat
         "packing": False,
         "max_length": None,
         "shuffle_dataset": False,
-        # `DPOTrainer` and `RewardTrainer` would remove columns of pairs.
-        "remove_unused_columns": config.task == "sft",
+        # The trainers would remove columns of pairs and of images.
+        "remove_unused_columns": False,
         "output_dir": config.output_dir,
         "average_tokens_across_devices": True,
         # A resumed run must know for how many evaluations the metric has not improved.

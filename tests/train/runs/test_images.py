@@ -1,0 +1,212 @@
+"""Training on images: the model gets each image at its tokens, packed documents are isolated, and the model learns."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ftdata import build_sft_dataset
+from ftdata.build.dataset import load_build, write_build
+from ftdata.errors import InputRefused, UsageError
+from ftdata.types import IGNORE_INDEX
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration  # noqa: E402
+from vision import save_colors, save_image, save_processor, save_vision_model  # noqa: E402
+
+from ftdata.train import run as train  # noqa: E402
+from ftdata.train.model.isolation_probe import (  # noqa: E402
+    LEAK,
+    has_leaking_architecture,
+    measure_image_leak,
+    measure_leak,
+)
+from ftdata.train.model.load import load_model, load_model_config  # noqa: E402
+from ftdata.train.model.vision import IMAGE_COLUMN, make_image_collator  # noqa: E402
+
+FAMILIES = ["qwen", "gemma3", "idefics3", "llava", "llava_next", "aya_vision"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = save_vision_model(name, tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory):
+    return save_colors(tmp_path_factory.mktemp("colors"), 150)
+
+
+def read_rows(folder, split="train"):
+    rows = load_build(Path(folder))[split].rename_columns({"images": IMAGE_COLUMN})
+    return [rows[number] for number in range(len(rows))]
+
+
+def make_collator(model, folder, build, *, padding_free):
+    return make_image_collator(
+        model, AutoTokenizer.from_pretrained(folder), Path(folder), Path(build), padding_free=padding_free
+    )
+
+
+def compute_logits(model, batch):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.inference_mode():
+        return model(**inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_packed_and_padded_rows_equal_those_of_single_rows(name, model_folder, tmp_path):
+    folder = model_folder(name)
+    model = load_model(folder).eval()
+    sizes = [(300, 200), (64, 640), (50, 50), (31, 90)]
+    paths = [save_image(tmp_path / f"{n}.png", size, (60 * n, 200 - 40 * n, 30)) for n, size in enumerate(sizes)]
+    rows = []
+    for images in ([paths[0]], [], paths[1:3], [paths[3]]):
+        question = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": "What?"}]
+        answer = [{"type": "text", "text": f"{len(images)} images."}]
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    write_build(rows, folder, tmp_path / "build")
+    rows = read_rows(tmp_path / "build")
+    padded, packed = (make_collator(model, folder, tmp_path / "build", padding_free=free) for free in (False, True))
+    alone = [compute_logits(model, padded([row]))[0] for row in rows]
+    largest = max(float(logits.abs().max()) for logits in alone)
+    together = compute_logits(model, padded(rows))
+    for logits, row in zip(alone, together, strict=True):
+        assert float((row[: len(logits)] - logits).abs().max()) < 1e-4 * largest
+    # The probe finds out whether the documents of a packed sequence are isolated.
+    is_isolated = float((compute_logits(model, packed(rows))[0] - torch.cat(alone)).abs().max()) < 1e-4 * largest
+    assert is_isolated == (measure_image_leak(model, packed, [rows[0], rows[2]]) <= LEAK)
+    assert is_isolated or name == "gemma3"
+    assert measure_leak(model) == 0
+    # Each image matters: other pixels change the logits.
+    changed = [Image.new("RGB", sizes[0], "white")]
+    other = compute_logits(model, padded.collate([rows[0]], changed))[0]
+    assert float((other - alone[0]).abs().max()) > 1e-3 * largest
+    # With another number of features than tokens, the model raises an error.
+    with pytest.raises((InputRefused, ValueError, RuntimeError, IndexError)):
+        compute_logits(model, padded.collate([rows[2]], changed))
+
+
+def share_of_correct_answers(model, collator, rows):
+    """Return the share of the rows for which each token of the answer is the most probable next token."""
+    correct = []
+    for row in rows:
+        labels = np.asarray(row["labels"])
+        predicted = compute_logits(model, collator([row]))[0].argmax(-1).numpy()
+        trained = np.flatnonzero(labels != IGNORE_INDEX)
+        correct.append((predicted[trained - 1] == labels[trained]).all())
+    return sum(correct) / len(correct)
+
+
+SETTINGS = {"num_train_epochs": 4, "learning_rate": 0.004, "per_device_train_batch_size": 4, "seed": 1}
+
+
+def test_model_learns_the_colors_of_images(model_folder, colors, tmp_path):
+    folder, data = model_folder("qwen"), {"test_size": 30, "max_length": 300, "packing": "bfd"}
+    run = train(str(colors), model=folder, output_dir=tmp_path / "run", settings=SETTINGS, **data)
+    packs = load_build(run / "data")["train"]
+    assert max(map(len, packs["seq_lengths"])) > 1
+    write_build(save_colors(tmp_path, 40, seed=1), folder, tmp_path / "held-out")
+    rows = read_rows(tmp_path / "held-out")
+    base, tuned = (load_model(str(path)).eval() for path in (folder, run / "model"))
+    collator = make_collator(base, folder, tmp_path / "held-out", padding_free=True)
+    assert share_of_correct_answers(base, collator, rows) == 0
+    assert share_of_correct_answers(tuned, collator, rows) >= 0.95
+    # The vision tower is frozen.
+    trained = dict(tuned.named_parameters())
+    frozen = {name: weight for name, weight in base.named_parameters() if "visual" in name}
+    assert len(frozen) > 10
+    assert all(torch.equal(trained[name], weight) for name, weight in frozen.items())
+    # The saved model can be used with images.
+    assert json.loads((run / "model" / "preprocessor_config.json").read_text())["max_pixels"] == 28 * 28 * 16
+
+
+def test_adapter_is_added_to_the_language_model_only(model_folder, colors, tmp_path):
+    folder = model_folder("qwen")
+    settings = {"max_steps": 1}
+    run = train(str(colors), model=folder, output_dir=tmp_path / "run", lora={"r": 4}, settings=settings, limit=8)
+    tuned = PeftModel.from_pretrained(load_model(folder), str(run / "model"))
+    names = [name for name, _ in tuned.named_parameters() if "lora" in name]
+    assert names
+    assert all("language_model" in name for name in names)
+
+
+def test_losses_of_packed_and_unpacked_training_are_equal(model_folder, colors, tmp_path):
+    losses = []
+    for packing in ("bfd", None):
+        settings = {"max_steps": 2, "per_device_train_batch_size": 1 if packing else 30, "learning_rate": 0.001}
+        data = {"limit": 30, "max_length": 10_000, "packing": packing}
+        folder = tmp_path / f"run-{packing}"
+        train(str(colors), model=model_folder("qwen"), output_dir=folder, settings=settings, **data)
+        losses.append(json.loads((folder / "run.json").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_model_that_mixes_packed_images_is_trained_with_padding(model_folder, colors, tmp_path, capfd):
+    options = {"model": model_folder("gemma3"), "settings": {"max_steps": 1}, "limit": 6}
+    with pytest.raises(InputRefused, match=r"model_leaks.*attend to each other"):
+        train(str(colors), output_dir=tmp_path / "a", packing="bfd", max_length=700, **options)
+    train(str(colors), output_dir=tmp_path / "b", **options)
+    assert "rows are padded, not concatenated" in " ".join(capfd.readouterr().err.split())
+
+
+def test_changed_image_is_refused(model_folder, colors, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(colors.parent, data)
+    write_build(data / "colors.jsonl", model_folder("qwen"), tmp_path / "build", limit=8)
+    for change in (lambda path: Image.new("RGB", (64, 64)).save(path), Path.unlink):
+        change(data / "3.png")
+        with pytest.raises(InputRefused, match="image_changed"):
+            train(str(tmp_path / "build"), model=model_folder("qwen"), output_dir=tmp_path / "run")
+
+
+def test_model_that_reads_only_text_is_refused(tiny, model_folder, colors, tmp_path):
+    shutil.copytree(model_folder("qwen"), tmp_path / "text")
+    for path in Path(tiny("llama")).glob("*model*"):
+        shutil.copyfile(path, tmp_path / "text" / path.name)
+    shutil.copyfile(Path(tiny("llama")) / "config.json", tmp_path / "text" / "config.json")
+    with pytest.raises(UsageError, match=r"no_vision_model.*reads only text"):
+        train(str(colors), model=str(tmp_path / "text"), output_dir=tmp_path / "run", limit=8)
+
+
+def test_cross_attention_is_refused(tmp_path):
+    processor = save_processor("mllama", tmp_path / "model")
+    tokenizer = processor.tokenizer
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "cross_attention_layers": [1], "pad_token_id": 0}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "intermediate_layers_indices": [0, 1], "vision_output_dim": 96, "image_size": 224}
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=tokenizer.vocab_size)
+    model = MllamaForConditionalGeneration(config)
+    with pytest.raises(UsageError, match="cross-attention"):
+        make_image_collator(model, tokenizer, tmp_path / "model", tmp_path, padding_free=True)
+
+
+def test_text_only_rows_train_a_vision_model(model_folder, tmp_path):
+    rows = [{"prompt": f"Say {n}", "completion": f"Number {n}."} for n in range(8)]
+    splits = build_sft_dataset(rows, model_folder("gemma3"), template="chatml", output_dir=tmp_path / "build")
+    assert "images" not in splits["train"].column_names
+    settings = {"max_steps": 2}
+    folder = train(
+        str(tmp_path / "build"), model=model_folder("gemma3"), output_dir=tmp_path / "run", settings=settings
+    )
+    assert (folder / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_architecture_is_probed_without_its_weights(name, model_folder):
+    assert has_leaking_architecture(load_model_config(model_folder(name))) is False
