@@ -382,6 +382,8 @@ class Rendered(NamedTuple):
         keep_control: whether control tokens in the text are intended, regardless of the `control_tokens` option; for
             text that was formatted before it was read.
         images: the images of the text, in the order of its spans with the part `Part.MEDIA`.
+        repeats: how often each token in these spans that stands for a feature of an image is repeated. The text
+            contains it once.
     """
 
     text: str
@@ -391,6 +393,7 @@ class Rendered(NamedTuple):
     add_bos: bool = False
     keep_control: bool = False
     images: tuple[ImageReference, ...] = ()
+    repeats: tuple[int, ...] = ()
 
 
 class RenderedRow(NamedTuple):
@@ -418,7 +421,7 @@ class Example:
         input_ids: int32 `[n]`.
         trained: bool `[n]`, true where the token carries loss.
         offsets: int32 `[n, 2]`, the range of characters of `text` that each token covers (empty for an added BOS).
-        text: the rendered text.
+        text: the rendered text. It contains the token for a feature of an image once, although the token is repeated.
         spans: the spans that tile `text`.
         flags: properties for the report (`no_trained_stop`, `control_tokens`, ...).
         source: the origin of the row.

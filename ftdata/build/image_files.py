@@ -6,7 +6,7 @@ reads the images in random order, and the data may be compressed or in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from io import BufferedWriter
 from itertools import pairwise
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ftdata.errors import UsageError
 from ftdata.storage import disk
-from ftdata.storage.arrow_arrays import list_offsets
+from ftdata.storage.arrow_arrays import int32_array, int64_array, list_offsets, string_array
 from ftdata.types import ImageReference
 
 IMAGES_FOLDER = "images"
@@ -66,23 +66,21 @@ class ImageWriter:
 
 def image_lists(lists: Sequence[Sequence[ImageReference | dict[str, Any]]]) -> pa.ListArray:
     """Return a column with a list of images for each example or packed sequence."""
-    offsets = list_offsets(map(len, lists))
     images = [image if isinstance(image, dict) else _describe_image(image) for images in lists for image in images]
-    # `pa.array` imports pandas, which takes longer than most builds.
-    values = pa.array(images, pa.struct(_FIELDS)) if images else _NO_IMAGES
-    return pa.ListArray.from_arrays(offsets, values)
+    columns = [_ARRAYS[kind]([image[name] for image in images]) for name, kind in _FIELDS.items()]
+    fields = [pa.field(*field) for field in _FIELDS.items()]
+    return pa.ListArray.from_arrays(list_offsets(map(len, lists)), pa.StructArray.from_arrays(columns, fields=fields))
+
+
+_ARRAYS: dict[pa.DataType, Callable[[list[Any]], pa.Array]] = {
+    pa.string(): string_array,
+    pa.int64(): int64_array,
+    pa.int32(): lambda values: int32_array(np.array(values, np.int32)),
+}
 
 
 def _describe_image(image: ImageReference) -> dict[str, Any]:
     return {"document": 0, **{name: getattr(image, name) for name in _FIELDS if name != "document"}}
-
-
-_EMPTY = pa.py_buffer(bytes(8))
-
-_NO_IMAGES = pa.StructArray.from_arrays(
-    [pa.Array.from_buffers(kind, 0, [None, _EMPTY, _EMPTY][: kind.num_buffers]) for kind in _FIELDS.values()],
-    fields=[pa.field(*field) for field in _FIELDS.items()],
-)
 
 
 def has_images(column: pa.ChunkedArray) -> bool:

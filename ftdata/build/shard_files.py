@@ -98,8 +98,7 @@ def write_shard(
 
 def _hash_images(batch: Batch) -> NDArray[np.uint32]:
     """Return a hash of the images of each example, 0 without images. Similar examples must have the same images."""
-    names = ["".join(image.hash for image in text.images).encode() for text in batch.texts]
-    return np.array([zlib.crc32(name) for name in names], np.uint32)
+    return np.array([zlib.crc32(names.encode()) for names in batch.image_hashes], np.uint32)
 
 
 def _encode_reject(reject: Reject) -> bytes:

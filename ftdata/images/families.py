@@ -287,7 +287,12 @@ FAMILIES = {
         },
     ),
     "gemma3": ImageFamily(
-        ("Gemma3Processor",), "boi_token", _gemma3, _GEMMA, processor_settings={"image_seq_length": 256}
+        ("Gemma3Processor",),
+        "boi_token",
+        _gemma3,
+        _GEMMA,
+        processor_settings={"image_seq_length": 256},
+        arguments={"do_pan_and_scan": False},
     ),
     "gemma3n": ImageFamily(
         ("Gemma3nProcessor",), "image_token", _gemma3, _GEMMA, processor_settings={"image_seq_length": 256}

@@ -359,6 +359,7 @@ class Auditor:
         self.row_checks = [check for check in self.checks if check.scope == "row"]
         self.findings: dict[tuple[str, str], Finding] = {}
         self.scripts: list[int] = []
+        self.images: list[tuple[int, int]] = []
         self.signatures: list[np.ndarray] = []
         self.stops: set[int] = set()
         self.samples: list[Conversation] = []
@@ -375,6 +376,8 @@ class Auditor:
             for check in self.row_checks:
                 for detail in islice(_run_row_check(check, row), 1):
                     self._add_finding(check, source, detail)
+            hashes = {image.hash for example in built.examples for image in example.images}
+            self.images += [(len(self.scripts), int(hash_[:15], 16)) for hash_ in sorted(hashes)]
             self.scripts.append(self._detect_scripts(built.examples))
             if len(self.samples) < _MAX_SAMPLES and built.conversation.messages:
                 self.samples.append(built.conversation)
@@ -387,6 +390,7 @@ class Auditor:
         """Run the checks of the whole data and of the template. Return a report that also covers the row checks."""
         scripts = np.asarray(self.scripts, np.int64)
         signatures = np.concatenate(self.signatures) if self.signatures else None
+        images = np.asarray(self.images, np.int64).reshape(-1, 2)
         if target.folder is not None:
             # Packing can separate the examples of a row. Data checks compare rows, so the examples are merged here.
             groups = number_source_rows(survey.numbers)
@@ -394,6 +398,7 @@ class Auditor:
             row_scripts = np.zeros(len(first), np.int64)
             np.bitwise_or.at(row_scripts, groups, scripts)
             scripts, signatures = row_scripts, None if signatures is None else signatures[first]
+            images[:, 0] = groups[images[:, 0]]
             survey = target.complete_survey(survey)
         data = CheckedDataset(
             survey,
@@ -403,6 +408,7 @@ class Auditor:
             target.recipe.task == "preference",
             self.near_duplicate_threshold,
             signatures,
+            images,
         )
         for check in self.checks:
             if check.scope == "data":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ftdata._version import __version__
 from ftdata.errors import UsageError, count_noun, escape_unprintable
+from ftdata.inspection.image_labels import make_thumbnail
 from ftdata.inspection.pair_views import find_differing_token, split_pair
 from ftdata.inspection.row_headings import describe_dropped, describe_trained_share, row_heading, row_name
 from ftdata.inspection.row_views import (
@@ -44,6 +45,10 @@ from ftdata.types import SIDES, Reject
 _ASSETS = Path(__file__).parent / "assets"
 MOST_PACKS = 200
 """The maximum number of packed sequences that are drawn."""
+
+
+_MAX_THUMBNAILS = 8
+"""Maximum number of thumbnails of an example."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ def render_html(page: HtmlPage) -> str:
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
     )
+    if any(view.images for row in page.rows for view in row.examples):
+        policy += "; img-src data:"
     sections = dict[str, str]()
     if page.picture:
         svg, description = page.picture
@@ -245,7 +252,14 @@ def _example(view: ExampleView, owners: dict[SegmentOwner, int], changed: NDArra
         "cut": view.cut,
         "rest": view.remainder[:2000],
         **({} if changed is None else {"changed": _runs(changed)}),
+        **({"images": _thumbnails(view)} if view.images else {}),
     }
+
+
+def _thumbnails(view: ExampleView) -> dict[int, str]:
+    """Return the thumbnails of the first images as data URIs, by the number of their first token."""
+    thumbnails = {token: make_thumbnail(image) for token, image in sorted(view.images.items())[:_MAX_THUMBNAILS]}
+    return {token: uri for token, uri in thumbnails.items() if uri}
 
 
 def _sizes(view: ExampleView) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.pipeline.render_rows import add_row_flags
 from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
-from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
+from ftdata.types import Conversation, Example, ImageReference, Part, Reject, Rendered, Row, Source, Span
 
 _LOSS_FLAGS = {
     "content": frozenset({"message_truncated", "message_dropped", "history_rewritten"}),
@@ -92,6 +92,7 @@ class ExampleView:
         cut: The number of truncated tokens.
         remainder: The text after the last token.
         generated: bool `[n]`, whether the model must generate each token; `None` to use `trained`.
+        images: The images, by the number of their first token.
     """
 
     text: str
@@ -105,6 +106,7 @@ class ExampleView:
     cut: int = 0
     remainder: str = ""
     generated: NDArray[np.bool_] | None = None
+    images: Mapping[int, ImageReference] = field(default_factory=dict)
 
     @property
     def stop(self) -> NDArray[np.bool_]:
@@ -119,7 +121,8 @@ class ExampleView:
         names = ("trained", "control", "owner", "ids", "generated")
         columns = {name: column[first:last] for name in names if (column := getattr(self, name)) is not None}
         ends = self.ends[first:last] - start
-        return replace(self, text=self.text[start:end], ends=ends, **columns, cut=0, remainder="")
+        images = {token - first: image for token, image in self.images.items() if first <= token < last}
+        return replace(self, text=self.text[start:end], ends=ends, **columns, cut=0, remainder="", images=images)
 
     @property
     def pieces(self) -> list[str]:
@@ -399,12 +402,22 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
     text = bos_text + example.text
     text_end = int(ends[-1]) if len(ends) else len(bos_text)
     control = recipe.control.is_control(example.input_ids)
-    shown, remainder = text[:text_end], text[text_end:]
+    shown, remainder, images = text[:text_end], text[text_end:], dict[int, ImageReference]()
     if example.images:
         control &= ~np.asarray([*(span.part is Part.MEDIA for span in example.spans), False])[spans]
-        shown, ends = label_images(example, shown, ends, len(bos_text))
+        shown, ends, images = label_images(example, shown, ends, len(bos_text))
     columns = (ends, example.trained, control, owner)
-    return ExampleView(shown, *columns, owners, example.input_ids, example.flags, example.cut, remainder, generated)
+    return ExampleView(
+        shown,
+        *columns,
+        owners,
+        example.input_ids,
+        example.flags,
+        example.cut,
+        remainder,
+        generated,
+        images,
+    )
 
 
 def _owners_of_spans(

@@ -40,6 +40,8 @@ class StatsGroup:
         trained: The number of trained tokens.
         lengths: Percentile -> tokens per example.
         answers: Percentile -> trained tokens per example.
+        images: The number of images.
+        image_tokens: The number of tokens that stand for features of images.
     """
 
     of: str
@@ -51,6 +53,8 @@ class StatsGroup:
     trained: int
     lengths: Mapping[int, int]
     answers: Mapping[int, int]
+    images: int
+    image_tokens: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,12 @@ class Stats:
                 limits.add_row(f"{limit.max_length:,}", f"{limit.longer:,}", share, f"{limit.tokens:,}")
             console.print()
             console.print(limits)
+        if all_rows.images:
+            share = f"{all_rows.image_tokens / max(all_rows.tokens, 1):.1%}"
+            text = (
+                f"{count_noun(all_rows.images, 'image')} with {all_rows.image_tokens:,} tokens, {share} of all tokens"
+            )
+            console.print(text, highlight=False)
         for flag, count in self.flags.items():
             console.print(f"flag {flag}: {count_noun(count, 'example')}", highlight=False)
 
@@ -232,6 +242,8 @@ def _make_group(of: str, name: str, numbers: RowNumbers, is_member: np.ndarray) 
         int(trained.sum()),
         _percentiles(tokens),
         _percentiles(trained),
+        int(numbers.images[is_member_example].sum()),
+        int(numbers.image_tokens[is_member_example].sum()),
     )
 
 

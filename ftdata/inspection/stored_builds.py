@@ -28,7 +28,17 @@ from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import MemorySource
 from ftdata.tokenizing.batches import Encodings, RenderedBatch, end_offsets
-from ftdata.types import FEEDBACK, IGNORE_INDEX, SIDES, Conversation, Reject, Rendered, RowTokens, Source
+from ftdata.types import (
+    FEEDBACK,
+    IGNORE_INDEX,
+    SIDES,
+    Conversation,
+    ImageReference,
+    Reject,
+    Rendered,
+    RowTokens,
+    Source,
+)
 
 _BATCH_SIZE = 256
 _NO_TEXT = Rendered("", ())
@@ -45,6 +55,7 @@ class BuildDocument(NamedTuple):
         flags: The flags of the example.
         cut: The number of truncated tokens.
         feedback: The ratings of the example, by their name in `FEEDBACK`.
+        images: The images of the example.
         ids: int32 `[n]`, the token ids.
         labels: int32 `[n]`, the labels.
     """
@@ -56,6 +67,7 @@ class BuildDocument(NamedTuple):
     flags: frozenset[str]
     cut: int
     feedback: Mapping[str, float]
+    images: tuple[ImageReference, ...]
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
 
@@ -173,7 +185,7 @@ def make_source(folder: Path) -> MemorySource:
 
 def _read_documents(
     folder: Path, split: str, check_files: bool
-) -> Iterator[tuple[int, Source, frozenset[str], int, Mapping[str, float], Any, Any]]:
+) -> Iterator[tuple[int, Source, frozenset[str], int, Mapping[str, float], tuple[ImageReference, ...], Any, Any]]:
     def check(path: Path) -> Path:
         if check_files:
             check_intact(folder, {f"{split}/{path.name}"})
@@ -192,15 +204,26 @@ def _read_documents(
             raise ValueError("provenance.parquet has more rows than the split has examples")
 
 
-def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int, Mapping[str, float]]]:
+def _iterate_provenance(
+    path: Path,
+) -> Iterator[tuple[int, Source, frozenset[str], int, Mapping[str, float], tuple[ImageReference, ...]]]:
     file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
     names = ["pack", "source", "row", "line", "flags", "cut"]
     rated = [name for name in FEEDBACK if name in file.schema_arrow.names]
-    for batch in file.iter_batches(columns=[*names, *rated], batch_size=1 << 14):
+    has_images = "images" in file.schema_arrow.names
+    read = [*names, *rated, *(["images"] if has_images else [])]
+    for batch in file.iter_batches(columns=read, batch_size=1 << 14):
+        lists = batch["images"].to_pylist() if has_images else [()] * len(batch)
         columns = (batch[name].to_pylist() for name in (*names, *rated))
-        for pack, source, row, line, flags, cut, *ratings in zip(*columns, strict=True):
+        for images, pack, source, row, line, flags, cut, *ratings in zip(lists, *columns, strict=True):
             feedback = {name: value for name, value in zip(rated, ratings, strict=True) if value is not None}
-            yield pack, Source(source, row, line), frozenset(flags), cut, feedback
+            references = tuple(_read_reference(image, path.parents[1]) for image in images)
+            yield pack, Source(source, row, line), frozenset(flags), cut, feedback, references
+
+
+def _read_reference(image: Mapping[str, Any], folder: Path) -> ImageReference:
+    names = ("start", "size", "hash", "width", "height")
+    return ImageReference(str(folder / image["path"]), *(image[name] for name in names))
 
 
 def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[Batch]:
@@ -220,11 +243,12 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
             recipe.tokenizer,
             [_to_conversation(batch[i : i + size], masks[i : i + size]) for i in range(0, len(batch), size)],
             [size] * (len(batch) // size),
-            RenderedBatch([_NO_TEXT] * len(batch)),
+            RenderedBatch([_NO_TEXT._replace(images=document.images) for document in batch]),
             Encodings(ids, no_offsets, no_offsets, token_bounds, text_bounds),
             np.concatenate(masks),
             [document.flags for document in batch],
             np.asarray([document.cut for document in batch], np.int64),
+            image_token=recipe.image_token,
         )
 
 

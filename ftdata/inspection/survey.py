@@ -46,6 +46,8 @@ class RowNumbers:
         tokens: int64 `[examples]`, the number of tokens.
         trained: int64 `[examples]`, the number of trained tokens.
         cut: int64 `[examples]`, the number of truncated tokens.
+        images: int64 `[examples]`, the number of images.
+        image_tokens: int64 `[examples]`, the number of tokens that stand for features of images.
     """
 
     source: Ints
@@ -59,6 +61,8 @@ class RowNumbers:
     tokens: Ints
     trained: Ints
     cut: Ints
+    images: Ints
+    image_tokens: Ints
 
     def __len__(self) -> int:
         return len(self.row)
@@ -89,6 +93,10 @@ def number_source_rows(numbers: RowNumbers) -> Ints:
     """
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
+
+
+_EXAMPLE_COLUMNS = ("tokens", "trained", "cut", "images", "image_tokens")
+"""The columns of `RowNumbers` with one value per example."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +155,7 @@ class Survey:
         columns: dict[str, Any] = {
             name: getattr(numbers, name)[first] for name in ("source", "row", "line", "schema", "turns")
         }
-        columns |= {name: getattr(numbers, name)[example_order] for name in ("tokens", "trained", "cut")}
+        columns |= {name: getattr(numbers, name)[example_order] for name in _EXAMPLE_COLUMNS}
         columns |= {
             name: _reduce(np.add, getattr(numbers, name)[order], starts)
             for name in ("examples", "content_hash", "prompt_hash")
@@ -262,6 +270,8 @@ def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, i
         batch.lengths,
         batch.trained_counts,
         batch.cut,
+        np.asarray([len(text.images) for text in batch.texts], np.int64),
+        batch.image_tokens,
     )
 
 
@@ -295,6 +305,13 @@ def _hash_rows(batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         xxhash.xxh3_64_intdigest(prompt_ids[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
         for start, end in pairwise(prompt_bounds.tolist())
     ]
+    if any(batch.image_hashes):
+        # Rows with the same question about different images have different prompts.
+        images = ["".join(batch.image_hashes[start:end]) for start, end in pairwise(batch.example_bounds)]
+        prompts = [
+            hash_ ^ xxhash.xxh3_64_intdigest(names.encode()) if names else hash_
+            for hash_, names in zip(prompts, images, strict=True)
+        ]
     return np.asarray(content, np.uint64), np.asarray(prompts, np.uint64)
 
 

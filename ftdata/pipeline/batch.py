@@ -42,6 +42,7 @@ class Batch:
         flags: the flags of each example.
         cut: int64 `[examples]`, the number of tokens that truncation removed from the end of each example.
         dropped: number of a built row -> lengths of its examples that were too long.
+        image_token: id of the token that stands for a feature of an image; `None` without an image processor.
     """
 
     tokenizer: Tokenizer = field(repr=False)
@@ -53,6 +54,7 @@ class Batch:
     flags: Sequence[frozenset[str]]
     cut: NDArray[np.int64]
     dropped: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    image_token: int | None = None
 
     def __len__(self) -> int:
         return len(self.outcomes)
@@ -68,7 +70,7 @@ class Batch:
 
     def built(self, number: int) -> BuiltRow:
         """Return the built row with the given number. Rejected rows are not counted."""
-        first, end = self._example_bounds[number : number + 2]
+        first, end = self.example_bounds[number : number + 2]
         dropped = self.dropped.get(number, ())
         cut = int(self.cut[first:end].sum()) + sum(dropped)
         return BuiltRow(self.conversations[number], tuple(map(self.example, range(first, end))), cut, dropped)
@@ -80,7 +82,7 @@ class Batch:
         trained = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())]
         text, spans = rendered.text, rendered.spans
         if conversation.tokens is not None:
-            text, offsets, spans = _decode_tokens(self.tokenizer, ids, trained)
+            text, offsets, spans = _decode_tokens(self.tokenizer, ids, trained, self.image_token)
         return Example(
             ids,
             trained,
@@ -109,7 +111,8 @@ class Batch:
         return [outcome for outcome in self.outcomes if isinstance(outcome, Reject)]
 
     @cached_property
-    def _example_bounds(self) -> list[int]:
+    def example_bounds(self) -> list[int]:
+        """The number of the first example of each built row, and the number of examples."""
         return [*accumulate(self.counts, initial=0)]
 
     @cached_property
@@ -137,6 +140,18 @@ class Batch:
         counts[has_tokens] = np.add.reduceat(self.trained, self.tokens.token_bounds[:-1][has_tokens], dtype=np.int32)
         return counts
 
+    @cached_property
+    def image_tokens(self) -> NDArray[np.int64]:
+        """Number of tokens of each example that stand for a feature of an image (int64 `[examples]`)."""
+        positions = np.flatnonzero(self.tokens.ids == (-1 if self.image_token is None else self.image_token))
+        examples = np.searchsorted(self.tokens.token_bounds, positions, side="right") - 1
+        return np.bincount(examples, minlength=len(self.texts))
+
+    @cached_property
+    def image_hashes(self) -> list[str]:
+        """The hashes of the images of each example, without separators; empty for an example without images."""
+        return ["".join([image.hash for image in text.images]) for text in self.texts]
+
     @property
     def removed_tokens(self) -> int:
         """Number of tokens that truncation removed from the built rows."""
@@ -145,7 +160,7 @@ class Batch:
     @property
     def repeated_tokens(self) -> int:
         """Number of tokens in all examples of the rows, except the longest example of each row."""
-        lengths, bounds = self.lengths, pairwise(self._example_bounds)
+        lengths, bounds = self.lengths, pairwise(self.example_bounds)
         groups = [lengths[first:end] for first, end in bounds if end - first > 1]
         return int(sum(group.sum() - group.max() for group in groups))
 
@@ -157,7 +172,7 @@ class Batch:
     @property
     def row_bounds(self) -> NDArray[np.int64]:
         """Index of the first token of each built row, and the number of tokens (int64 `[built rows + 1]`)."""
-        return self.tokens.token_bounds[self._example_bounds]
+        return self.tokens.token_bounds[self.example_bounds]
 
     def hash_rows(self) -> list[tuple[bytes, bytes]]:
         """Return for each built row a hash of its token ids (16 bytes) and a hash of its labels (8 bytes).
@@ -165,7 +180,7 @@ class Batch:
         The first hash also covers the images of the row. The second hash also covers the ratings of the row that
         training uses: the label and the margin.
         """
-        hashes = zip(self._hash_ranges(self._example_bounds), self.conversations, strict=True)
+        hashes = zip(self._hash_ranges(self.example_bounds), self.conversations, strict=True)
         return [_add_ratings(row_hashes, row.parts) for row_hashes, row in hashes]
 
     def hash_examples(self) -> list[tuple[bytes, bytes]]:
@@ -180,11 +195,9 @@ class Batch:
             (sha256(ids[start:end]).digest()[:16], sha256(trained[start:end]).digest()[:8])
             for start, end in pairwise(self.tokens.token_bounds[bounds].tolist())
         ]
-        if not any(text.images for text in self.texts):
+        if not any(self.image_hashes):
             return hashes
-        images = [
-            "".join(image.hash for text in self.texts.texts[a:b] for image in text.images) for a, b in pairwise(bounds)
-        ]
+        images = ["".join(self.image_hashes[first:end]) for first, end in pairwise(bounds)]
         return [
             (sha256(tokens + names.encode()).digest()[:16] if names else tokens, mask)
             for (tokens, mask), names in zip(hashes, images, strict=True)
@@ -253,16 +266,24 @@ def check_row_tokens(tokenizer: Tokenizer, tokens: RowTokens) -> None:
 
 
 def _decode_tokens(
-    tokenizer: Tokenizer, ids: NDArray[np.int32], trained: NDArray[np.bool_]
+    tokenizer: Tokenizer, ids: NDArray[np.int32], trained: NDArray[np.bool_], image_token: int | None
 ) -> tuple[str, NDArray[np.int32], tuple[Span, ...]]:
     """Decode the tokens of a pretokenized row for display. Return the text, the offsets and the spans."""
     check_row_tokens(tokenizer, RowTokens(ids, trained))
     texts = token_texts(tokenizer, ids.tolist())
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
-    runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))
+    is_media = ids == (-1 if image_token is None else image_token)
+    kinds = trained + 2 * is_media
+    runs = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1))
     spans = tuple(
-        Span(int(offsets[start, 0]), int(offsets[end - 1, 1]), Part.CONTENT, number, bool(trained[start]))
+        Span(
+            int(offsets[start, 0]),
+            int(offsets[end - 1, 1]),
+            Part.MEDIA if is_media[start] else Part.CONTENT,
+            number,
+            bool(trained[start]),
+        )
         for number, (start, end) in enumerate(pairwise(runs.tolist()))
     )
     return "".join(texts), offsets, spans

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow, UsageError
-from ftdata.images.processor import ImageProcessor
+from ftdata.errors import BadRow, UsageError, count_noun
 from ftdata.options import select_options
 from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
 from ftdata.pipeline.flags import FLAGS
@@ -30,7 +29,7 @@ from ftdata.schemas import normalize
 from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import encode_rendered
-from ftdata.types import SIDES, Conversation, Example, Message, Part, Reject, RenderedRow, Row, RowTokens, Source
+from ftdata.types import SIDES, Conversation, Example, Message, Reject, RenderedRow, Row, RowTokens, Source
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
@@ -232,7 +231,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
     built = [row for row in rows if isinstance(row, RenderedRow)]
     batch = RenderedBatch([text for row in built for text in row.texts])
     tokens, errors = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
-    tokens = _add_bos(recipe, batch, tokens)
+    tokens = _repeat_image_tokens(recipe, batch, _add_bos(recipe, batch, tokens), errors)
     trained_spans = [*_trained_spans(recipe, built, errors)]
     trained, crosses_boundary = trained_tokens(tokens, batch, trained_spans)
     flags = [drop_untrained_flags(text, mask) for text, mask in zip(batch, trained_spans, strict=True)]
@@ -245,42 +244,55 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
             flags[number] |= {flag}
     outcomes = [row if isinstance(row, Reject) else row.conversation for row in rows]
     counts, cut = [len(row.texts) for row in built], np.zeros(len(batch), np.int64)
-    masked = Batch(recipe.tokenizer, outcomes, counts, batch, tokens, trained, flags, cut)
+    masked = Batch(
+        recipe.tokenizer, outcomes, counts, batch, tokens, trained, flags, cut, image_token=recipe.image_token
+    )
     if any(row.conversation.tokens is not None for row in built):
         masked = _insert_row_tokens(masked, errors)
-    if recipe.image_processor is not None:
-        _check_image_tokens(recipe.image_processor, masked, errors)
+        _check_row_images(masked, errors)
     for number, certain in enumerate(_certainly_have_stops(masked, recipe)):
         if not certain and number not in errors and not _has_stops(masked.example(number), recipe):
             flags[number] |= {"no_trained_stop"}
     return masked, errors
 
 
-def _check_image_tokens(processor: ImageProcessor, batch: Batch, errors: dict[int, BadRow]) -> None:
-    """Check that each text contains as many image tokens as its images have. Add an error for each other text.
+def _repeat_image_tokens(
+    recipe: Recipe, batch: RenderedBatch, tokens: Encodings, errors: dict[int, BadRow]
+) -> Encodings:
+    """Repeat the tokens for features of images. Add an error for each text that contains other tokens of this kind.
 
     Raises:
         UsageError: `image_processor`, if a row has images, but the tokenizer does not contain the token.
     """
-    token, count = processor.feature_token, len(batch.texts)
-    expected = np.zeros(count, np.int64)
-    for number, text in enumerate(batch.texts):
-        if text.images:
-            media = (text.text[span.start : span.end] for span in text.spans if span.part is Part.MEDIA)
-            expected[number] = sum(piece.count(token) for piece in media)
-    id_ = batch.tokenizer.token_to_id(token)
+    if recipe.image_processor is None:
+        return tokens
+    token = recipe.image_processor.feature_token
+    id_ = recipe.image_token
+    expected = np.fromiter((len(text.repeats) for text in batch), np.int64, len(batch))
     if id_ is None and expected.any():
-        problem = f"the tokenizer {batch.tokenizer.name} does not contain the image token {token!r}"
+        problem = f"the tokenizer {recipe.tokenizer.name} does not contain the image token {token!r}"
         raise UsageError("image_processor", problem, hint="use the tokenizer and the processor of the same model")
-    positions = np.flatnonzero(batch.tokens.ids == id_) if id_ is not None else np.empty(0, np.int64)
-    texts = np.searchsorted(batch.tokens.token_bounds, positions, side="right") - 1
-    found = np.bincount(texts, minlength=count)
+    positions = np.flatnonzero(tokens.ids == (-1 if id_ is None else id_))
+    texts = np.searchsorted(tokens.token_bounds, positions, side="right") - 1
+    found = np.bincount(texts, minlength=len(batch))
     for number in np.flatnonzero(found != expected).tolist():
-        problem = (
-            f"the tokens contain {token} {found[number]:,} times, but the images need it {expected[number]:,} times"
-        )
+        problem = f"the tokens contain the image token {token} in {count_noun(int(found[number]), 'place')}, but the "
+        problem += f"images need it in {count_noun(int(expected[number]), 'place')}"
         hint = "remove the image tokens from the text of the row, or set control_tokens='escape'"
         errors.setdefault(number, BadRow("image_tokens", problem, hint=hint))
+    is_valid = (found == expected)[texts]
+    valid_texts = np.flatnonzero(found == expected).tolist()
+    counts = np.fromiter(chain.from_iterable(batch[number].repeats for number in valid_texts), np.int64)
+    return tokens.with_repeats(positions[is_valid], counts)
+
+
+def _check_row_images(batch: Batch, errors: dict[int, BadRow]) -> None:
+    """Add an error for each pretokenized row that contains tokens of images, because it has no images."""
+    for number, conversation in enumerate(batch.example_conversations):
+        if conversation.tokens is not None and batch.image_tokens[number]:
+            problem = "the row is pretokenized, and contains tokens of images, but no images"
+            hint = "build the original rows, or remove the row"
+            errors.setdefault(number, BadRow("image_tokens", problem, hint=hint))
 
 
 def _insert_row_tokens(batch: Batch, errors: dict[int, BadRow]) -> Batch:

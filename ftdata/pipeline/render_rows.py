@@ -42,6 +42,9 @@ CHECKED_FIRST, CHECK_INTERVAL, CHECKED_MESSAGES = 32, 100, 4
 """Cross-checked rows of each source: the first 32 rows, then every 100th row; and the number of messages per row."""
 
 
+_IMAGE_BYTES = 64
+"""Number of bytes of an image in a row that count as one character for the limit of a batch."""
+
 LIMITS_APART = 100
 """A template is refused if two short rows exceed its limits with fewer rows than this between them."""
 
@@ -70,6 +73,9 @@ def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[R
         rows = expand_rankings(rows, recipe.columns)
     for row, outcome in chain.from_iterable(_render_groups(recipe, iter(rows))):
         size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
+        if not isinstance(outcome, Reject) and outcome.conversation.images:
+            contents = (image.content for text in outcome.texts for image in text.images)
+            size += sum(len(content) for content in contents if content) // _IMAGE_BYTES
         batch.append((row, outcome if size <= MAX_CHARACTERS else _reject_too_long(row, size)))
         characters += size
         if len(batch) == BATCH or characters >= MAX_BATCH_CHARACTERS:
@@ -334,7 +340,7 @@ def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[R
     for text in texts:
         # A text contains the messages of the row from the first message on. A text without messages prints no image.
         count = sum(images_of_message[: text.messages or None])
-        new = expand_images(text, processor.placeholder, expansions[:count])
+        new = expand_images(text, processor.placeholder, processor.feature_token, expansions[:count])
         expanded.append(new._replace(images=tuple(references[:count])))
     return tuple(expanded)
 

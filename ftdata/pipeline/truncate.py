@@ -71,10 +71,10 @@ def _end_before_image(example: Example, keep: int) -> int:
     """
     if not example.images:
         return keep
-    start, end = int(example.offsets[keep - 1, 1]), int(example.offsets[keep, 0])
+    kept_end, next_start = int(example.offsets[keep - 1, 1]), int(example.offsets[keep, 0])
     spans = [*example.spans]
     for number, span in enumerate(spans):
-        if span.part is Part.MEDIA and span.start <= start < span.end and end < span.end:
+        if span.part is Part.MEDIA and span.start <= kept_end and next_start < span.end:
             first = spans[number - 1] if number and spans[number - 1].part is Part.SCAFFOLD else span
             return int(np.searchsorted(example.offsets[:, 0], first.start))
     return keep

@@ -126,6 +126,18 @@ class Encodings:
             escaped,
         )
 
+    def with_repeats(self, positions: NDArray[np.int64], counts: NDArray[np.int64]) -> Encodings:
+        """Return a copy in which the tokens at `positions` are repeated: int64 `[tokens to repeat]`, ascending."""
+        repeats = np.ones(len(self.ids), np.int64)
+        repeats[positions] = counts
+        return replace(
+            self,
+            ids=np.repeat(self.ids, repeats),
+            starts=np.repeat(self.starts, repeats),
+            ends=np.repeat(self.ends, repeats),
+            token_bounds=end_offsets(repeats)[self.token_bounds],
+        )
+
     def with_prefix(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
         """Return a copy with `ids` prepended to some texts.
 

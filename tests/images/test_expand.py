@@ -27,8 +27,9 @@ def rendered_from(pieces):
 def test_only_placeholders_of_the_template_are_replaced(pieces):
     count = sum(text.count(PLACEHOLDER) for text, part, _ in pieces if part is Part.SCAFFOLD)
     images = [f"[{number}{'i' * number}]" for number in range(count)]
-    expanded = expand_images(rendered_from(pieces), PLACEHOLDER, images)
-    remaining = iter(images)
+    expanded = expand_images(rendered_from(pieces), PLACEHOLDER, "i", images)
+    assert expanded.repeats == tuple(range(1, count))
+    remaining = iter([f"[{number}{'i' * (number > 0)}]" for number in range(count)])
     expected = []
     for text, part, generated in pieces:
         if part is Part.CONTENT:
@@ -49,4 +50,4 @@ def test_only_placeholders_of_the_template_are_replaced(pieces):
 def test_other_number_of_placeholders_is_rejected(images):
     rendered = rendered_from([(PLACEHOLDER * 2, Part.SCAFFOLD, False), (PLACEHOLDER, Part.CONTENT, False)])
     with pytest.raises(BadRow, match=rf"prints 2 image placeholders .* for {len(images)} image"):
-        expand_images(rendered, PLACEHOLDER, images)
+        expand_images(rendered, PLACEHOLDER, "i", images)

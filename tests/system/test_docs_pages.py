@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from docs_pages import PAGES, ROOT, blocks, commands
+from vision import save_colors, save_vision_model
 
 from ftdata import convert
 
@@ -34,7 +35,7 @@ def run_pages():
 
 
 @pytest.fixture
-def place(tmp_path, llama):
+def place(tmp_path, llama, page):
     """A folder with the files that the pages mention."""
     shutil.copytree(llama, tmp_path / "MODEL")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
@@ -53,6 +54,9 @@ def place(tmp_path, llama):
     for name, messages in (("chats", talk), ("thoughts", thinks), ("tools", calls)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     (tmp_path / "conversations.json").write_text(json.dumps([talk] * 4))
+    if page == "docs/howto/images.md":
+        save_vision_model("qwen", tmp_path / "VISION-MODEL")
+        save_colors(tmp_path, 12).rename(tmp_path / "photos.jsonl")
     translations = [{"instruction": f"第{n}年召迴朝廷。\n翻譯成文言文：", "output": "明年召還。"} for n in range(20)]
     (tmp_path / "translations.json").write_text(json.dumps(translations))
     (tmp_path / "chats").mkdir()

@@ -1,11 +1,13 @@
 """The examples run unchanged; a hub on localhost serves tiny models and data under their names."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from hub.small import chat
+from vision import save_vision_model
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
@@ -85,6 +87,15 @@ def test_e_company_faq(example, tmp_path):
     run = about(tmp_path / "out" / "company_faq_5_steps")
     assert (run["steps"], run["estimate"]["rows"]) == (5, 18)
     assert len((tmp_path / "out" / "company_faq.jsonl").read_text().splitlines()) == 18
+
+
+def test_f_image_colors(example, tmp_path):
+    model = save_vision_model("qwen", tmp_path / "model")
+    said = example("image_colors", "--model", model, "--rows", "12", "--epochs", "1")
+    assert re.search(r"\[image \d+×\d+ → \d+ tokens\]", said)
+    run = about(tmp_path / "out" / "image_colors" / "run")
+    assert run["adapter"]
+    assert (tmp_path / "out" / "image_colors" / "run" / "model" / "preprocessor_config.json").is_file()
 
 
 def test_tutorial_notebook_runs(tokenizer_dir, tmp_path):

@@ -114,6 +114,12 @@ function* drawTokens(example, box) {
     const text = example.text.slice(token ? ends[token - 1] : 0, ends[token]);
     isLineEnd = text.endsWith("\n");
     addText(span, text);
+    if (example.images && example.images[token]) {
+      const image = make("img", "im");
+      image.src = example.images[token];
+      image.alt = "";
+      span.prepend(image);
+    }
     group.append(span);
     example.spans.push(span);
     if (token % PER_FRAME === PER_FRAME - 1) yield;

@@ -111,6 +111,23 @@ def _check_same_prompt(data: CheckedDataset) -> Iterator[tuple[int, str]]:
             yield row, f"same prompt as {data.survey.source(train_row)}"
 
 
+@register_data_check(
+    "image_leakage",
+    "warning",
+    "an image of a held-out row is also in the training data",
+    "remove the row from either side, if the held-out rows must have new images",
+)
+def _check_image_leakage(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    equal_rows = {row for row, _ in _find_shared_values(data, data.survey.numbers.content_hash)}
+    rows, hashes = data.images.T
+    is_held_out = data.is_held_out[rows]
+    train_rows = dict(zip(hashes[~is_held_out][::-1].tolist(), rows[~is_held_out][::-1].tolist(), strict=True))
+    for row, hash_ in zip(rows[is_held_out].tolist(), hashes[is_held_out].tolist(), strict=True):
+        if hash_ in train_rows and row not in equal_rows:
+            equal_rows.add(row)
+            yield row, f"same image as {data.survey.source(train_rows[hash_])}"
+
+
 def _find_shared_values(data: CheckedDataset, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
     """Yield each held-out row whose value also occurs in training rows, with the first such training row.
 

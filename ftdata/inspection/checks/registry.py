@@ -78,6 +78,7 @@ class CheckedDataset:
         near_duplicate_threshold: The similarity above which rows are near-duplicates; `None` to find exact duplicates
             only.
         signatures: The MinHash signatures of the rows, if there is a `near_duplicate_threshold`.
+        images: int64 `[images, 2]`, the row of each image, and a hash of the image.
     """
 
     survey: Survey
@@ -87,6 +88,7 @@ class CheckedDataset:
     has_pairs: bool = False
     near_duplicate_threshold: float | None = None
     signatures: NDArray[np.uint32] | None = None
+    images: Ints = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     @cached_property
     def is_held_out(self) -> NDArray[np.bool_]:

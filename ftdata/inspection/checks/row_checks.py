@@ -244,6 +244,21 @@ def _check_media_placeholder(row: CheckedRow) -> Iterator[str]:
             yield f"{name} contains {placeholder!r}"
 
 
+_SMALL_SIDE, _LARGE_AREA = 16, 16_000_000
+
+
+@register_row_check(
+    "image_size",
+    "note",
+    "an image is very small or very large, so the image processor changes its size very much",
+    "check whether the image is complete, and whether the model can see what the answer describes",
+)
+def _check_image_size(row: CheckedRow) -> Iterator[str]:
+    for image in (image for example in row.examples for image in example.images):
+        if min(image.width, image.height) < _SMALL_SIDE or image.width * image.height > _LARGE_AREA:
+            yield f"{image.width}×{image.height} pixels"
+
+
 @register_row_check(
     "default_system",
     "note",
