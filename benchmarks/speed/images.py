@@ -102,6 +102,7 @@ def ftdata(data: Path, folder: str) -> Counted:
 
     def load() -> Any:
         recipe = make_recipe(folder)
+        recipe.tokenizer.encoders.expect_input(sys.maxsize)
         recipe.tokenizer.encode(["x"])
         return recipe.tokenizer
 

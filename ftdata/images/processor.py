@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftdata.errors import UsageError
 from ftdata.images.families import FAMILIES, ImageFamily, Settings, Tokens
+
+_MAX_SIZES = 1 << 14
+"""Maximum number of image sizes whose texts are cached."""
+
+
+class ImageText(NamedTuple):
+    """The text of an image, in which a repeated token for a feature occurs once.
+
+    Attributes:
+        text: the text.
+        repeats: how often each token for a feature is repeated.
+    """
+
+    text: str
+    repeats: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,29 @@ class ImageProcessor:
             BadRow: `image_ratio`, if the processor does not accept the aspect ratio.
         """
         return self.family.expand(width, height, self.settings, self.tokens)
+
+    @cached_property
+    def _texts(self) -> dict[tuple[int, int], ImageText]:
+        """A cache of `join_repeats`. The keys are sizes of images."""
+        return {}
+
+    def join_repeats(self, width: int, height: int) -> ImageText:
+        """Return the text of an image as `expand` does, but with one token for each repeated token.
+
+        A text with all repetitions takes long to tokenize.
+        """
+        if (text := self._texts.get((width, height))) is None:
+            feature, repeats = self.feature_token, list[int]()
+
+            def join(match: re.Match[str]) -> str:
+                repeats.append(len(match.group()) // len(feature))
+                return feature
+
+            joined = re.sub(f"(?:{re.escape(feature)})+", join, self.expand(width, height))
+            text = ImageText(joined, tuple(repeats))
+            if len(self._texts) < _MAX_SIZES:
+                self._texts[width, height] = text
+        return text
 
     @cached_property
     def fingerprint(self) -> str:

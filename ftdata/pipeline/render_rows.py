@@ -331,7 +331,7 @@ def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[R
         raise recipe.image_problem or AssertionError("rows without an image processor contain no images")
     folder = Path(conversation.source.path).parent
     references = [read_image(image.value, folder, image.field) for image in conversation.images]
-    expansions = [processor.expand(reference.width, reference.height) for reference in references]
+    image_texts = [processor.join_repeats(reference.width, reference.height) for reference in references]
     images_of_message = [
         sum(part == IMAGE_PART for part in content) if isinstance(content := message.get("content"), list) else 0
         for message in conversation.messages
@@ -340,7 +340,7 @@ def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[R
     for text in texts:
         # A text contains the messages of the row from the first message on. A text without messages prints no image.
         count = sum(images_of_message[: text.messages or None])
-        new = expand_images(text, processor.placeholder, processor.feature_token, expansions[:count])
+        new = expand_images(text, processor.placeholder, image_texts[:count])
         expanded.append(new._replace(images=tuple(references[:count])))
     return tuple(expanded)
 
@@ -437,7 +437,7 @@ def _iter_strings(value: Any) -> Iterator[str]:
     """Yield all strings and keys in a JSON value."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101  (testing for a dict is much faster)
         yield from value
         yield from _iter_strings(list(value.values()))
     elif isinstance(value, list | tuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from ftdata.errors import BadRow
@@ -59,13 +60,14 @@ def is_guarded(name: str, value: Any = None) -> bool:
 
     The result depends only on the name of the field and the type of its value.
     """
+    return not isinstance(value, str | int | float | None) or _is_guarded_name(name)
+
+
+@lru_cache(maxsize=4096)
+def _is_guarded_name(name: str) -> bool:
     name = _last_name(name)
-    return (
-        not isinstance(value, str | int | float | None)
-        or is_media_name(name)
-        or name.lower() in _TOKEN_FIELDS | _PREFERENCE_FIELDS | _METADATA_FIELDS
-        or is_mask_name(name)
-    )
+    is_known = name.lower() in _TOKEN_FIELDS | _PREFERENCE_FIELDS | _METADATA_FIELDS
+    return is_known or is_media_name(name) or is_mask_name(name)
 
 
 def _last_name(name: str) -> str:

@@ -11,17 +11,17 @@ rendered by joining its texts and the template text (`TextLayout`).
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ftdata.errors import BadRow
 from ftdata.schemas.answer_text import THINKING_NAMES
-from ftdata.templates.attribution.spans import template_fields
+from ftdata.templates.attribution.spans import is_content_part, template_fields
 from ftdata.templates.attribution.tracked_strings import TrackedString
 from ftdata.templates.attribution.watched_strings import record_operations, unwatch, watch_messages
 from ftdata.templates.chat import ChatRendering, render_turns
@@ -47,38 +47,74 @@ class Shape(NamedTuple):
         messages: a description of each message without its texts.
         tools: a description of the tool definitions.
         texts: all texts of the messages, in the order in which `watch_messages` visits them.
-        is_plain: whether every message has only a role and a text, and every text is printed like any other text: it
-            is not blank, which templates often omit, and contains no thinking tag, which divides an answer into parts.
+        is_plain: whether every message has only a role and a content of texts and images, and every text is printed
+            like any other text: it is not blank, which templates often omit, and contains no thinking tag, which
+            divides an answer into parts.
+        owners: the index of the message of each text.
     """
 
     messages: tuple[str, ...]
     tools: str
     texts: list[str]
     is_plain: bool
+    owners: list[int]
 
 
 def describe_shape(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Shape:
     """Return the shape of a conversation.
 
     >>> describe_shape([{"role": "user", "content": "2+2?"}])
-    Shape(messages=('user',), tools='', texts=['2+2?'], is_plain=True)
+    Shape(messages=('user',), tools='', texts=['2+2?'], is_plain=True, owners=[0])
     """
-    descriptions, texts, is_plain = list[str](), list[str](), not tools
-    for message in messages:
-        content = message.get("content")
-        if type(content) is str and (len(message) == 2 or (len(message) == 3 and "train" in message)):
+    descriptions, texts, is_plain, owners = list[str](), list[str](), not tools, list[int]()
+    for number, message in enumerate(messages):
+        content, first = message.get("content"), len(texts)
+        is_short = len(message) == 2 or (len(message) == 3 and "train" in message)
+        if type(content) is str and is_short:
             descriptions.append(message["role"])
             texts.append(content)
             # The search for a single character is much faster than the search for a tag.
             if not content or content.isspace() or ("<" in content and _THINKING_TAG.search(content)):
                 is_plain = False
+        elif is_short and _has_plain_parts(content):
+            descriptions.append(f"\n{message['role']}{[part['type'] for part in content]}")
+            texts += [part["text"] for part in content if "text" in part]
+            is_plain = is_plain and all(text.strip() and not _THINKING_TAG.search(text) for text in texts[first:])
         else:
             # Templates branch on roles, so they are not tracked. The line break distinguishes descriptions from roles.
             fields = template_fields(message)
-            values = {key: item if key == "role" else _describe_value(item, texts) for key, item in fields.items()}
+            values = {
+                key: _describe_content(item, texts)
+                if key == "content"
+                else item
+                if key == "role"
+                else _describe_value(item, texts)
+                for key, item in fields.items()
+            }
             descriptions.append(f"\n{values!r}")
             is_plain = False
-    return Shape(tuple(descriptions), repr(tools) if tools else "", texts, is_plain)
+        owners += [number] * (len(texts) - first)
+    return Shape(tuple(descriptions), repr(tools) if tools else "", texts, is_plain, owners)
+
+
+def _has_plain_parts(content: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Return whether a content is a list of texts and images without other fields."""
+    return isinstance(content, list) and all(
+        is_content_part(part) and part.keys() == ({"type", "text"} if part["type"] == "text" else {"type"})
+        for part in content
+    )
+
+
+def _describe_content(content: Any, texts: list[str]) -> Any:
+    """Describe a content. The types of its parts belong to the shape, because templates branch on them."""
+    if not isinstance(content, list | tuple):
+        return _describe_value(content, texts)
+    return [
+        {key: item if key == "type" else _describe_value(item, texts) for key, item in part.items()}
+        if is_content_part(part)
+        else _describe_value(part, texts)
+        for part in content
+    ]
 
 
 def _describe_value(value: Any, texts: list[str]) -> Any:
@@ -95,17 +131,17 @@ LayoutKey = tuple[tuple[str, ...], tuple[int, ...]]
 
 
 class Slot(NamedTuple):
-    """A span that contains the text of one message, possibly stripped.
+    """A span that contains one text of a message, possibly stripped.
 
     Attributes:
         span: number of the span.
         value: number of the value that is printed.
-        message: index of the message, which is also the number of its text.
+        text: number of the text.
     """
 
     span: int
     value: int
-    message: int
+    text: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +151,13 @@ class TextLayout:
     Attributes:
         expressions: the expressions of all runs that located the turns.
         texts: the text of each span of template text, and an empty string for each slot.
-        slots: the spans of the messages, one per message.
+        slots: the spans of the texts of messages, one per text.
         equal_values: pairs of numbers of values. The layout applies only if both values are equal.
         excluded_starts: (number of a value, text) pairs. The layout applies only if the value does not begin with the
             first character of the text.
         kinds: all properties of the spans except their sizes.
         flags: flags of the rendered text.
+        messages: number of the messages.
     """
 
     expressions: Expressions
@@ -130,6 +167,7 @@ class TextLayout:
     excluded_starts: tuple[tuple[int, str], ...]
     kinds: SpanKinds
     flags: frozenset[str]
+    messages: int
 
     @property
     def is_constant(self) -> bool:
@@ -149,12 +187,12 @@ class TextLayout:
             if values[number][:1] == excluded[:1]:
                 return None
         texts = [*self.texts]
-        for span, number, message in self.slots:
-            text, content = values[number], contents[message]
+        for span, number, slot_text in self.slots:
+            text, content = values[number], contents[slot_text]
             if text is not content and text.strip() != content.strip():
                 return None
             texts[span] = text
-        return Rendered("".join(texts), Spans([*map(len, texts)], self.kinds), self.flags, len(contents))
+        return Rendered("".join(texts), Spans([*map(len, texts)], self.kinds), self.flags, self.messages)
 
     @classmethod
     def from_runs(
@@ -182,8 +220,8 @@ class TextLayout:
                 return None
             equal_values.update(dict.fromkeys(conditions.equal_values))
             excluded_starts.update(dict.fromkeys(conditions.excluded_starts))
-        slots = _find_slots(rendered, parts, values)
-        if slots is None or sorted(slot.message for slot in slots) != [*range(len(shape.texts))]:
+        slots = _find_slots(rendered, parts, values, shape.owners)
+        if slots is None:
             return None
         texts = [rendered.text[span.start : span.end] for span in rendered.spans]
         for slot in slots:
@@ -197,6 +235,7 @@ class TextLayout:
             tuple(excluded_starts),
             kinds,
             rendered.flags,
+            len(shape.messages),
         )
         return layout if layout.fill(shape.texts) == rendered else None
 
@@ -241,8 +280,13 @@ def _compare(parts: Sequence[str | int], prefix: Sequence[str | int]) -> _Condit
     return _Conditions(equal_values, [])
 
 
-def _find_slots(rendered: Rendered, parts: Sequence[str | int], values: Sequence[Any]) -> list[Slot] | None:
-    """Find the span of each message. Return `None` if a value is not exactly one span with the content of a message."""
+def _find_slots(
+    rendered: Rendered, parts: Sequence[str | int], values: Sequence[Any], owners: Sequence[int]
+) -> list[Slot] | None:
+    """Find the span of each text. Return `None` if a value is not exactly one span, or if a text is not one value.
+
+    The texts of a message are assumed to be printed in their order, which `TextLayout.fill` checks.
+    """
     lengths = [len(part if isinstance(part, str) else values[part]) for part in parts]
     ends = accumulate(lengths)
     numbers = {
@@ -250,12 +294,16 @@ def _find_slots(rendered: Rendered, parts: Sequence[str | int], values: Sequence
         for part, length, end in zip(parts, lengths, ends, strict=True)
         if isinstance(part, int)
     }
-    slots = [
-        Slot(index, numbers.pop((span.start, span.end)), span.message)
-        for index, span in enumerate(rendered.spans)
-        if span.part is Part.CONTENT and (span.start, span.end) in numbers
-    ]
-    return None if numbers else slots
+    texts_of_message = defaultdict[int, list[int]](list)
+    for text, message in enumerate(owners):
+        texts_of_message[message].append(text)
+    slots = list[Slot]()
+    for index, span in enumerate(rendered.spans):
+        if span.part is Part.CONTENT and (span.start, span.end) in numbers:
+            if not (texts := texts_of_message[span.message]):
+                return None
+            slots.append(Slot(index, numbers.pop((span.start, span.end)), texts.pop(0)))
+    return None if numbers or any(texts_of_message.values()) else slots
 
 
 class TemplateNeeded(Exception):

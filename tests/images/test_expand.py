@@ -7,6 +7,7 @@ from laws import often
 
 from ftdata.errors import BadRow
 from ftdata.images.expand import expand_images
+from ftdata.images.processor import ImageText
 from ftdata.types import Part, Rendered, Span, Spans
 
 PLACEHOLDER = "<|img|>"
@@ -26,10 +27,10 @@ def rendered_from(pieces):
 @given(pieces=PIECES)
 def test_only_placeholders_of_the_template_are_replaced(pieces):
     count = sum(text.count(PLACEHOLDER) for text, part, _ in pieces if part is Part.SCAFFOLD)
-    images = [f"[{number}{'i' * number}]" for number in range(count)]
-    expanded = expand_images(rendered_from(pieces), PLACEHOLDER, "i", images)
-    assert expanded.repeats == tuple(range(1, count))
-    remaining = iter([f"[{number}{'i' * (number > 0)}]" for number in range(count)])
+    images = [ImageText(f"[{number}i]", (number,)) for number in range(count)]
+    expanded = expand_images(rendered_from(pieces), PLACEHOLDER, images)
+    assert expanded.repeats == tuple(range(count))
+    remaining = iter([image.text for image in images])
     expected = []
     for text, part, generated in pieces:
         if part is Part.CONTENT:
@@ -50,4 +51,4 @@ def test_only_placeholders_of_the_template_are_replaced(pieces):
 def test_other_number_of_placeholders_is_rejected(images):
     rendered = rendered_from([(PLACEHOLDER * 2, Part.SCAFFOLD, False), (PLACEHOLDER, Part.CONTENT, False)])
     with pytest.raises(BadRow, match=rf"prints 2 image placeholders .* for {len(images)} image"):
-        expand_images(rendered, PLACEHOLDER, "i", images)
+        expand_images(rendered, PLACEHOLDER, [ImageText(text, ()) for text in images])

@@ -32,6 +32,8 @@ HARD = [
     "[INST]",
     "é\u0301",
 ]
+PARTS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for p in LIST %}{% if p.type == 'image' %}<img>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+"""Prints the texts of the parts of a message, and a placeholder for each image."""
 SOURCES = {
     "chatml": ("tiny_bpe", "chatml"),
     "qwen": ("qwen", None),
@@ -39,6 +41,9 @@ SOURCES = {
     "short": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content | length > 4 %}{{ m.content | trim }}{% else %}short {{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
     "mood": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'yes' in messages[0].content %}!{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if 'yes' in messages[0].content %}!{% endif %}{% endif %}"),
     "no_system": ("tiny_bpe", "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+    "parts": ("tiny_bpe", PARTS.replace("LIST", "m.content")),
+    "reversed parts": ("tiny_bpe", PARTS.replace("LIST", "m.content | reverse")),
+    "first part twice": ("tiny_bpe", PARTS.replace("LIST", "m.content + m.content[:1]")),
 }  # fmt: skip
 
 
@@ -73,6 +78,9 @@ FIELDS = st.sampled_from(
         lambda text: {"content": text, "train": False},
         lambda text: {"content": text, "name": "x"},
         lambda text: {"content": [{"type": "text", "text": text}]},
+        *[lambda text: {"content": [{"type": "image"}, {"type": "text", "text": text}]}] * 2,
+        lambda text: {"content": [{"type": "text", "text": text}, {"type": "image"}, {"type": "text", "text": "b"}]},
+        lambda text: {"content": [{"type": "text", "text": text}, {"text": f"a{text}", "type": "text"}]},
         lambda text: {"content": "so", "reasoning_content": text},
     ]
 )
@@ -282,3 +290,17 @@ def test_ordinary_layouts_are_within_the_bounds():
     for _ in range(2):
         render_chat.render_chat(Conversation(messages), template)
     assert render_cache(template.key).fill_layout(describe_shape(messages), range(1, 60, 2)) is not None
+
+
+def test_contents_of_parts_are_rendered_from_the_cache(tokenizer_dir):
+    template = make_recipe(tokenizer_dir("tiny_bpe"), PARTS.replace("LIST", "m.content")).template
+
+    def conversation(*texts):
+        parts = [{"type": "text", "text": texts[0]}, {"type": "image"}, {"type": "text", "text": texts[1]}]
+        return Conversation(({"role": "user", "content": parts}, {"role": "assistant", "content": texts[2]}))
+
+    render_in_worker(conversation("a", "b", "c"), template)
+    messages = conversation("d", "e", "f").messages
+    found = render_cache(template.key).fill_layout(describe_shape(messages), [1])
+    assert found is not None
+    assert found.text == "<|im_start|>user\nd<img>e<|im_end|>\n<|im_start|>assistant\nf<|im_end|>\n"

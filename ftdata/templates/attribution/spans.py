@@ -198,6 +198,26 @@ def template_fields(message: Mapping[str, Any]) -> dict[str, Any]:
 def _track_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     # The role stays a plain string: it has few values, and templates branch on it.
     return {
-        key: value if key == "role" else track_value(value, _KEYS.get(key, Part.OTHER), index)
+        key: value if key == "role" else _track_field(key, value, index)
         for key, value in template_fields(message).items()
     }
+
+
+def _track_field(key: str, value: Any, index: int) -> Any:
+    tracked = track_value(value, _KEYS.get(key, Part.OTHER), index)
+    if key != "content" or not isinstance(value, list | tuple):
+        return tracked
+    # The type of a content part stays a plain string for the same reason.
+    return [
+        {**copy, "type": part["type"]} if is_content_part(part) else copy
+        for part, copy in zip(value, tracked, strict=True)
+    ]
+
+
+def is_content_part(value: Any) -> bool:
+    """Return whether an item of a content is a text or an image, whose type is not the text of a row.
+
+    >>> is_content_part({"type": "text", "text": "Hi"}), is_content_part({"type": "text/html"}), is_content_part("text")
+    (True, False, False)
+    """
+    return isinstance(value, Mapping) and value.get("type") in ("text", "image")

@@ -126,8 +126,8 @@ def decode_layout(values: Any) -> tuple[LayoutKey, TextLayout]:
     if unknown := {method for _, method, _ in expressions.calls} - REPLAYED_METHODS:
         raise ValueError(f"the methods {', '.join(sorted(unknown))} cannot be replayed")
     if not expressions.is_bounded or any(
-        not (0 <= span < len(texts) and 0 <= value < size + len(calls) and 0 <= message < size)
-        for span, value, message in slots
+        not (0 <= span < len(texts) and 0 <= value < size + len(calls) and 0 <= text < size)
+        for span, value, text in slots
     ):
         raise ValueError("the layout exceeds the limits of recorded runs")
     return (tuple(messages), tuple(turns)), TextLayout(
@@ -138,6 +138,7 @@ def decode_layout(values: Any) -> tuple[LayoutKey, TextLayout]:
         _decode_slices(excluded_starts),
         _decode_kinds(kinds),
         frozenset(flags),
+        len(messages),
     )
 
 
