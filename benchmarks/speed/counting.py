@@ -13,8 +13,11 @@ Counted = dict[str, Any]
 
 
 def cpu() -> float:
-    """Return the CPU seconds of this process and its children."""
-    return sum(
+    """Return the CPU seconds of this process and its children, which may still run."""
+    import psutil
+
+    running = sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
+    return running + sum(
         getattr(resource.getrusage(who), name)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         for name in ("ru_utime", "ru_stime")

@@ -6,6 +6,7 @@ reads the images in random order, and the data may be compressed or in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from io import BufferedWriter
@@ -111,6 +112,12 @@ def publish_image_files(folder: Path, shards: Sequence[Path]) -> None:
         if (shard / _SHARD_FILE).exists():
             disk.mkdir(folder / IMAGES_FOLDER, exist_ok=True)
             disk.link(shard / _SHARD_FILE, folder / IMAGES_FOLDER / f"{number:05d}.bin")
+
+
+def build_has_images(folder: Path) -> bool:
+    """Return whether the examples of a finished build have images."""
+    paths = sorted(folder.glob("*/data-*.arrow"))[:1]
+    return any("images" in pa.ipc.open_stream(pa.OSFile(os.fsencode(path))).schema.names for path in paths)
 
 
 def check_in_memory(folder: Path) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ftdata._version import __version__
 from ftdata.build import cache, remote, store
+from ftdata.build.image_files import build_has_images
 from ftdata.build.read_packs import Packs, list_pack_files, read_pack_file
 from ftdata.errors import InputRefused, MissingDependency, UsageError, check_choice, count_noun, describe_exception
 from ftdata.exporters.formats import BuildFacts, ExportFormat, exporters
@@ -142,6 +143,9 @@ def export(
         problem = f"{folder} was built with task: {task}, and export formats contain only conversations without ratings"
         raise InputRefused("export_task", problem, hint="use the columns of the build directly")
     store.check_intact(folder)
+    if build_has_images(folder):
+        problem = f"the examples of {folder} have images, and export formats contain only tokens and labels"
+        raise InputRefused("export_images", problem, hint="use the columns of the build directly")
     target = Path(output_dir).resolve()
     facts = _read_facts(folder, manifest, target)
     request = {"to": to, "allow": sorted(allowed), "build": facts.fingerprint}

@@ -21,7 +21,8 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
     """Load a tokenizer without importing transformers. Reuse a tokenizer with the same content if it is already loaded.
 
     Args:
-        tokenizer: a folder with `tokenizer.json`, a Hub id, or a `transformers` or `tokenizers` object.
+        tokenizer: a folder with `tokenizer.json`, a Hub id, or a `transformers` or `tokenizers` object. For rows with
+            images, a `transformers` object must have been loaded from a folder, which contains its image processor.
         thorough: whether to serialize an object to detect changes since it was last loaded (0.1 to 0.4 s for large
             vocabularies). `False` compares its settings and the tokens of a sample text instead.
 
@@ -34,8 +35,10 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
         return tokenizer
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return _from_content("<object>", tokenizer.to_str().encode(), _special_tokens({}, tokenizer), None)
-    if isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
-        return _from_transformers(tokenizer, thorough=thorough)
+    # A processor of transformers contains a tokenizer, and has a chat template of its own.
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    if isinstance(getattr(inner, "backend_tokenizer", None), tokenizers.Tokenizer):
+        return _from_transformers(inner, getattr(tokenizer, "chat_template", None), thorough=thorough)
     if not isinstance(tokenizer, str | Path):
         problem = f"tokenizer is a {type(tokenizer).__name__}, expected a fast tokenizer"
         raise UsageError("tokenizer_type", problem, hint="pass a folder, a Hub id, or a fast tokenizer object")
@@ -96,19 +99,19 @@ def _find_loaded(digest: str) -> Tokenizer | None:
     return next((tokenizer for (other, *_), tokenizer in _loaded.items() if other == digest), None)
 
 
-def _from_transformers(tokenizer: Any, *, thorough: bool) -> Tokenizer:
+def _from_transformers(tokenizer: Any, template: Any, *, thorough: bool) -> Tokenizer:
     special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
     backend = tokenizer.backend_tokenizer
     state = _read_state(backend)
     previous_state, loaded = _states.get(tokenizer, (None, None))
-    if thorough or loaded is None or previous_state != state:
-        name = getattr(tokenizer, "name_or_path", "") or "<object>"
-        loaded = _from_content(name, backend.to_str().encode(), special_tokens, template)
+    name = getattr(tokenizer, "name_or_path", "") or "<object>"
+    if thorough or loaded is None or previous_state != state or loaded.name != name:
+        folder = Path(name) if Path(name).is_dir() else None
+        loaded = _from_content(name, backend.to_str().encode(), special_tokens, template, folder=folder)
     elif (loaded.special_tokens, loaded.chat_template) != (special_tokens, template):
-        loaded = _from_content(loaded.name, loaded.json, special_tokens, template)
+        loaded = _from_content(loaded.name, loaded.json, special_tokens, template, folder=loaded.folder)
     _states[tokenizer] = state, loaded
     return loaded
 

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 from vision import CHAT_TOKENS, PROCESSORS, QWEN_TOKENS, byte_tokenizer, save_image, save_processor, save_qwen
 
 from ftdata import build_preference_dataset, build_sft_dataset, encode, preview
@@ -34,6 +37,12 @@ def image(path, **others):
 
 def text(content):
     return {"type": "text", "text": content}
+
+
+def png(size=(64, 64), color="red", kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def chat(*content, answer="A red square."):
@@ -94,12 +103,6 @@ def test_image_tokens_without_an_image_are_rejected(qwen):
         encode([{"role": "user", "content": "<|image_pad|>"}, {"role": "assistant", "content": "No."}], qwen,
                control_tokens="allow")  # fmt: skip
     assert error.value.code == "image_tokens"
-
-
-def png(size=(64, 64), color="red", kind="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def spellings(path):
@@ -223,44 +226,74 @@ def test_preview_shows_the_size_and_the_tokens_of_an_image(qwen, tmp_path):
     assert "image_pad" not in shown
 
 
+def part(**fields):
+    return chat(fields, text("?"))
+
+
+TWO = chat({"type": "image"}, {"type": "image"}, text("?"))
+HUGE = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png()[24:29]
+BAD_FILES = {
+    "empty.png": b"",
+    "text.png": b"no image",
+    "picture.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='64' height='64'/>",
+    "paper.pdf": b"%PDF-1.7",
+    "cut.png": png((500, 500))[:-20],
+    "cut.jpg": png((500, 500), kind="JPEG")[:-20],
+    "cut.gif": png((500, 500), kind="GIF")[:100],
+    "cut.webp": png((500, 500), kind="WEBP")[:-20],
+    "cut.bmp": png((50, 50), kind="BMP")[:-20],
+    "header.png": png()[:40],
+    "tiff.png": png(kind="TIFF"),
+    "huge.png": png()[:12] + HUGE + struct.pack(">I", zlib.crc32(HUGE)) + png()[33:],
+    "long.png": png((900, 2)),
+}
 BAD_ROWS = {
-    "missing file": (chat(image("missing.png"), text("?")), {}, "image_missing"),
-    "a folder": (chat(image("."), text("?")), {}, "image_missing"),
-    "remote": (chat(image("https://example.com/a.png"), text("?")), {}, "image_remote"),
-    "empty file": (chat(image("empty.png"), text("?")), {}, "image_format"),
-    "text file": (chat(image("text.png"), text("?")), {}, "image_format"),
-    "truncated": (chat(image("cut.png"), text("?")), {}, "image_truncated"),
-    "too long": (chat(image("long.png"), text("?")), {}, "image_ratio"),
-    "number": (chat({"type": "image", "image": 3}, text("?")), {}, "image_value"),
-    "bad base64": (chat(image("data:image/png;base64,???"), text("?")), {}, "image_value"),
-    "too few images": (chat({"type": "image"}, {"type": "image"}, text("?")), {"images": ["a.png"]}, "image_count"),
-    "too many images": (chat({"type": "image"}, text("?")), {"images": ["a.png", "a.png"]}, "image_count"),
-    "images and a part with an image": (chat(image("a.png"), text("?")), {"images": ["a.png"]}, "image_count"),
-    "video": (chat({"type": "video", "video": "a.mp4"}, text("?")), {}, "content_type"),
+    **{name: (part(type="image", image=name), {}, code) for name, code in {
+        "empty.png": "image_format", "text.png": "image_format", "picture.svg": "image_format",
+        "paper.pdf": "image_format", "cut.png": "image_truncated", "cut.jpg": "image_truncated",
+        "cut.gif": "image_truncated", "cut.webp": "image_format", "cut.bmp": "image_truncated",
+        "header.png": "image_format", "tiff.png": "image_format", "huge.png": "image_too_large",
+        "long.png": "image_ratio", "missing.png": "image_missing", ".": "image_missing", "a\0b.png": "image_missing",
+        "https://example.com/a.png": "image_remote", "hf://owner/name/a.png": "image_remote",
+        "s3://bucket/a.png": "image_remote", "data:image/png;base64,???": "image_value",
+        "data:text/plain;base64,aGk=": "image_value", "data:image/png;base64,aGk=": "image_format",
+        "   ": "image_value",
+    }.items()},
+    "number": (part(type="image", image=3), {}, "image_value"),
+    "true": (part(type="image", image=True), {}, "image_value"),
+    "no address": (part(type="image_url", image_url={"url": None}), {}, "image_value"),
+    "no address and no column": (part(type="image"), {}, "image_count"),
+    "too few images": (TWO, {"images": ["a.png"]}, "image_count"),
+    "too many images": (part(type="image"), {"images": ["a.png", "a.png"]}, "image_count"),
+    "images and a part with an image": (part(type="image", image="a.png"), {"images": ["a.png"]}, "image_count"),
+    "too many markers": (chat(text("<image> or <image>?")), {"images": ["a.png"]}, "image_count"),
+    "too few markers": (chat(text("<image>?")), {"images": ["a.png", "a.png"]}, "image_count"),
+    "no question": ([{"role": "assistant", "content": "A."}], {"images": ["a.png"]}, "image_count"),
+    "list in a list": (part(type="image"), {"images": [["a.png"]]}, "image_value"),
+    "object": (part(type="image"), {"images": [{"name": "a.png"}]}, "image_value"),
+    "null in a list": (part(type="image"), {"images": [None]}, "image_value"),
+    "video": (part(type="video", video="a.mp4"), {}, "content_type"),
+    "audio": (part(type="input_audio", input_audio={"data": "aGk=", "format": "wav"}), {}, "content_type"),
+    "video column": (chat(text("?")), {"video": "a.mp4"}, "media"),
     "audio column": (chat(text("?")), {"audio": "a.wav"}, "media"),
-    "image in the answer": (
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": [image("a.png"), text("!")]}], {}, None,
-    ),
+    "another image column": (chat(text("?")), {"image_2": "a.png"}, "media"),
     "tokens": (None, {"input_ids": [1, 2], "labels": [-100, 2], "images": ["a.png"]}, "image_count"),
+    "tokens of images": (None, {"input_ids": [1, PAD, 2], "labels": [-100, -100, 2]}, "image_tokens"),
     "text": (None, {"text": "abc", "image": "a.png"}, "image_count"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_bad_image_is_rejected_with_its_place(name, qwen, tmp_path):
+    assert len(BAD_ROWS) >= 40
     save_image(tmp_path / "a.png", (64, 64))
-    save_image(tmp_path / "long.png", (900, 2))
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.png").write_bytes(png((500, 500))[:-20])
+    for file, content in BAD_FILES.items():
+        (tmp_path / file).write_bytes(content)
     messages, columns, code = BAD_ROWS[name]
     row = {**({"messages": messages} if messages else {}), **columns}
     good = {"messages": chat(image("a.png"), text("Good?"))}
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (good, row)))
     report = build_sft_dataset(tmp_path / "data.jsonl", qwen, on_bad_rows="quarantine", max_rejects=1).report
-    if code is None:
-        assert report.total("built") == 2
-        return
     (reject,) = report.rejects
     assert f"[{code}] {tmp_path / 'data.jsonl'}:2" in reject
     assert "Fix:" in reject
@@ -291,3 +324,14 @@ def test_template_without_images_is_reported(qwen, tmp_path):
     ):
         with pytest.raises(BadRows, match=message):
             build_sft_dataset([row], qwen, template=template)
+
+
+def test_processor_of_transformers_is_a_tokenizer(tmp_path):
+    save_processor("gemma3", tmp_path / "model")
+    loaded = AutoProcessor.from_pretrained(tmp_path / "model")
+    path = save_image(tmp_path / "a.png", (64, 64))
+    messages = chat(image(path), text("What?"))
+    (expected,) = encode(messages, tmp_path / "model")
+    for tokenizer in (loaded, loaded.tokenizer):
+        (example,) = encode(messages, tokenizer, template=None if tokenizer is loaded else loaded.chat_template)
+        assert example.input_ids.tolist() == expected.input_ids.tolist()

@@ -213,8 +213,12 @@ CASES = {
 }
 
 
+IMAGE_CHECKS = {"image_size", "image_leakage"}
+"""Checks with cases in `tests/images/test_inspection.py`."""
+
+
 def test_every_check_has_a_case():
-    assert set(CASES) == set(checks)
+    assert set(CASES) | IMAGE_CHECKS == set(checks)
 
 
 @pytest.mark.parametrize("code", CASES)

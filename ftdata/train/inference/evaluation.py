@@ -174,6 +174,10 @@ def _read_build_rows(run: FinishedRun) -> tuple[str, Iterator[tuple[Document, Do
     """
     splits = training_splits(load_build(run.build))
     name = "test" if "test" in splits else "train"
+    if "images" in splits[name].column_names:
+        problem = f"the examples of {run.build} have images, and answers to images are not evaluated"
+        hint = "generate answers with transformers, or pass questions without images"
+        raise InputRefused("evaluation_images", problem, hint=hint)
     note, split = "" if name == "test" else ", which the model was trained on", desirable_rows(splits[name])
     rows: Iterator[tuple[Document, Document | None]] = zip(read_documents(split), repeat(None))
     if has_pairs(split):

@@ -87,6 +87,10 @@ def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int
     for outcome in build_rows(recipe, (row for source in sources for row in source.rows())):
         if isinstance(outcome, Reject):
             raise InputRefused(outcome.code, outcome.reason, where=str(outcome.source), hint=outcome.fix)
+        if outcome.examples[-1].images:
+            problem = "the row has images, and answers to images are not evaluated"
+            hint = "generate answers with transformers, or pass questions without images"
+            raise InputRefused("evaluation_images", problem, where=str(outcome.conversation.source), hint=hint)
         yield outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist()
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from ftdata import build_sft_dataset
 from ftdata.build.dataset import load_build, write_build
 from ftdata.errors import InputRefused, UsageError
+from ftdata.exporters.export import export
 from ftdata.types import IGNORE_INDEX
 
 pytest.importorskip("trl")
@@ -21,6 +22,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration  # noqa: E402
 from vision import save_colors, save_image, save_processor, save_vision_model  # noqa: E402
 
+from ftdata.train import compare, generate  # noqa: E402
 from ftdata.train import run as train  # noqa: E402
 from ftdata.train.model.isolation_probe import (  # noqa: E402
     LEAK,
@@ -210,3 +212,15 @@ def test_text_only_rows_train_a_vision_model(model_folder, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_architecture_is_probed_without_its_weights(name, model_folder):
     assert has_leaking_architecture(load_model_config(model_folder(name))) is False
+
+
+def test_evaluation_and_export_of_images_are_refused(model_folder, colors, tmp_path):
+    options = {"settings": {"max_steps": 1}, "limit": 8, "test_size": 2}
+    folder = train(str(colors), model=model_folder("qwen"), output_dir=tmp_path / "run", **options)
+    for data in (None, str(colors)):
+        with pytest.raises(InputRefused, match="evaluation_images"):
+            compare(folder, data, n=2)
+    with pytest.raises(InputRefused, match="export_images"):
+        export(folder / "data", "axolotl", tmp_path / "exported")
+    # Questions without images are answered.
+    assert len(generate(folder, ["Hello?"], max_new_tokens=2)) == 1
