@@ -43,7 +43,7 @@ def slowly(common, task):
     return task * 2
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.long)])
 def test_lost_worker_is_replaced(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3, 11], "mark": str(tmp_path / "mark"), "once": True}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
@@ -62,7 +62,7 @@ def failing(_, task):
     raise UsageError("code", f"task {task}", hint="none")
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.long)])
+@pytest.mark.parametrize("engine", ["local", "ray"])
 def test_errors_of_workers_are_unchanged(cluster, engine):
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(UsageError, match=r"\[code\] task \d. Fix: none"):

@@ -24,6 +24,8 @@ LONG = {
     *(f"docs/trainers/{name}.md" for name in ("rl-frameworks", "tinker", "torchtune")),
     # Previews, as in the pages of tokens and of prompt templates.
     "docs/concepts/turns.md", "docs/concepts/masks.md", "docs/howto/thinking-and-tools.md",
+    # Builds and trainings, as in `tests/train`.
+    "docs/howto/preference-pairs.md",
 }  # fmt: skip
 """Pages whose commands other pages or `examples/` run as well."""
 

@@ -79,6 +79,7 @@ def test_d_code_alpaca(example, tmp_path):
     assert (tmp_path / "out" / "code_alpaca" / "eval.html").is_file()
 
 
+@pytest.mark.long  # `translate.py` and `image_colors.py` take the same steps
 def test_e_company_faq(example, tmp_path):
     said = example("company_faq", "--max-steps", "5")
     assert "Page 0." in said
@@ -98,6 +99,7 @@ def test_f_image_colors(example, tmp_path):
     assert (tmp_path / "out" / "image_colors" / "run" / "model" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.long  # the page `docs/concepts/tokens.md` shows the same tokens
 def test_tutorial_notebook_runs(tokenizer_dir, tmp_path):
     """`which_tokens.ipynb` shows the tokens of the model that the first cell names."""
     import nbclient

@@ -166,8 +166,8 @@ def test_lora_settings_that_peft_would_ignore_are_refused(llama, tmp_path, lora,
 @pytest.mark.parametrize(
     "lora",
     [
-        pytest.param({"use_dora": True}, id="dora"),
-        pytest.param({"use_rslora": True, "bias": "all"}, id="rslora and bias", marks=pytest.mark.long),
+        pytest.param({"use_dora": True}, id="dora", marks=pytest.mark.long),
+        pytest.param({"use_rslora": True, "bias": "all"}, id="rslora and bias"),
         pytest.param({"modules_to_save": ["lm_head"]}, id="a module whole", marks=pytest.mark.long),
         pytest.param({"init_lora_weights": "pissa"}, id="pissa", marks=pytest.mark.long),
     ],

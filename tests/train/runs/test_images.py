@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import mostly_long
 from PIL import Image
 
 from ftdata import build_sft_dataset
@@ -70,7 +71,7 @@ def compute_logits(model, batch):
         return model(**inputs, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_long(FAMILIES, "qwen", "gemma3", "llava"))
 def test_logits_of_packed_and_padded_rows_equal_those_of_single_rows(name, model_folder, tmp_path):
     folder = model_folder(name)
     model = load_model(folder).eval()
@@ -209,7 +210,7 @@ def test_text_only_rows_train_a_vision_model(model_folder, tmp_path):
     assert (folder / "model" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_long(FAMILIES, "qwen", "gemma3", "llava"))
 def test_architecture_is_probed_without_its_weights(name, model_folder):
     assert has_leaking_architecture(load_model_config(model_folder(name))) is False
 

@@ -87,6 +87,7 @@ def test_model_learns_the_difference_between_desirable_and_undesirable_answers(t
     assert found.tuned.perplexity < found.base.perplexity
 
 
+@pytest.mark.long  # the same code as in `test_preference.py`
 def test_metrics_of_an_evaluation_are_means_over_rows(llama, data, tmp_path):
     """The last batch has fewer rows than the others, and some batches have only one kind of answer."""
     margins = []

@@ -127,6 +127,7 @@ run(**eval(sys.argv[1]))
 """
 
 
+@pytest.mark.long  # `test_kto.py` and `test_reward.py` resume runs, and `test_resume.py` kills them
 def test_killed_run_resumes_exactly_in_the_middle_of_an_epoch(training_python, trained, llama, data, tmp_path):
     """An epoch has 8 steps. The run is killed while it writes the checkpoint of step 10."""
     options = {"task": "preference", "test_size": 16, "lora": {"r": 4, "dropout": 0.1}}
