@@ -131,6 +131,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     on_dropped_message: str = "reject"
     on_missing_stop: str = "flag"
     reject_flags: list[str] = []
+    image_folder: str | None = None
+    download_images: bool = False
     max_length: int | None = None
     overlong: str = "reject"
     packing: str | None = None

@@ -21,6 +21,7 @@ from typer.models import ArgumentInfo
 from ftdata.cli import app
 from ftdata.config import SECTIONS, Config, Lora
 from ftdata.exporters import exporters
+from ftdata.images.families import image_families
 from ftdata.inspection.checks import checks
 from ftdata.options import OPTIONS
 from ftdata.pipeline.flags import FLAGS
@@ -271,6 +272,7 @@ def plugin_page():
         schemas: ("a function `(Mapping) -> Conversation`, or a `Schema`, which is also detected", "`schema`"),
         templates: ("the path of a `.jinja` file", "`template`"),
         masks: ("a function `(Rendered, Conversation) -> Sequence[bool]`, a bool for every span", "`train_on`"),
+        image_families: ("an `ftdata.images.families.ImageFamily`", "the processor of the tokenizer"),
         exporters: ("an `ftdata.exporters.ExportFormat`", "`ftdata export --to`"),
     }
     lines = ["| entry point | value | named by | built in |", "|---|---|---|---|"]

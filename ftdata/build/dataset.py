@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -39,9 +37,8 @@ from ftdata.build.request import (
     describe_data,
     read_current_report,
 )
-from ftdata.build.run_tasks import TaskRunner, check_all_rereadable
+from ftdata.build.run_tasks import TaskRunner, check_all_rereadable, log_reuse
 from ftdata.build.shard_files import read_minhashes
-from ftdata.build.shards import ShardResult
 from ftdata.build.splits import ExampleFacts, Layout, SplitPlan, assign_splits
 from ftdata.errors import InputRefused, UsageError, check_choice, count_noun
 from ftdata.options import OPTIONS, select_options
@@ -62,9 +59,6 @@ if TYPE_CHECKING:
     import datasets
 
 
-_log = logging.getLogger(__name__)
-
-
 def build_sft_dataset(
     data: Any,
     tokenizer: Any,
@@ -78,6 +72,8 @@ def build_sft_dataset(
     on_dropped_message: str = "reject",
     on_missing_stop: str = "flag",
     reject_flags: Sequence[str] = (),
+    image_folder: str | None = None,
+    download_images: bool = False,
     max_length: int | None = None,
     overlong: str = "reject",
     packing: str | None = None,
@@ -116,6 +112,8 @@ def build_sft_dataset(
         on_dropped_message: `"reject"` or `"flag"` a row if the template omits a system, user or tool message.
         on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
         reject_flags: flags, such as `"no_trained_stop"`, that reject a row; docs/reference/flags.md lists them.
+        image_folder: the folder in which relative paths of images begin; `None` for the folder of the data file.
+        download_images: whether to download images at URLs, and store them in the build. Otherwise, they are rejected.
         max_length: the maximum number of tokens of an example and of a pack.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
         packing: `None` or `"bfd"`: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830), but examples are never
@@ -321,7 +319,7 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
         check_all_rereadable(tasks, str(difference))
         cache.clear_cache()
         results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
-    _log_reuse(results)
+    log_reuse(results)
     rows, tokens = (sum(getattr(result.ledger, name) for result in results) for name in ("read", "tokens_kept"))
     if progress:
         progress(ProgressUpdate("pack", rows, tokens))
@@ -368,17 +366,6 @@ def _build(request: BuildRequest, workspace: atomic.Workspace, runner: TaskRunne
     store.write_manifest(folder, {**about, "request": request_hash}, written)
     cache.evict_entries()
     return report
-
-
-def _log_reuse(results: Sequence[ShardResult]) -> None:
-    """Log how many shards were reused from an interrupted build or from the cache."""
-    # If a file is listed twice, its second shard is found among the finished shards of the same build.
-    origins = {result.key or result.folder: result.origin for result in reversed(results)}
-    counts = Counter(origins.values())
-    if counts["resumed"]:
-        _log.info("resumed: %d of %d parts of the data were already built", counts["resumed"], len(results))
-    if counts["cached"]:
-        _log.info("%d of %d parts of the data come from the cache (see: ftdata cache)", counts["cached"], len(results))
 
 
 def _example_facts(merged: MergedShards, layout: Layout, *, has_pairs: bool) -> ExampleFacts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -13,6 +15,8 @@ from ftdata.errors import InputRefused
 from ftdata.pipeline.recipe import Recipe
 from ftdata.progress import Progress, ProgressUpdate
 from ftdata.readers import FileSource
+
+_log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,3 +114,14 @@ def _apply_limit(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> I
         remaining = (task.limit or 0) - sum(item.ledger.read - item.ledger.filtered for item in earlier)
         if remaining > 0:
             yield replace(task, limit=remaining)
+
+
+def log_reuse(results: Sequence[ShardResult]) -> None:
+    """Log how many shards were reused from an interrupted build or from the cache."""
+    # If a file is listed twice, its second shard is found among the finished shards of the same build.
+    origins = {result.key or result.folder: result.origin for result in reversed(results)}
+    counts = Counter(origins.values())
+    if counts["resumed"]:
+        _log.info("resumed: %d of %d parts of the data were already built", counts["resumed"], len(results))
+    if counts["cached"]:
+        _log.info("%d of %d parts of the data come from the cache (see: ftdata cache)", counts["cached"], len(results))

@@ -148,7 +148,8 @@ def shard_key(recipe: Recipe, task: Task) -> str | None:
     policy = masks.registered().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
     registered = schemas.registered()
     used_schemas = registered.values() if recipe.schema == "auto" else [registered.get(recipe.schema)]
-    if not all(map(is_built_in, (policy, readers.get(source.reader), *used_schemas))):
+    expand = [recipe.image_processor.family.expand] if recipe.image_processor else []
+    if not all(map(is_built_in, (policy, readers.get(source.reader), *used_schemas, *expand))):
         return None
     if (content := _hash_content(source)) is None:
         return None

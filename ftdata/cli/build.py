@@ -306,12 +306,14 @@ def env(as_json: Json = False) -> None:
 def plugins(as_json: Json = False) -> None:
     """List built-in and installed readers, schemas, templates, mask policies and export formats."""
     from ftdata.exporters import exporters
+    from ftdata.images.families import image_families
     from ftdata.pipeline.mask import masks
     from ftdata.readers import readers
     from ftdata.schemas import schemas
     from ftdata.templates import templates
 
-    groups = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks, exporters)}
+    registries = (readers, schemas, templates, masks, image_families, exporters)
+    groups = {registry.group: registry.plugins() for registry in registries}
     lines = [f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()]
     values = {group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}
     print_json_or_text(values, "\n".join(lines), as_json=as_json)

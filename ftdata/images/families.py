@@ -14,6 +14,7 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.images.grids import Grid, closest_ratio, cut_padding, fit_area, least_upscaling, most_pixels
+from ftdata.registry import Registry
 
 Settings = Mapping[str, Any]
 """The settings of a processor that its formula reads, such as the size of a patch in pixels."""
@@ -260,7 +261,7 @@ _GEMMA = {
     "image_token": "<image_soft_token>",
 }
 
-FAMILIES = {
+_BUILT_IN = {
     "qwen_vl": ImageFamily(
         ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"),
         "image_token",
@@ -418,3 +419,9 @@ FAMILIES = {
     "mllama": ImageFamily(("MllamaProcessor",), "image_token", _mllama, {"image_token": "<|image|>"}),
 }
 """Name -> family."""
+
+image_families: Registry[ImageFamily] = Registry("ftdata.image_families", "image family")
+"""All families. A plug-in can add a family."""
+
+for _name, _family in _BUILT_IN.items():
+    image_families.register(_name)(_family)

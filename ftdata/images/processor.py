@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftdata.errors import UsageError
-from ftdata.images.families import FAMILIES, ImageFamily, Settings, Tokens
+from ftdata.images.families import ImageFamily, Settings, Tokens, image_families
 
 _MAX_SIZES = 1 << 14
 """Maximum number of image sizes whose texts are cached."""
@@ -114,9 +114,11 @@ def load_image_processor(folder: Path) -> ImageProcessor | None:
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
     configs = (processor_config, image_config, tokenizer_config)
     name = next((str(config["processor_class"]) for config in configs if config.get("processor_class")), "")
-    family = next((family for family in FAMILIES.values() if name in family.processors), None)
+    # The families of ftdata come first, so that plug-ins are imported only for other processors.
+    families = map(image_families.get, image_families.names())
+    family = next((family for family in families if name in family.processors), None)
     if family is None:
-        known = ", ".join(sorted(processor for family in FAMILIES.values() for processor in family.processors))
+        known = ", ".join(sorted(one for key in image_families.names() for one in image_families.get(key).processors))
         problem = f"the image processor {name or '(without processor_class)'} of {folder} is not supported"
         raise UsageError("image_processor", problem, hint=f"use a model with one of the processors {known}")
     settings = {

@@ -8,13 +8,13 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ftdata.errors import BadRow, MissingDependency
+from ftdata.errors import BadRow, FtdataError, MissingDependency
 from ftdata.types import ImageReference
 
 MAX_PIXELS = 100_000_000
@@ -32,10 +32,19 @@ _ORIENTATION = 0x0112
 _EXIF_IN_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 """A PNG file with EXIF data contains one of these texts. Pillow decodes the pixels of a PNG file to read EXIF data."""
 
+_URL = re.compile(r"\w{2,}://")
+
 _DATA_URI = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*?;base64,", re.IGNORECASE)
 
 
-def read_image(value: Any, folder: Path, field: str) -> ImageReference:
+def find_url(value: Any) -> str | None:
+    """Return the URL of an image that must be downloaded, or `None` if the row or a file contains the image."""
+    value = _unwrap(value)
+    is_remote = isinstance(value, str) and _URL.match(value) and value[:5].lower() != "file:"
+    return value if is_remote else None
+
+
+def read_image(value: Any, folder: Path, field: str, download: Callable[[str], bytes] | None = None) -> ImageReference:
     """Read an image of a row. Its header is parsed, and its pixels are not decoded.
 
     Args:
@@ -44,6 +53,7 @@ def read_image(value: Any, folder: Path, field: str) -> ImageReference:
             `datasets`.
         folder: the folder of the data file. Relative paths begin there.
         field: the path of the value in the row.
+        download: returns the content of a URL; `None` to reject images at URLs.
 
     Raises:
         BadRow: `image_value`, `image_missing`, `image_remote`, `image_format`, `image_truncated` or `image_too_large`.
@@ -59,7 +69,9 @@ def read_image(value: Any, folder: Path, field: str) -> ImageReference:
         raise BadRow("image_value", problem, field=field, hint="correct the value, or remove the row")
     if value[:5].lower() == "data:":
         return _read_bytes(_decode_data_uri(value, field), "", field)
-    path = _resolve_path(value, folder, field)
+    if find_url(value):
+        return _read_bytes(_download(value, field, download), "", field)
+    path = Path(unquote(urlsplit(value).path)) if value[:7].lower() == "file://" else folder / value
     try:
         # Unbuffered reading takes half of the time.
         with path.open("rb", buffering=0) as file:
@@ -107,14 +119,19 @@ def _decode_data_uri(text: str, field: str) -> bytes:
     raise BadRow("image_value", problem, field=field, hint="correct the data URI, or remove the row") from None
 
 
-def _resolve_path(text: str, folder: Path, field: str) -> Path:
-    url = urlsplit(text) if re.match(r"\w{2,}://", text) else None
-    if url is None:
-        return folder / text
-    if url.scheme.lower() == "file":
-        return Path(unquote(url.path))
-    problem = f"the image {text[:200]!r} is remote, and only local files are read"
-    raise BadRow("image_remote", problem, field=field, hint="download the images, and write their paths into the data")
+def _download(url: str, field: str, download: Callable[[str], bytes] | None) -> bytes:
+    if download is None:
+        problem = f"the image {url[:200]!r} is remote, and only local files are read"
+        hint = "set download_images=True, or download the images and write their paths into the data"
+        raise BadRow("image_remote", problem, field=field, hint=hint)
+    try:
+        content = download(url)
+    except FtdataError as error:
+        problem = f"the image {url[:200]!r} cannot be downloaded: {error.message}"
+        raise BadRow("image_missing", problem, field=field, hint="correct the URL, or remove the row") from None
+    if len(content) > MAX_BYTES:
+        raise _too_large(f"has more than {MAX_BYTES:,} bytes", field)
+    return content
 
 
 def _read_bytes(content: bytes, path: str, field: str) -> ImageReference:

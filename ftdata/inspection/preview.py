@@ -85,6 +85,8 @@ def preview(
     on_dropped_message: str = "reject",
     on_missing_stop: str = "flag",
     reject_flags: Sequence[str] = (),
+    image_folder: str | None = None,
+    download_images: bool = False,
     max_length: int | None = None,
     overlong: str = "reject",
     n: int | None = None,

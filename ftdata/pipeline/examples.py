@@ -388,6 +388,8 @@ def encode(
     on_dropped_message: str = "reject",
     on_missing_stop: str = "flag",
     reject_flags: Sequence[str] = (),
+    image_folder: str | None = None,
+    download_images: bool = False,
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
@@ -408,6 +410,8 @@ def encode(
         on_dropped_message: `"reject"` or `"flag"` a conversation if the template omits a system, user or tool message.
         on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
         reject_flags: flags, such as `"no_trained_stop"`, that reject the conversation.
+        image_folder: the folder in which relative paths of images begin; `None` for the current folder.
+        download_images: whether to download images at URLs. Otherwise, they are rejected.
         date: the current date for templates that print it.
         template_kwargs: additional template variables.
 

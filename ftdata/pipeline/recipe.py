@@ -66,6 +66,8 @@ class Options:
     on_dropped_message: str = "reject"
     on_missing_stop: str = "flag"
     reject_flags: Sequence[str] = ()
+    image_folder: str | None = None
+    download_images: bool = False
     max_length: int | None = None
     overlong: str = "reject"
 

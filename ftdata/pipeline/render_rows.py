@@ -16,9 +16,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftdata.errors import BadRow, InputRefused, TemplateRefused
+from ftdata.errors import BadRow, InputRefused, TemplateRefused, UsageError, suggest_path
 from ftdata.images.expand import expand_images
 from ftdata.images.references import read_image
+from ftdata.pipeline.download_images import download, start_downloads
 from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.read_rows import check_row_answers, drops_rejected_side, read_conversation
 from ftdata.pipeline.recipe import Recipe
@@ -214,6 +215,8 @@ def _start_row(recipe: Recipe, row: Row | Reject) -> _StartedRow | Reject:
     try:
         conversation = read_conversation(row, recipe, images=recipe.reads_images)
         check_row_answers(conversation)
+        if recipe.download_images and conversation.images:
+            start_downloads(conversation.images)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
@@ -329,8 +332,12 @@ def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[R
     processor = recipe.image_processor
     if processor is None:
         raise recipe.image_problem or AssertionError("rows without an image processor contain no images")
-    folder = Path(conversation.source.path).parent
-    references = [read_image(image.value, folder, image.field) for image in conversation.images]
+    folder = Path(recipe.image_folder) if recipe.image_folder else Path(conversation.source.path).parent
+    if recipe.image_folder and not folder.is_dir():
+        problem = f"image_folder is {recipe.image_folder}, which is not a folder"
+        raise UsageError("image_folder", problem, hint=suggest_path(str(folder)))
+    fetch = download if recipe.download_images else None
+    references = [read_image(image.value, folder, image.field, fetch) for image in conversation.images]
     image_texts = [processor.join_repeats(reference.width, reference.height) for reference in references]
     images_of_message = [
         sum(part == IMAGE_PART for part in content) if isinstance(content := message.get("content"), list) else 0

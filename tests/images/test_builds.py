@@ -5,7 +5,9 @@ import io
 import json
 import struct
 import zlib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow as pa
@@ -335,3 +337,58 @@ def test_processor_of_transformers_is_a_tokenizer(tmp_path):
     for tokenizer in (loaded, loaded.tokenizer):
         (example,) = encode(messages, tokenizer, template=None if tokenizer is loaded else loaded.chat_template)
         assert example.input_ids.tolist() == expected.input_ids.tolist()
+
+
+@pytest.fixture
+def image_server(tmp_path):
+    """The URL of a server with the files of a folder, and the requested paths."""
+    requested = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path / "served"))
+
+        def log_message(self, *_):
+            requested.append(self.path)
+
+    (tmp_path / "served").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", requested
+    server.shutdown()
+    server.server_close()
+
+
+def test_images_at_urls_are_downloaded_on_request(image_server, qwen, tmp_path):
+    url, requested = image_server
+    paths = [save_image(tmp_path / "served" / f"{n}.png", (64 + 28 * n, 64)) for n in range(3)]
+    rows = [{"messages": chat(image(f"{url}/{n % 3}.png"), text("What?"))} for n in range(6)]
+    rows.insert(2, {"messages": chat(image(f"{url}/missing.png"), text("What?"))})
+    with pytest.raises(BadRows, match=r"image_remote.*set download_images=True"):
+        build_sft_dataset(rows, qwen, output_dir=tmp_path / "build")
+    assert not requested
+    options = {"download_images": True, "on_bad_rows": "quarantine", "max_rejects": 1}
+    splits = build_sft_dataset(rows, qwen, output_dir=tmp_path / "build", **options)
+    (reject,) = splits.report.rejects
+    assert "[image_missing] <memory>[2]" in reject
+    assert f"{url}/missing.png" in reject
+    for number, row in enumerate(splits["train"]):
+        (reference,) = row["images"]
+        stored = (tmp_path / "build" / reference["path"]).read_bytes()[reference["start"] :][: reference["size"]]
+        assert stored == Path(paths[number % 3]).read_bytes()
+    downloads = [path for path in requested if "missing" not in path and not path.startswith("HEAD")]
+    assert len(set(downloads)) == 3
+
+
+def test_relative_paths_begin_in_the_folder_of_images(qwen, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "rows").mkdir()
+    path = save_image(tmp_path / "photos" / "a.png", (64, 64))
+    data = tmp_path / "rows" / "data.jsonl"
+    data.write_text(json.dumps({"messages": chat(image("a.png"), text("What?"))}))
+    with pytest.raises(BadRows, match="image_missing"):
+        build_sft_dataset(data, qwen)
+    built = build_sft_dataset(data, qwen, image_folder=str(tmp_path / "photos"))["train"]
+    assert built[0]["images"][0]["path"] == path
+    with pytest.raises(UsageError, match="image_folder is .* not a folder"):
+        build_sft_dataset(data, qwen, image_folder=str(tmp_path / "photo"))

@@ -8,7 +8,7 @@ from PIL import Image
 from vision import PROCESSORS, make_processor
 
 from ftdata.errors import BadRow, UsageError
-from ftdata.images.families import FAMILIES
+from ftdata.images.families import image_families
 from ftdata.images.processor import load_image_processor
 
 SIZES = [
@@ -118,7 +118,8 @@ def test_number_of_image_tokens_of_processors_that_need_torchvision(processor, t
 
 
 def test_every_family_has_its_own_processors():
-    processors = [processor for family in FAMILIES.values() for processor in family.processors]
+    families = map(image_families.get, image_families.names())
+    processors = [processor for family in families for processor in family.processors]
     assert len(processors) == len({*processors})
 
 

@@ -143,6 +143,8 @@ def test_recipe_of_a_manifest_has_the_recorded_options(tokenizer_dir):
         "on_dropped_message": "flag",
         "on_missing_stop": "append_eos",
         "reject_flags": ["no_trained_stop"],
+        "image_folder": "photos",
+        "download_images": True,
         "max_length": 64,
         "overlong": "truncate",
     }

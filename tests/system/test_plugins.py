@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from vision import CHAT_TOKENS, SIMPLE, byte_tokenizer, save_image
 
 from ftdata import build_sft_dataset, read
 from ftdata.errors import FtdataError
@@ -50,6 +51,7 @@ def test_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_path)
         "ftdata.schemas": "interview",
         "ftdata.templates": "terse",
         "ftdata.masks": "first_answer",
+        "ftdata.image_families": "ruler",
     }
     for group, name in names.items():
         (found,) = (one for one in listed[group] if one["name"] == name)
@@ -64,6 +66,19 @@ def test_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_path)
     data.write_text("Who? => Me.\nWhere?\n")
     told = ftdata(installed, "build", data, "-t", tokenizer_dir("tiny_bpe"), *options, "-o", tmp_path / "new", code=3)
     assert f"[no_arrow] {data}:2: has no ' => '. Fix: put one between question and answer" in told
+
+
+@pytest.mark.slow
+def test_installed_image_family_computes_the_tokens_of_an_image(installed, tmp_path):
+    tokenizer = byte_tokenizer({}, [*CHAT_TOKENS, "<image>"])
+    tokenizer.chat_template = SIMPLE.replace("PLACEHOLDER", "<image>")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"processor_class": "RulerProcessor", "step": 20}')
+    content = [{"type": "image", "image": save_image(tmp_path / "a.png", (100, 30))}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Red."}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages}))
+    shown = ftdata(installed, "preview", tmp_path / "data.jsonl", "-t", tmp_path / "model")
+    assert "[image 100×30 → 5 tokens]" in shown
 
 
 def test_reader_from_a_file_is_a_format(tokenizer_dir, tmp_path):

@@ -365,6 +365,7 @@ def _resolve_config(config: Config, build: Path | None) -> Config:
         data=_absolute_data(config.data),
         output_dir=str(Path(config.output_dir).resolve()),
         template=_absolute(config.template) if config.template else None,
+        image_folder=_absolute(config.image_folder) if config.image_folder else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ftdata.images.families import ImageFamily
 from ftdata.types import Conversation, Reject, Row, Source
 
 TERSE = Path(__file__).parent / "terse.jinja"
@@ -28,3 +29,11 @@ def first_answer(rendered, conversation):
     """Train the first answer of a conversation only."""
     first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
     return [span.generated and span.message == first for span in rendered.spans]
+
+
+def measure(width, height, settings, tokens):
+    """Return one token per step of the width of an image."""
+    return tokens["image_token"] * (width // settings["step"])
+
+
+RULER = ImageFamily(("RulerProcessor",), "image_token", measure, {"image_token": "<image>"}, {"step": 10})
