@@ -131,7 +131,7 @@ _KNOWN_KEYS = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking",
     "subset", "split", "folder", "num_samples", "columns", "tags",
 }  # fmt: skip
-_UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "kto_tag")
+_UNSUPPORTED_COLUMNS = ("videos", "audios", "kto_tag")
 _ROLE_TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "observation",
 }  # fmt: skip
@@ -337,7 +337,7 @@ def _pair_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str,
     columns, kind = info.get("columns") or {}, info.get("formatting", "alpaca")
     check_setting(name, "formatting", kind, ("alpaca", "sharegpt", "openai"))
     note_unknown_keys(name, info, _KNOWN_KEYS, draft)
-    if unsupported := [column for column in _UNSUPPORTED_COLUMNS if columns.get(column)]:
+    if unsupported := [column for column in ("images", *_UNSUPPORTED_COLUMNS) if columns.get(column)]:
         raise conversion_error(f"{name}: columns {', '.join(unsupported)} are not supported")
     names = {key: columns.get(key) or key for key in ("chosen", "rejected")}
     if kind == "alpaca":
@@ -385,6 +385,8 @@ def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, 
         )
     if unsupported := [column for column in _UNSUPPORTED_COLUMNS if columns.get(column)]:
         raise conversion_error(f"{name}: columns {', '.join(unsupported)} are not supported")
+    if columns.get("images"):
+        draft.add_note(f"{name}: relative paths of images begin in media_dir, which is image_folder in ftdata")
     if kind == "alpaca":
         if not columns or columns.get("query"):
             draft.add_note(
@@ -401,7 +403,7 @@ def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, 
         draft.add_note(f"{name}: system messages are not extended, and text next to tool calls is kept")
     messages_column = columns.get("messages") or "conversations"
     mapping = {"messages": messages_column} if messages_column not in ("messages", "conversations") else {}
-    mapping |= {key: columns[key] for key in ("system", "tools") if columns.get(key, key) != key}
+    mapping |= {key: columns[key] for key in ("system", "tools", "images") if columns.get(key, key) != key}
     return {"columns": mapping} if mapping else {}
 
 

@@ -10,13 +10,14 @@ from ftdata.errors import BadRow, UsageError, suggest_names
 from ftdata.schemas.messages import is_messages
 from ftdata.schemas.preference import RATING_COLUMNS
 from ftdata.schemas.rankings import RANKING_COLUMNS
+from ftdata.schemas.row_images import IMAGE_COLUMNS
 from ftdata.schemas.shapes import ALIASES, Schema, parse_json_list, schemas
 from ftdata.types import Row
 
 TEXT_OR_CHAT_COLUMNS = {"prompt", "completion", "response", "chosen", "rejected"}
 """Columns that can contain a text or messages."""
 
-_RATING_COLUMNS = {"label", *RATING_COLUMNS, *RANKING_COLUMNS}
+_EXTRA_COLUMNS = {"label", *RATING_COLUMNS, *RANKING_COLUMNS, *IMAGE_COLUMNS}
 """Columns with ratings of answers, which belong to no schema."""
 
 
@@ -28,7 +29,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     """
     if columns is not None and not isinstance(columns, Mapping):
         raise UsageError("columns", f"columns={columns!r} is not a mapping, expected e.g. {{'output': 'answer'}}")
-    canonical = _RATING_COLUMNS.union(*(schema.columns for schema in detectable_schemas().values()))
+    canonical = _EXTRA_COLUMNS.union(*(schema.columns for schema in detectable_schemas().values()))
     for name, actual in (columns or {}).items():
         if not isinstance(actual, str) or not actual:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
@@ -54,7 +55,7 @@ def check_mapped_columns(name: str, missing: Mapping[str, BadRow]) -> None:
     """
     schema = schemas.get(name)
     for column, error in missing.items():
-        if isinstance(schema, Schema) and column not in {*schema.columns, *_RATING_COLUMNS}:
+        if isinstance(schema, Schema) and column not in {*schema.columns, *_EXTRA_COLUMNS}:
             raise error
 
 

@@ -125,7 +125,10 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
             continue
         if is_media_name(last_name) or _is_media(value):
             message = f"the field contains media ({describe_value(value)}), which the model would not receive"
-            hint = "remove these rows (images, audio and video are not supported), or rename the field if it is text"
+            hint = (
+                "for images, use a vision-language model and the column images, or columns={'images': ...}; "
+                "remove rows with audio or video; rename the field if it is text"
+            )
             raise BadRow("media", message, field=where, hint=hint)
         if last_name.lower() in _TOKEN_FIELDS:
             _check_tokens(value, where)

@@ -145,6 +145,15 @@ def test_all_spellings_give_the_same_tokens(qwen, tmp_path):
     assert {row["images"][0]["path"] for row in build} == {path, "images/00000.bin"}
 
 
+def test_column_of_images_can_have_another_name(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (64, 64))
+    rows = [{"prompt": "What?", "completion": "Red.", "photo": path}, {"prompt": "Why?", "completion": "Because."}]
+    built = build_sft_dataset(rows, qwen, columns={"image": "photo"})["train"]
+    assert [[image["path"] for image in row["images"]] for row in built] == [[path], []]
+    with pytest.raises(BadRows, match=r"media.*columns=\{'images': ...\}"):
+        build_sft_dataset(rows, qwen)
+
+
 def test_bytes_of_images_are_in_the_folder_of_the_build(qwen, tmp_path):
     contents = [png(color="red"), png((300, 100), "blue", "JPEG"), png(color="red")]
     messages = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]] * 3

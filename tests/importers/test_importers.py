@@ -32,7 +32,7 @@ INFOS = {
     "chats": {"hf_hub_url": "me/chats", "subset": "en", "formatting": "sharegpt", "num_samples": 10,
               "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation"}},
     "odd": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"user_tag": "customer"}},
-    "media": {"file_name": "x.json", "columns": {"prompt": "q", "images": "i"}},
+    "media": {"file_name": "x.json", "columns": {"prompt": "q", "videos": "i"}},
     "ranked": {"file_name": "x.json", "ranking": True},
 }  # fmt: skip
 
@@ -377,7 +377,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
         ({"dataset": ""}, "dataset is empty"),
         ({"dataset": "odd"}, "'customer' means user"),
-        ({"dataset": "media"}, "columns images"),
+        ({"dataset": "media"}, "columns videos"),
         ({"dataset": "ranked"}, "ranking"),
         ({"dataset_dir": "nowhere"}, "cannot be read"),
         ({"finetuning_type": "oft"}, "finetuning_type is 'oft'"),
