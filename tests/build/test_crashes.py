@@ -202,7 +202,7 @@ def test_builds_at_once_make_one_build(builder, many, rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [12, long(6)])
+@pytest.mark.parametrize("every", [24, long(12), long(6)])
 def test_waiting_builds_resume_after_the_first_is_killed(builder, every):
     for number in range(1, len(operations(builder, old=True)) + 1, every):
         builder.begin(old=True)
@@ -317,7 +317,7 @@ class Changes(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", [6, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("examples", [3, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_changes_never_give_an_outdated_build(builder, examples):
     """G11."""
     Changes.builder, Changes.cache = builder, builder.folder / "cache"

@@ -24,8 +24,10 @@ LONG = {
     *(f"docs/trainers/{name}.md" for name in ("rl-frameworks", "tinker", "torchtune")),
     # Previews, as in the pages of tokens and of prompt templates.
     "docs/concepts/turns.md", "docs/concepts/masks.md", "docs/howto/thinking-and-tools.md",
-    # Builds and trainings, as in `tests/train`.
-    "docs/howto/preference-pairs.md",
+    # Builds and trainings, as in `tests/train` and in `examples/`.
+    "docs/howto/preference-pairs.md", "docs/howto/images.md", "docs/trainers/pytorch.md", "docs/trainers/transformers.md",
+    # Commands that `tests/cli` runs.
+    "docs/howto/share.md", "docs/migrate.md", "docs/start/library.md", "docs/masks.md",
 }  # fmt: skip
 """Pages whose commands other pages or `examples/` run as well."""
 

@@ -1,6 +1,7 @@
 """House rules that the linter does not cover: code that could run untrusted code is in few places, each with a reason."""
 
 import ast
+import functools
 import re
 import statistics
 from collections import Counter
@@ -10,6 +11,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "ftdata"
+
+
+@functools.cache
+def parse(path):
+    """Parse a module once for all rules."""
+    return ast.parse(path.read_text())
+
+
 MODULES = {
     "pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "subprocess", "pty", "runpy", "code",
     "builtins", "torch.hub", "torch.jit",
@@ -33,7 +42,7 @@ ALLOWED = {
 
 
 def find_forbidden_calls(path):
-    tree = ast.parse(path.read_text())
+    tree = parse(path)
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -113,7 +122,7 @@ def test_rule_detects_forbidden_calls(line, tmp_path):
 def functions():
     """Yield file, name and length of every function, without its docstring."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[0]
                 told = first.end_lineno - first.lineno + 1 if ast.get_docstring(node, clean=False) else 0
@@ -121,8 +130,9 @@ def functions():
 
 
 def test_functions_and_modules_are_short():
-    lengths = sorted(length for _, _, length in functions())
-    assert [one for one in functions() if one[2] > 80] == []
+    found = list(functions())
+    lengths = sorted(length for _, _, length in found)
+    assert [one for one in found if one[2] > 80] == []
     assert statistics.median(lengths) <= 12
     assert lengths[len(lengths) * 9 // 10] <= 35
     every = [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].rglob("*.py")]
@@ -192,7 +202,7 @@ def test_heavy_libraries_are_imported_on_use():
     """Only modules in `train/`, which are imported on use, may import them at the top."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if PACKAGE / "train" not in path.parents or (path.parent == PACKAGE / "train" and path.name == "__init__.py"):
-            top = list(import_time_nodes(ast.parse(path.read_text())))
+            top = list(import_time_nodes(parse(path)))
             named = [one.module or "" for one in top if isinstance(one, ast.ImportFrom)]
             named += [each.name for one in top if isinstance(one, ast.Import) for each in one.names]
             assert not HEAVY & {name.partition(".")[0] for name in named}, path
