@@ -1,14 +1,18 @@
 """Vision-language models for tests: a tokenizer of single bytes, a chat template, an image processor, tiny weights."""
 
+import inspect
 import json
 import random
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 import trl
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.processing_utils import ProcessorMixin
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -25,10 +29,19 @@ ROWS_AND_COLUMNS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for colum
 AYA = [
     "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL", *[f"TILE_{n}" for n in range(1, 13)],
 ]  # fmt: skip
+QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+GEMMA_AUDIO = {"boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
+GEMMA4 = {
+    "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>",
+    "boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>",
+}  # fmt: skip
+INTERNVL = {
+    "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}  # fmt: skip
 GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 LLAVA_SIZES = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 LLAVA = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
 def byte_tokenizer(names, tokens):
@@ -81,18 +94,60 @@ PROCESSORS = {
         ["<image>", *AYA],
     ),
     "mllama": ("MllamaProcessor", "MllamaImageProcessorPil", {}, {}, {}, ["<|image|>", "<|python_tag|>"]),
+    "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl.Qwen2VL", {}, {}, {}, QWEN_TOKENS),
+    "qwen2_5_vl with other sizes": (
+        "Qwen2_5_VLProcessor", "qwen2_vl.Qwen2VL", {"min_pixels": 3136, "max_pixels": 401408}, {}, {}, QWEN_TOKENS,
+    ),
+    "qwen3_vl": (
+        "Qwen3VLProcessor",
+        "qwen2_vl.Qwen2VL",
+        {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 1048576}},
+        {},
+        {},
+        QWEN_TOKENS,
+    ),
+    "glm4v": ("Glm4vProcessor", "glm4v.Glm4v", {}, {}, {}, ["<|image|>", "<|video|>"]),
+    "glm46v": ("Glm46VProcessor", "glm46v.Glm46V", {}, {}, {}, ["<|image|>", "<|video|>"]),
+    "gemma3n": ("Gemma3nProcessor", "SiglipImageProcessorPil", {}, {}, {**GEMMA, **GEMMA_AUDIO}, []),
+    "gemma4": ("Gemma4Processor", "gemma4.Gemma4", {}, {}, GEMMA4, []),
+    "internvl": ("InternVLProcessor", "GotOcr2ImageProcessorPil", {}, {}, INTERNVL, []),
 }  # fmt: skip
-"""Name -> processor, image processor, settings of both, names of tokens, and tokens. None of them needs torchvision."""
+"""Name -> processor, image processor, settings of both, names of tokens, and tokens. None of them needs torchvision for
+images. Some of them need it for videos, which the tests do not use."""
+
+_EXTRACTORS = {"Gemma3nProcessor": "Gemma3nAudioFeatureExtractor", "Gemma4Processor": "Gemma4AudioFeatureExtractor"}
 
 _TEMPLATE_FILES = {"gemma3": "gemma3", "idefics3": "idefics3", "llava_next": "llava_next"}
 
 
-def make_processor(name, *, template=None):
-    """Return a processor of `PROCESSORS`."""
+def find_image_processor(name):
+    """Return an image processor class of transformers: `Class`, or `model.Prefix`."""
+    model, _, prefix = name.rpartition(".")
+    if not model:
+        return getattr(transformers, name)
+    return getattr(
+        import_module(f"transformers.models.{model}.image_processing_pil_{model}"), f"{prefix}ImageProcessorPil"
+    )
+
+
+def make_processor(name):
+    """Return a processor of `PROCESSORS`, without the parts for videos."""
     processor_class, image_class, image_settings, settings, names, tokens = PROCESSORS[name]
-    image_processor = getattr(transformers, image_class)(**image_settings)
-    tokenizer = byte_tokenizer(names, [*tokens, *CHAT_TOKENS])
-    return getattr(transformers, processor_class)(image_processor, tokenizer, chat_template=template, **settings)
+    parts = {
+        "image_processor": find_image_processor(image_class)(**image_settings),
+        "tokenizer": byte_tokenizer(names, [*tokens, *CHAT_TOKENS]),
+    }
+    if processor_class in _EXTRACTORS:
+        parts["feature_extractor"] = getattr(transformers, _EXTRACTORS[processor_class])()
+    kind = getattr(transformers, processor_class)
+    if "video_processor" in inspect.signature(kind).parameters:
+        parts["video_processor"] = None
+    with pytest.MonkeyPatch.context() as patch:
+        # A processor without a part for videos cannot be made otherwise.
+        patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+        made = kind(**parts, **settings)
+    made.get_attributes = lambda: [one for one in kind.get_attributes() if getattr(made, one) is not None]
+    return made
 
 
 def save_processor(name, folder, *, template=None):
@@ -101,7 +156,7 @@ def save_processor(name, folder, *, template=None):
     family = name.split()[0]
     if template is None and family in _TEMPLATE_FILES:
         template = (TEMPLATES / f"{_TEMPLATE_FILES[family]}.jinja").read_text("utf-8")
-    placeholder = getattr(processor, "boi_token" if family == "gemma3" else "image_token")
+    placeholder = {"gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}.get(family) or processor.image_token
     processor.chat_template = processor.tokenizer.chat_template = template or SIMPLE.replace("PLACEHOLDER", placeholder)
     processor.save_pretrained(folder)
     return processor
