@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftdata.errors import UsageError
+from ftdata.errors import BadRow, UsageError
 from ftdata.images.families import ImageFamily, Settings, Tokens, image_families
 
 _MAX_SIZES = 1 << 14
@@ -62,8 +62,16 @@ class ImageProcessor:
 
         Raises:
             BadRow: `image_ratio`, if the processor does not accept the aspect ratio.
+            UsageError: `image_processor`, if the formula needs other settings.
         """
-        return self.family.expand(width, height, self.settings, self.tokens)
+        try:
+            return self.family.expand(width, height, self.settings, self.tokens)
+        except BadRow:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            processors = " or ".join(self.family.processors)
+            problem = f"the settings of the image processor do not fit {processors}: {type(error).__name__}: {error}"
+            raise UsageError("image_processor", problem, hint="correct preprocessor_config.json") from None
 
     @cached_property
     def _texts(self) -> dict[tuple[int, int], ImageText]:
@@ -125,6 +133,7 @@ def load_image_processor(folder: Path) -> ImageProcessor | None:
         **_read_settings(family.image_settings, image_config),
         **_read_settings(family.processor_settings, processor_config),
     }
+    _check_settings(family, settings, image_config, folder)
     missing = [key for key, value in settings.items() if value is None and key not in ("min_pixels", "max_pixels")]
     if missing:
         problem = f"the configuration of the image processor in {folder} has no {' and no '.join(missing)}"
@@ -136,6 +145,25 @@ def load_image_processor(folder: Path) -> ImageProcessor | None:
         for token, text in family.tokens.items()
     }
     return ImageProcessor(family, settings, tokens)
+
+
+def _check_settings(family: ImageFamily, settings: Settings, image_config: Mapping[str, Any], folder: Path) -> None:
+    """Check that sizes are numbers, and that the formula applies to an image processor with these settings.
+
+    Raises:
+        UsageError: `image_processor`.
+    """
+    hint = "correct preprocessor_config.json"
+    if image_config.get("do_resize") is False and "do_resize" not in family.image_settings:
+        problem = f"the image processor in {folder} does not resize images (do_resize: false), which is not supported"
+        raise UsageError("image_processor", problem, hint=hint)
+    defaults = {**family.image_settings, **family.processor_settings}
+    for key, value in settings.items():
+        is_number = isinstance(defaults[key], int | float) and not isinstance(defaults[key], bool)
+        numbers = value.values() if isinstance(value, Mapping) else [value] if is_number else []
+        if not all(number is None or (isinstance(number, int | float) and number >= 0) for number in numbers):
+            problem = f"the setting {key} of the image processor in {folder} is {value!r:.80}, expected numbers"
+            raise UsageError("image_processor", problem, hint=hint)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

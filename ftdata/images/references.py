@@ -7,6 +7,7 @@ import binascii
 import io
 import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from hashlib import sha256
@@ -64,8 +65,9 @@ def read_image(value: Any, folder: Path, field: str, download: Callable[[str], b
         return _read_bytes(_encode(value, field), "", field)
     if isinstance(value, bytes | bytearray | memoryview):
         return _read_bytes(bytes(value), "", field)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or not value.strip():
-        problem = f"is a {type(value).__name__}, expected a path, a data URI or the bytes of an image"
+        problem = f"is {value!r:.60}, expected a path, a URL, a data URI or the bytes of an image"
         raise BadRow("image_value", problem, field=field, hint="correct the value, or remove the row")
     if value[:5].lower() == "data:":
         return _read_bytes(_decode_data_uri(value, field), "", field)
@@ -73,6 +75,9 @@ def read_image(value: Any, folder: Path, field: str, download: Callable[[str], b
         return _read_bytes(_download(value, field, download), "", field)
     path = Path(unquote(urlsplit(value).path)) if value[:7].lower() == "file://" else folder / value
     try:
+        # Opening a pipe would wait, and devices have no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a regular file")
         # Unbuffered reading takes half of the time.
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -95,13 +100,16 @@ def _unwrap(value: Any) -> Any:
 
 
 def _encode(image: Any, field: str) -> bytes:
-    """Return an image of Pillow as the bytes of a PNG file, which has the same pixels."""
+    """Return an image of Pillow as the bytes of a PNG file with the same pixels, rotated as its EXIF data says."""
+    from PIL import ImageOps
+
     buffer = io.BytesIO()
     try:
+        rotated = ImageOps.exif_transpose(image)
         # A PNG file cannot contain other modes, such as CMYK.
-        is_possible = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-        (image if is_possible else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
-    except (OSError, ValueError, SyntaxError) as error:
+        is_possible = rotated.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+        (rotated if is_possible else rotated.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    except Exception as error:  # noqa: BLE001  (Pillow raises many types for damaged images)
         problem = f"the image cannot be decoded: {error}"
         raise BadRow("image_truncated", problem, field=field, hint="replace the image, or remove the row") from None
     return buffer.getvalue()
@@ -145,7 +153,9 @@ def _read_bytes(content: bytes, path: str, field: str) -> ImageReference:
             # Pillow warns about sizes that are compared with `MAX_PIXELS` below.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-            width, height, image_format = image.width, image.height, str(image.format)
+            width, height = image.width, image.height
+            # Cameras write a preview behind the image.
+            image_format = "JPEG" if image.format == "MPO" else str(image.format)
             is_small = width * height <= MAX_PIXELS
             has_exif = image_format != "PNG" or any(text in content for text in _EXIF_IN_PNG)
             if is_small and has_exif and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):

@@ -55,7 +55,7 @@ def make_thumbnail(image: ImageReference) -> str | None:
     """Return a small copy of an image as a data URI, or `None` if the image cannot be read."""
     from PIL import Image, ImageOps
 
-    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    with suppress(Exception):  # Pillow raises many types for damaged images.
         content = image.content
         if content is None:
             with Path(image.path).open("rb") as source:

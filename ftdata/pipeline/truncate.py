@@ -69,7 +69,7 @@ def _end_before_image(example: Example, keep: int) -> int:
     The example then ends before the template text that precedes the image, because this text can contain the token
     that announces an image.
     """
-    if not example.images:
+    if not example.images or not keep:
         return keep
     kept_end, next_start = int(example.offsets[keep - 1, 1]), int(example.offsets[keep, 0])
     spans = [*example.spans]

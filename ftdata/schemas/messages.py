@@ -337,7 +337,7 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         others = [part for part in content if isinstance(part, Mapping) and part is not IMAGE_PART]
         kinds = sorted({str(part.get("type")) for part in others} - {"text"})
-        hint = "remove the parts, or leave out the row; only text can be trained"
+        hint = "remove the parts, or leave out the row; only text, and images for vision-language models, are supported"
         problem = f"the content has parts of unsupported types: {', '.join(kinds)}"
         raise BadRow("content_type", problem, field=field, hint=hint)
     problem = f"is {describe_value(content)}, expected text or a list of text parts"

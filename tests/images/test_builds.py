@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import struct
 import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -129,6 +130,13 @@ def spellings(path):
         "completion": [answer],
         "images": [path],
     }
+    yield {"messages": [{"role": "user", "content": [{"image": path}, {"text": "What?"}]}, answer]}
+    index = [{"type": "image", "index": 0, "text": None}, {"type": "text", "text": "What?", "index": None}]
+    yield {"messages": [{"role": "user", "content": index}, answer], "images": [path]}
+    said = [{"from": "human", "value": [{"type": "image"}, question]}, {"from": "gpt", "value": "Red."}]
+    yield {"conversations": said, "images": [path]}
+    responses = [{"type": "input_image", "image_url": uri, "detail": "high"}, {"type": "input_text", "text": "What?"}]
+    yield {"messages": [{"role": "user", "content": responses}, answer]}
     source = {"type": "base64", "media_type": "image/png", "data": uri.partition(",")[2]}
     yield {"messages": [{"role": "user", "content": [{"type": "image", "source": source}, question]}, answer]}
 
@@ -230,6 +238,25 @@ def test_truncation_never_keeps_a_part_of_an_image(qwen, tmp_path):
     assert seen == {("truncate", 1), ("truncate", 2), ("drop_turns", 1), ("drop_turns", 2)}
 
 
+def test_no_turn_before_an_image_fits(qwen, tmp_path):
+    path = save_image(tmp_path / "a.png", (100, 60))
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "x" * 300},
+        *chat(image(path), text("?"), answer="abc"),
+    ]
+    with pytest.raises(InputRefused, match="no answer fits completely"):
+        build_sft_dataset([{"messages": messages}], qwen, max_length=128, overlong="drop_turns")
+
+
+def test_images_of_a_column_are_placed_by_their_index(qwen, tmp_path):
+    paths = [save_image(tmp_path / f"{n}.png", (64 + 28 * n, 64)) for n in range(2)]
+    content = [{"type": "image", "index": 1}, text("then"), {"type": "image", "index": 0}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
+    (row,) = build_sft_dataset([{"messages": messages, "images": paths}], qwen)["train"]
+    assert [one["path"] for one in row["images"]] == paths[::-1]
+
+
 def test_preview_shows_the_size_and_the_tokens_of_an_image(qwen, tmp_path):
     path = save_image(tmp_path / "a.png", (200, 100))
     shown = str(preview([{"messages": chat(image(path), text("What?"))}], qwen))
@@ -288,6 +315,20 @@ BAD_ROWS = {
     "video column": (chat(text("?")), {"video": "a.mp4"}, "media"),
     "audio column": (chat(text("?")), {"audio": "a.wav"}, "media"),
     "another image column": (chat(text("?")), {"image_2": "a.png"}, "media"),
+    "text in an image part": (part(type="image", image="a.png", text="Lost?"), {}, "image_part"),
+    "two images in a part": (part(type="image", image="a.png", path="b.png"), {}, "image_part"),
+    "settings in a part": (part(type="image", image="a.png", max_pixels=100), {}, "image_part"),
+    "index that is no number": (part(type="image", index="0"), {"images": ["a.png"]}, "image_part"),
+    "index that is too large": (part(type="image", index=1), {"images": ["a.png"]}, "image_count"),
+    "image in an answer": (
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": [image("a.png"), text("!")]}],
+        {},
+        "image_in_answer",
+    ),
+    "marker without an image": (chat(text("<image>?")), {"images": []}, "image_count"),
+    "marker and null": (chat(text("<image>?")), {"image": None}, "image_count"),
+    "device": (part(type="image", image="/dev/zero"), {}, "image_missing"),
+    "pipe": (part(type="image", image="pipe"), {}, "image_missing"),
     "tokens": (None, {"input_ids": [1, 2], "labels": [-100, 2], "images": ["a.png"]}, "image_count"),
     "tokens of images": (None, {"input_ids": [1, PAD, 2], "labels": [-100, -100, 2]}, "image_tokens"),
     "text": (None, {"text": "abc", "image": "a.png"}, "image_count"),
@@ -300,6 +341,7 @@ def test_bad_image_is_rejected_with_its_place(name, qwen, tmp_path):
     save_image(tmp_path / "a.png", (64, 64))
     for file, content in BAD_FILES.items():
         (tmp_path / file).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
     messages, columns, code = BAD_ROWS[name]
     row = {**({"messages": messages} if messages else {}), **columns}
     good = {"messages": chat(image("a.png"), text("Good?"))}
@@ -313,7 +355,7 @@ def test_bad_image_is_rejected_with_its_place(name, qwen, tmp_path):
 def test_pairs_with_images_are_rejected(qwen, tmp_path):
     path = save_image(tmp_path / "a.png", (64, 64))
     row = {"prompt": "What?", "chosen": "This.", "rejected": "That.", "image": path}
-    with pytest.raises(BadRows, match="images_in_pair"):
+    with pytest.raises(BadRows, match="image_task"):
         build_preference_dataset([row], qwen)
 
 

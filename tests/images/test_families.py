@@ -114,3 +114,14 @@ def test_fingerprint_depends_on_settings(tmp_path):
     first = load_image_processor(tmp_path)
     config.write_text('{"processor_class": "Qwen2VLProcessor", "max_pixels": 1000}')
     assert load_image_processor(tmp_path).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"do_resize": False}, {"size": {"height": 224, "width": 224}}, {"size": {"shortest_edge": "x", "longest_edge": 5}},
+     {"patch_size": 0}, {"merge_size": "2"}],
+)  # fmt: skip
+def test_unsuitable_settings_are_refused(settings, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor", **settings}))
+    with pytest.raises(UsageError, match="image processor"):
+        load_image_processor(tmp_path).expand(100, 100)

@@ -106,14 +106,14 @@ def test_large_file_is_rejected_before_it_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "code", "words"),
     [
-        (None, "image_value", "NoneType"),
-        (7, "image_value", "int"),
-        (" ", "image_value", "str"),
-        ({}, "image_value", "NoneType"),
-        ({"bytes": None, "path": None}, "image_value", "NoneType"),
-        ([b"x"], "image_value", "list"),
+        (None, "image_value", "is None"),
+        (7, "image_value", "is 7"),
+        (" ", "image_value", "is ' '"),
+        ({}, "image_value", "is None"),
+        ({"bytes": None, "path": None}, "image_value", "is None"),
+        ([b"x"], "image_value", "is ["),
         ("missing.png", "image_missing", "No such file"),
-        ("folder", "image_missing", "Is a directory"),
+        ("folder", "image_missing", "not a regular file"),
         ("a\0b.png", "image_missing", "null"),
         ("a.png" * 100, "image_missing", "too long"),
         ("https://example.com/a.png", "image_remote", "remote"),
@@ -132,3 +132,27 @@ def test_value_without_an_image_is_rejected(value, code, words, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.png").write_text("not an image")
     assert words in rejected(value, tmp_path, code)
+
+
+def test_preview_behind_a_photo_is_ignored(tmp_path):
+    picture, preview = Image.new("RGB", (100, 60)), Image.new("RGB", (20, 10))
+    picture.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview])
+    found = read_image(tmp_path / "a.jpg", tmp_path, FIELD)
+    assert (found.width, found.height) == (100, 60)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
+def test_image_of_pillow_is_stored_in_every_mode(mode, tmp_path):
+    found = read_image(Image.new(mode, (30, 20)), tmp_path, FIELD)
+    assert Image.open(io.BytesIO(found.content)).size == (found.width, found.height) == (30, 20)
+
+
+def test_image_of_pillow_is_rotated_like_its_file(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (30, 20))
+    picture.putpixel((0, 0), (255, 0, 0))
+    picture.save(tmp_path / "a.png", exif=exif)
+    opened, from_file = (read_image(one, tmp_path, FIELD) for one in (Image.open(tmp_path / "a.png"), "a.png"))
+    assert (opened.width, opened.height) == (from_file.width, from_file.height) == (20, 30)
+    assert Image.open(io.BytesIO(opened.content)).convert("RGB").getpixel((19, 0)) == (255, 0, 0)

@@ -87,17 +87,18 @@ def test_image_parts_in_prompt_and_completion():
 
 
 def test_row_without_images_is_unchanged():
-    row = {"messages": [{"role": "user", "content": "An <image> tag?"}, ANSWER], "images": [], "image": None}
+    row = {"messages": [{"role": "user", "content": "An image?"}, ANSWER], "images": [], "image": None}
     conversation = read(row)
     assert (conversation.messages, conversation.images) == (tuple(row["messages"]), ())
 
 
 @pytest.mark.parametrize(("data", "problem"), [
+    ({"messages": [user(text("<image>a")), ANSWER], "images": []}, "0 images in its columns, and 1 <image> marker"),
     ({"messages": [user(IMAGE, text("a")), ANSWER]}, "0 images in its columns, and 1 empty image part"),
     ({"messages": [user(IMAGE, text("a")), ANSWER], "images": ["1", "2"]}, "2 images in its columns, and 1 empty image part"),
     ({"messages": [user({"type": "image", "image": "a"}), ANSWER], "image": "b"}, "1 image in .* 0 empty image parts"),
     ({"messages": [{"role": "user", "content": "<image><image>?"}, ANSWER], "image": "a"}, "1 image in .* 2 <image> markers"),
-    ({"text": "A cat.", "image": "a"}, "no user message"),
+    ({"text": "A cat.", "image": "a"}, "only conversations can have images"),
     ({"messages": [{"role": "system", "content": "x"}, ANSWER], "image": "a"}, "no user message"),
 ])  # fmt: skip
 def test_other_number_of_images_is_rejected(data, problem):

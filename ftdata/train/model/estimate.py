@@ -24,7 +24,8 @@ from ftdata.train.model import device
 from ftdata.train.model.adapter import check_modules, make_lora_config
 from ftdata.train.model.load import weights_dtype
 from ftdata.train.model.quantization import bytes_per_weight, quantization_name, skipped_modules
-from ftdata.train.model.trainer_tasks import TRAINER_TASKS, find_model_class
+from ftdata.train.model.trainer_tasks import TRAINER_TASKS, find_model_class, is_vision_model
+from ftdata.train.model.vision import freeze_vision
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
@@ -201,6 +202,8 @@ def estimate_run(
         token_bytes = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
         grows = vocabulary > model.get_input_embeddings().weight.shape[0]
         lora = make_lora_config(config, model, grows=grows, shapes=True)
+        if lora is None and is_vision_model(model_config):
+            freeze_vision(model)
         if lora is not None:
             # Adapter weights are float32, independent of the dtype of the model.
             try:

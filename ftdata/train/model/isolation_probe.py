@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ftdata.errors import InputRefused, describe_exception
+from ftdata.errors import FtdataError, InputRefused, describe_exception
 from ftdata.train.model.device import training_precision
 from ftdata.train.model.trainer_tasks import find_model_class
 from ftdata.train.model.vision import IMAGE_COLUMN, ImageCollator, add_image_positions
@@ -90,6 +90,8 @@ def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mappi
         with torch.inference_mode(), training_precision(model.device, model.dtype):
             alone = torch.cat([_image_logits(model, collator([document])) for document in documents])
             packed = _image_logits(model, collator(documents))
+    except FtdataError:
+        raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
         problem = f"the model rejects the images of the build: {describe_exception(error, 500)}"
         hint = "build the data with the tokenizer and the image processor of the model"

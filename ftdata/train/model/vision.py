@@ -75,10 +75,10 @@ class ImageCollator:
         return batch
 
     def load(self, image: Mapping[str, Any]) -> Image.Image:
-        """Load an image of the build, rotated as its EXIF data says.
+        """Load an image of the build in RGB, rotated as its EXIF data says, as transformers loads files.
 
         Raises:
-            InputRefused: `image_changed`.
+            InputRefused: `image_changed`, or `image_damaged` if the image cannot be decoded.
         """
         path = self.folder / image["path"]
         try:
@@ -91,7 +91,12 @@ class ImageCollator:
         if sha256(content).hexdigest() != image["hash"]:
             problem = f"the image {path} has changed since the build"
             raise InputRefused("image_changed", problem, hint="restore the file, or build the data again")
-        return ImageOps.exif_transpose(Image.open(BytesIO(content))).convert("RGB")
+        try:
+            return ImageOps.exif_transpose(Image.open(BytesIO(content))).convert("RGB")
+        except Exception as error:  # noqa: BLE001  (Pillow raises many types for damaged images)
+            place = f"{path}, bytes {image['start']:,} to {image['start'] + image['size']:,}"
+            problem = f"the image {place} cannot be decoded: {describe_exception(error)}"
+            raise InputRefused("image_damaged", problem, hint="replace the image, and build the data again") from None
 
 
 def make_image_collator(

@@ -129,7 +129,9 @@ def test_model_learns_the_colors_of_images(model_folder, colors, tmp_path):
     collator = make_collator(base, folder, tmp_path / "held-out", padding_free=True)
     assert share_of_correct_answers(base, collator, rows) == 0
     assert share_of_correct_answers(tuned, collator, rows) >= 0.95
-    # The vision tower is frozen.
+    # The vision tower is frozen, and the estimate says so.
+    estimate = json.loads((run / "run.json").read_text())["estimate"]
+    assert 0 < estimate["trainable"] < estimate["parameters"]
     trained = dict(tuned.named_parameters())
     frozen = {name: weight for name, weight in base.named_parameters() if "visual" in name}
     assert len(frozen) > 10
@@ -175,6 +177,19 @@ def test_changed_image_is_refused(model_folder, colors, tmp_path):
         change(data / "3.png")
         with pytest.raises(InputRefused, match="image_changed"):
             train(str(tmp_path / "build"), model=model_folder("qwen"), output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_damaged_image_is_named(number, model_folder, colors, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(colors.parent, data)
+    content = bytearray((data / f"{number}.png").read_bytes())
+    content[content.index(b"IDAT") + 6] ^= 0xFF
+    (data / f"{number}.png").write_bytes(content)
+    settings = {"num_train_epochs": 1}
+    with pytest.raises(InputRefused, match=rf"image_damaged.*{number}\.png"):
+        train(str(data / "colors.jsonl"), model=model_folder("qwen"), output_dir=tmp_path / "run", limit=8,
+              settings=settings)  # fmt: skip
 
 
 def test_model_that_reads_only_text_is_refused(tiny, model_folder, colors, tmp_path):
