@@ -335,8 +335,9 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
             _check_part(part, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
-        others = [part for part in content if isinstance(part, Mapping) and part is not IMAGE_PART]
-        kinds = sorted({str(part.get("type")) for part in others} - {"text"})
+        others = [part for part in content if part is not IMAGE_PART]
+        types = {str(part.get("type")) if isinstance(part, Mapping) else describe_value(part) for part in others}
+        kinds = sorted(types - {"text"})
         hint = "remove the parts, or leave out the row; only text, and images for vision-language models, are supported"
         problem = f"the content has parts of unsupported types: {', '.join(kinds)}"
         raise BadRow("content_type", problem, field=field, hint=hint)
