@@ -74,7 +74,7 @@ _OPTIONS = (
     Option("rows", "reject_flags", list[str], (),
            "Reject rows with these flags, e.g. no_trained_stop,message_truncated", section="mask"),
     Option("rows", "image_folder", str | None, None,
-           "Folder in which relative paths of images begin (default: the folder of the data file)"),
+           "Folder that relative paths of images are resolved against (default: the folder of the data file)"),
     Option("rows", "download_images", bool, False, "Download images at URLs, and store them in the build"),
     Option("rows", "max_length", int | None, None,
            "Maximum number of tokens per example and per pack", section="length"),

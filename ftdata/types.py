@@ -144,12 +144,12 @@ class ImageReference(NamedTuple):
     """An image of a row.
 
     Attributes:
-        path: the path of the file with its bytes; empty if the row contains the bytes. In a build, relative paths begin
-            in the folder of the build.
+        path: the path of the file with its bytes; empty if the row contains the bytes. In a build, relative paths
+            are resolved against the folder of the build.
         start: index of its first byte in the file.
         size: number of its bytes.
         hash: SHA-256 of its bytes, 64 hexadecimal digits.
-        width, height: its size in pixels, after it is rotated as its EXIF data says.
+        width, height: its size in pixels, after the rotation that its EXIF data specifies.
         content: its bytes if the row contains them, until they are written to a file.
     """
 
@@ -247,7 +247,7 @@ class Part(StrEnum):
     OTHER = "other"
     """Any other field of a message, such as a name or an id."""
     MEDIA = "media"
-    """The tokens that stand for an image."""
+    """The image tokens of an image, and the markers around them."""
 
     @property
     def is_data(self) -> bool:

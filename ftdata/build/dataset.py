@@ -112,7 +112,7 @@ def build_sft_dataset(
         on_dropped_message: `"reject"` or `"flag"` a row if the template omits a system, user or tool message.
         on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
         reject_flags: flags, such as `"no_trained_stop"`, that reject a row; docs/reference/flags.md lists them.
-        image_folder: the folder in which relative paths of images begin; `None` for the folder of the data file.
+        image_folder: the folder that relative paths of images are resolved against; `None`: that of the data file.
         download_images: whether to download images at URLs, and store them in the build. Otherwise, they are rejected.
         max_length: the maximum number of tokens of an example and of a pack.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
@@ -299,7 +299,7 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
     import datasets
 
     if in_memory:
-        image_files.check_in_memory(folder)
+        image_files.check_images_in_memory(folder)
     dataset = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
     dataset.report = report
     return dataset

@@ -65,7 +65,7 @@ class ImageWriter:
         return image._replace(start=self._starts[image.hash], content=None)
 
 
-def image_lists(lists: Sequence[Sequence[ImageReference | dict[str, Any]]]) -> pa.ListArray:
+def to_image_lists(lists: Sequence[Sequence[ImageReference | dict[str, Any]]]) -> pa.ListArray:
     """Return a column with a list of images for each example or packed sequence."""
     images = [image if isinstance(image, dict) else _describe_image(image) for images in lists for image in images]
     columns = [_ARRAYS[kind]([image[name] for image in images]) for name, kind in _FIELDS.items()]
@@ -120,7 +120,7 @@ def build_has_images(folder: Path) -> bool:
     return any("images" in pa.ipc.open_stream(pa.OSFile(os.fsencode(path))).schema.names for path in paths)
 
 
-def check_in_memory(folder: Path) -> None:
+def check_images_in_memory(folder: Path) -> None:
     """Check that the examples of a build do not need the files in its folder, because the folder is temporary.
 
     Raises:
@@ -131,7 +131,7 @@ def check_in_memory(folder: Path) -> None:
         raise UsageError("output_dir", problem, hint="set output_dir")
 
 
-def join_lists(lists: Sequence[list[dict[str, Any]]], bounds: Sequence[int]) -> list[list[dict[str, Any]]]:
+def merge_row_images(lists: Sequence[list[dict[str, Any]]], bounds: Sequence[int]) -> list[list[dict[str, Any]]]:
     """Return the images of each packed sequence. `bounds` contains the numbers of its first example and of the next."""
     return [
         [{**image, "document": document} for document, images in enumerate(lists[first:end]) for image in images]

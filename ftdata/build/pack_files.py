@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ftdata.build.image_files import IMAGE_LISTS, has_images, image_lists, join_lists, locate_images
+from ftdata.build.image_files import IMAGE_LISTS, has_images, locate_images, merge_row_images, to_image_lists
 from ftdata.build.pack import PackPlan
 from ftdata.build.shard_files import ExampleTable, MappedArray
 from ftdata.storage import disk
@@ -158,7 +158,7 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
         for name, values in file.ratings.items()
     ]
     if file.images:
-        extras.append(image_lists(join_lists(file.images, file.bounds[first : last + 1].tolist())))
+        extras.append(to_image_lists(merge_row_images(file.images, file.bounds[first : last + 1].tolist())))
     if file.has_pairs:
         return pa.RecordBatch.from_arrays([*_pair_columns(ids, trained, lengths), *extras], schema=file.schema)
     example_bounds = int32_array(bounds - bounds[0])

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ftdata.build.image_files import IMAGE_LISTS, ImageWriter, image_lists
+from ftdata.build.image_files import IMAGE_LISTS, ImageWriter, to_image_lists
 from ftdata.pipeline.batch import Batch
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import disk
@@ -146,7 +146,7 @@ def _table_batch(batch: Batch, writer: ImageWriter) -> pa.RecordBatch:
             pa.binary(16), len(batch.texts), [None, pa.py_buffer(b"".join(_hash_groups(batch, row_hashes)))]
         ),
         *map(float32_array, _feedback(batch)),
-        image_lists([[writer.write(image) for image in text.images] for text in batch.texts]),
+        to_image_lists([[writer.write(image) for image in text.images] for text in batch.texts]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ftdata.build.image_files import IMAGE_LISTS, has_images, image_lists, locate_images
+from ftdata.build.image_files import IMAGE_LISTS, has_images, locate_images, to_image_lists
 from ftdata.build.pack import PackPlan
 from ftdata.build.pack_files import WrittenFile
 from ftdata.build.shard_files import ExampleTable
@@ -80,7 +80,7 @@ def write_split(
             rows = rows.append_column("pack", int32_array(packs[start : start + len(numbers)]))
             if images is not None:
                 lists = locate_images(images, numbers, examples.shard[numbers])
-                rows = rows.append_column("images", image_lists(lists))
+                rows = rows.append_column("images", to_image_lists(lists))
             writer.write_table(rows)
 
 

@@ -72,9 +72,7 @@ def audit(
     data: DataList,
     tokenizer: Tokenizer = None,
     *,
-    against: Annotated[
-        list[str] | None, typer.Option(help="Test set; rows that also occur in the data are reported")
-    ] = None,
+    against: Annotated[list[str] | None, typer.Option(help="Report rows that also occur in this test set")] = None,
     near_duplicate_threshold: Annotated[
         float | None, typer.Option(help="Report near-duplicates (similarity, e.g. 0.8)")
     ] = None,

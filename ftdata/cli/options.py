@@ -130,6 +130,7 @@ _SPELLINGS = {
     "train_parts": _Spelling(str | None, parse=split_names),
     "reject_flags": _Spelling(str | None, parse=split_names),
     "limit": _Spelling(int | None, settings={"min": 1}),
+    "download_images": _Spelling(bool, "--download-images"),
     "dedup": _Spelling(bool, "--dedup"),
     "shuffle": _Spelling(bool, "--shuffle"),
     "sample": _Spelling(float | None, settings={"parser": parse_number}),

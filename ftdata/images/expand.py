@@ -1,4 +1,4 @@
-"""Replace the placeholders of images in a rendered text by the text of their tokens."""
+"""Replace the image placeholders of a rendered text with the text of the image tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftdata.types import Part, Rendered, SpanKinds, Spans
 
 
 def expand_images(rendered: Rendered, placeholder: str, images: Sequence[ImageText]) -> Rendered:
-    """Replace each placeholder that the template printed for an image by the text of the image.
+    """Replace each placeholder that the template printed for an image with the text of the image.
 
     The new text has spans with the part `Part.MEDIA`, which the model does not generate. The same characters in the
     text of a message are text, not a placeholder, and are not replaced.
@@ -47,9 +47,9 @@ def expand_images(rendered: Rendered, placeholder: str, images: Sequence[ImageTe
     if count != len(images):
         placeholders, images_of_row = count_noun(count, "image placeholder"), count_noun(len(images), "image")
         problem = f"the template prints {placeholders} ({placeholder}) for {images_of_row}"
-        hint = "correct the images of the row, or use the chat template of the model"
+        hint = "use the model's own chat template, or give the row one image per image part"
         raise BadRow("image_count", problem, hint=hint)
-    repeats = tuple([count for image in images for count in image.repeats])
+    repeats = tuple([repeat for image in images for repeat in image.repeats])
     new_texts, *kinds = zip(*pieces, strict=True) if pieces else ((),) * 4
     spans = Spans([*map(len, new_texts)], _share_kinds(*kinds))
     return rendered._replace(text="".join(new_texts), spans=spans, repeats=repeats)

@@ -37,7 +37,7 @@ class ImageFamily:
         tokens: the tokens that the formula prints, with the texts that the class of the processor gives them.
         image_settings: settings of the image processor that the formula reads, with the defaults of its class.
         processor_settings: settings of the processor that the formula reads, with the defaults of its class.
-        feature: name of the token that the model replaces by a feature of the image.
+        feature: name of the token that the model replaces with a feature of the image.
         arguments: arguments that the processor passes to its image processor.
     """
 
@@ -63,11 +63,12 @@ def _check_ratio(width: int, height: int, resized: tuple[int, int] | None = None
     """
     sides = resized or (width, height)
     if max(sides) > _MAX_RATIO * min(sides):
-        raise _too_long(width, height, f"the processor accepts aspect ratios of up to {_MAX_RATIO}")
+        raise _aspect_ratio_error(width, height, f"expected at most {_MAX_RATIO}:1")
 
 
-def _too_long(width: int, height: int, limit: str) -> BadRow:
-    problem = f"the image of {width} x {height} pixels is too long: {limit}"
+def _aspect_ratio_error(width: int, height: int, limit: str) -> BadRow:
+    ratio = max(width, height) / min(width, height)
+    problem = f"the image has {width} x {height} pixels, an aspect ratio of {ratio:.0f}:1; {limit}"
     return BadRow("image_ratio", problem, hint="crop the image, or remove the row")
 
 
@@ -142,7 +143,7 @@ def _idefics3_tiles(width: int, height: int, settings: Settings) -> Grid:
     along = math.ceil(long / tile)
     across = math.ceil(_scale_short_side(along * tile, ratio, is_wide=is_wide) / tile)
     if not across:
-        raise _too_long(width, height, "its short side would have less than one pixel after the resize")
+        raise _aspect_ratio_error(width, height, "its short side would have less than one pixel after the resize")
     return Grid(across, along) if is_wide else Grid(along, across)
 
 
@@ -180,7 +181,7 @@ def _llava_next(width: int, height: int, settings: Settings, tokens: Tokens) -> 
     rows, columns = tile_height // settings["patch_size"], tile_width // settings["patch_size"]
     canvas = Grid(rows * (canvas_height // tile_height), columns * (canvas_width // tile_width))
     kept = cut_padding(height, width, canvas)
-    # A line break follows each row.
+    # The model adds a newline feature after each row.
     tiles = kept.cells + kept.rows
     return tokens["image_token"] * (tiles + _count_features(rows * columns, settings))
 
@@ -189,7 +190,7 @@ def _pixtral(width: int, height: int, settings: Settings, tokens: Tokens) -> str
     scale = max(width, height) / settings["size"]["longest_edge"]
     resized_width, resized_height = (math.floor(side / scale) if scale > 1 else side for side in (width, height))
     if not resized_width or not resized_height:
-        raise _too_long(width, height, "its short side would have less than one pixel after the resize")
+        raise _aspect_ratio_error(width, height, "its short side would have less than one pixel after the resize")
     patch = settings["patch_size"] * settings["spatial_merge_size"]
     row = tokens["image_token"] * math.ceil(resized_width / patch)
     rows = [row] * math.ceil(resized_height / patch)

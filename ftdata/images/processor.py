@@ -1,4 +1,4 @@
-"""Read the configuration of a model's image processor, and expand the placeholders of images."""
+"""Read the configuration of a model's processor, and compute the text of an image from its size."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class ImageProcessor:
         return self.tokens[self.family.placeholder]
 
     @property
-    def feature_token(self) -> str:
-        """The token that the model replaces by a feature of an image."""
+    def image_token(self) -> str:
+        """The token that the model replaces with a feature of an image."""
         return self.tokens[self.family.feature]
 
     def expand(self, width: int, height: int) -> str:
@@ -62,7 +62,7 @@ class ImageProcessor:
 
         Raises:
             BadRow: `image_ratio`, if the processor does not accept the aspect ratio.
-            UsageError: `image_processor`, if the formula needs other settings.
+            UsageError: `image_processor`, if a setting is missing or invalid.
         """
         try:
             return self.family.expand(width, height, self.settings, self.tokens)
@@ -70,21 +70,23 @@ class ImageProcessor:
             raise
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             processors = " or ".join(self.family.processors)
-            problem = f"the settings of the image processor do not fit {processors}: {type(error).__name__}: {error}"
-            raise UsageError("image_processor", problem, hint="correct preprocessor_config.json") from None
+            reason = f"{error} is missing" if isinstance(error, LookupError) else str(error)
+            reason = "a size is 0" if isinstance(error, ZeroDivisionError) else reason
+            problem = f"the settings in preprocessor_config.json are invalid for {processors}: {reason}"
+            raise UsageError("image_processor", problem, hint="correct the settings of the processor") from None
 
     @cached_property
     def _texts(self) -> dict[tuple[int, int], ImageText]:
-        """A cache of `join_repeats`. The keys are sizes of images."""
+        """A cache of `collapse_repeats`. The keys are sizes of images."""
         return {}
 
-    def join_repeats(self, width: int, height: int) -> ImageText:
-        """Return the text of an image as `expand` does, but with one token for each repeated token.
+    def collapse_repeats(self, width: int, height: int) -> ImageText:
+        """Return the text of an image as `expand` does, but with one image token in place of consecutive image tokens.
 
-        A text with all repetitions takes long to tokenize.
+        Tokenizing thousands of repeated tokens is slow.
         """
         if (text := self._texts.get((width, height))) is None:
-            feature, repeats = self.feature_token, list[int]()
+            feature, repeats = self.image_token, list[int]()
 
             def join(match: re.Match[str]) -> str:
                 repeats.append(len(match.group()) // len(feature))
@@ -127,8 +129,10 @@ def load_image_processor(folder: Path) -> ImageProcessor | None:
     family = next((family for family in families if name in family.processors), None)
     if family is None:
         known = ", ".join(sorted(one for key in image_families.names() for one in image_families.get(key).processors))
-        problem = f"the image processor {name or '(without processor_class)'} of {folder} is not supported"
-        raise UsageError("image_processor", problem, hint=f"use a model with one of the processors {known}")
+        problem = f"the processor {name} in {folder} is not supported" if name else f"{folder} names no processor_class"
+        raise UsageError(
+            "image_processor", problem, hint=f"use the files of a model with one of the processors {known}"
+        )
     settings = {
         **_read_settings(family.image_settings, image_config),
         **_read_settings(family.processor_settings, processor_config),
@@ -153,7 +157,7 @@ def _check_settings(family: ImageFamily, settings: Settings, image_config: Mappi
     Raises:
         UsageError: `image_processor`.
     """
-    hint = "correct preprocessor_config.json"
+    hint = "correct the setting in preprocessor_config.json or processor_config.json"
     if image_config.get("do_resize") is False and "do_resize" not in family.image_settings:
         problem = f"the image processor in {folder} does not resize images (do_resize: false), which is not supported"
         raise UsageError("image_processor", problem, hint=hint)
@@ -162,7 +166,8 @@ def _check_settings(family: ImageFamily, settings: Settings, image_config: Mappi
         is_number = isinstance(defaults[key], int | float) and not isinstance(defaults[key], bool)
         numbers = value.values() if isinstance(value, Mapping) else [value] if is_number else []
         if not all(number is None or (isinstance(number, int | float) and number >= 0) for number in numbers):
-            problem = f"the setting {key} of the image processor in {folder} is {value!r:.80}, expected numbers"
+            setting = f"the setting {key} of the image processor in {folder}"
+            problem = f"{setting} is {value!r:.80}, expected a number of at least 0"
             raise UsageError("image_processor", problem, hint=hint)
 
 

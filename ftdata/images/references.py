@@ -12,17 +12,20 @@ import warnings
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from ftdata.errors import BadRow, FtdataError, MissingDependency
+from ftdata.errors import BadRow, FtdataError, InputRefused, MissingDependency, describe_exception
 from ftdata.types import ImageReference
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000
 """Maximum number of pixels of an image. The pixels of such an image take 300 MB when they are decoded."""
 
 MAX_BYTES = 256 << 20
-"""Maximum size of the file of an image."""
+"""Maximum size of an image file in bytes (256 MiB)."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """Formats of images that can be read."""
@@ -49,10 +52,10 @@ def read_image(value: Any, folder: Path, field: str, download: Callable[[str], b
     """Read an image of a row. Its header is parsed, and its pixels are not decoded.
 
     Args:
-        value: the path or `file://` URL of a file, a data URI, the bytes of an image, an image of Pillow, or an object
-            with one of them in `bytes`, `path`, `url` or `image_url`, as in the format of OpenAI and in columns of
+        value: the path or `file://` URL of a file, a data URI, the bytes of an image, a Pillow image, or an object
+            with one of them in `bytes`, `path`, `url` or `image_url`, as in the OpenAI format and in columns of
             `datasets`.
-        folder: the folder of the data file. Relative paths begin there.
+        folder: the folder that relative paths are resolved against.
         field: the path of the value in the row.
         download: returns the content of a URL; `None` to reject images at URLs.
 
@@ -84,12 +87,49 @@ def read_image(value: Any, folder: Path, field: str, download: Callable[[str], b
             content = file.readall() if size <= MAX_BYTES else b""
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        problem = f"the file {value[:200]!r} cannot be read: {reason}"
-        hint = "correct the path, which is relative to the folder of the data file, or remove the row"
+        problem = f"the file {str(path)[:200]!r} cannot be read: {reason}"
+        hint = "correct the path, set image_folder, or remove the row"
         raise BadRow("image_missing", problem, field=field, hint=hint) from None
     if size > MAX_BYTES:
         raise _too_large(f"has {size:,} bytes, expected at most {MAX_BYTES:,}", field)
     return _read_bytes(content, str(path.absolute()), field)
+
+
+def load_image(image: ImageReference, folder: Path | str = "") -> Image:
+    """Load an image of a row or of a build in RGB, rotated as its EXIF data specifies, as transformers loads files.
+
+    Args:
+        image: the image.
+        folder: the folder that a relative path is resolved against.
+
+    Returns:
+        An image of Pillow.
+
+    Raises:
+        InputRefused: `image_changed`, if the file is missing or has changed; `image_damaged`, if the image cannot be
+            decoded.
+    """
+    from PIL import ImageOps
+    from PIL.Image import open as open_image
+
+    path, content = Path(folder, image.path), image.content
+    hint = "restore the file, or build the data again"
+    if content is None:
+        try:
+            with path.open("rb") as file:
+                file.seek(image.start)
+                content = file.read(image.size)
+        except OSError as error:
+            problem = f"the image {path} cannot be read: {describe_exception(error)}"
+            raise InputRefused("image_changed", problem, hint=hint) from None
+    if sha256(content).hexdigest() != image.hash:
+        raise InputRefused("image_changed", f"the image {path} has changed since the build", hint=hint)
+    try:
+        return ImageOps.exif_transpose(open_image(io.BytesIO(content))).convert("RGB")
+    except Exception as error:  # noqa: BLE001  (Pillow raises many types for damaged images)
+        place = f"{path}, bytes {image.start:,} to {image.start + image.size:,}"
+        problem = f"the image {place} cannot be decoded: {describe_exception(error)}"
+        raise InputRefused("image_damaged", problem, hint="replace the image, and build the data again") from None
 
 
 def _unwrap(value: Any) -> Any:
@@ -100,7 +140,7 @@ def _unwrap(value: Any) -> Any:
 
 
 def _encode(image: Any, field: str) -> bytes:
-    """Return an image of Pillow as the bytes of a PNG file with the same pixels, rotated as its EXIF data says."""
+    """Return a Pillow image as the bytes of a PNG file with the same pixels, after EXIF orientation is applied."""
     from PIL import ImageOps
 
     buffer = io.BytesIO()
@@ -160,8 +200,8 @@ def _read_bytes(content: bytes, path: str, field: str) -> ImageReference:
             has_exif = image_format != "PNG" or any(text in content for text in _EXIF_IN_PNG)
             if is_small and has_exif and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
                 width, height = height, width
-    except Image.DecompressionBombError as error:
-        raise _too_large(f"is too large: {error}", field) from None
+    except Image.DecompressionBombError:
+        raise _too_large(f"has more than {MAX_PIXELS:,} pixels", field) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:
         reason = "empty" if not content else "no image of a known format, or its header is damaged"
         known = ", ".join(FORMATS)

@@ -386,7 +386,9 @@ def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, 
     if unsupported := [column for column in _UNSUPPORTED_COLUMNS if columns.get(column)]:
         raise conversion_error(f"{name}: columns {', '.join(unsupported)} are not supported")
     if columns.get("images"):
-        draft.add_note(f"{name}: relative paths of images begin in media_dir, which is image_folder in ftdata")
+        draft.add_note(
+            f"{name}: relative paths of images are resolved against media_dir, which is image_folder in ftdata"
+        )
     if kind == "alpaca":
         if not columns or columns.get("query"):
             draft.add_note(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ftdata._version import __version__
 from ftdata.errors import UsageError, count_noun, escape_unprintable
-from ftdata.inspection.image_labels import make_thumbnail
+from ftdata.inspection.image_captions import make_thumbnail
 from ftdata.inspection.pair_views import find_differing_token, split_pair
 from ftdata.inspection.row_headings import describe_dropped, describe_trained_share, row_heading, row_name
 from ftdata.inspection.row_views import (

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, escape_unprintable
-from ftdata.inspection.image_labels import label_images
+from ftdata.inspection.image_captions import caption_images
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.read_rows import check_answers, read_conversation
@@ -405,7 +405,7 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
     shown, remainder, images = text[:text_end], text[text_end:], dict[int, ImageReference]()
     if example.images:
         control &= ~np.asarray([*(span.part is Part.MEDIA for span in example.spans), False])[spans]
-        shown, ends, images = label_images(example, shown, ends, len(bos_text))
+        shown, ends, images = caption_images(example, shown, ends, len(bos_text))
     columns = (ends, example.trained, control, owner)
     return ExampleView(
         shown,

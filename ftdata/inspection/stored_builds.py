@@ -248,7 +248,7 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
             np.concatenate(masks),
             [document.flags for document in batch],
             np.asarray([document.cut for document in batch], np.int64),
-            image_token=recipe.image_token,
+            image_token_id=recipe.image_token_id,
         )
 
 

@@ -42,7 +42,7 @@ class Batch:
         flags: the flags of each example.
         cut: int64 `[examples]`, the number of tokens that truncation removed from the end of each example.
         dropped: number of a built row -> lengths of its examples that were too long.
-        image_token: id of the token that stands for a feature of an image; `None` without an image processor.
+        image_token_id: id of the token that stands for a feature of an image; `None` without an image processor.
     """
 
     tokenizer: Tokenizer = field(repr=False)
@@ -54,7 +54,7 @@ class Batch:
     flags: Sequence[frozenset[str]]
     cut: NDArray[np.int64]
     dropped: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    image_token: int | None = None
+    image_token_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.outcomes)
@@ -82,7 +82,7 @@ class Batch:
         trained = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())]
         text, spans = rendered.text, rendered.spans
         if conversation.tokens is not None:
-            text, offsets, spans = _decode_tokens(self.tokenizer, ids, trained, self.image_token)
+            text, offsets, spans = _decode_tokens(self.tokenizer, ids, trained, self.image_token_id)
         return Example(
             ids,
             trained,
@@ -143,7 +143,7 @@ class Batch:
     @cached_property
     def image_tokens(self) -> NDArray[np.int64]:
         """Number of tokens of each example that stand for a feature of an image (int64 `[examples]`)."""
-        positions = np.flatnonzero(self.tokens.ids == (-1 if self.image_token is None else self.image_token))
+        positions = np.flatnonzero(self.tokens.ids == (-1 if self.image_token_id is None else self.image_token_id))
         examples = np.searchsorted(self.tokens.token_bounds, positions, side="right") - 1
         return np.bincount(examples, minlength=len(self.texts))
 

@@ -1,4 +1,4 @@
-"""Download images at URLs while the rows before are processed."""
+"""Download images at URLs while earlier rows are processed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ftdata.readers.remote_files import open_remote
 from ftdata.types import RowImage
 
 _DOWNLOADS, _MAX_FINISHED = 16, 256
-"""Number of simultaneous downloads, and of finished downloads whose contents are kept in memory."""
+"""Number of simultaneous downloads, and of pending and finished downloads that are kept in memory."""
 
 
 def start_downloads(images: tuple[RowImage, ...]) -> None:
@@ -21,7 +21,7 @@ def start_downloads(images: tuple[RowImage, ...]) -> None:
 
 
 def download(url: str) -> bytes:
-    """Return the content of a URL. A content that is too long for an image is truncated.
+    """Return the content of a URL, at most `MAX_BYTES` + 1 bytes, so that `read_image` can reject larger files.
 
     Raises:
         FtdataError: as for `open_remote`.

@@ -245,11 +245,11 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
     outcomes = [row if isinstance(row, Reject) else row.conversation for row in rows]
     counts, cut = [len(row.texts) for row in built], np.zeros(len(batch), np.int64)
     masked = Batch(
-        recipe.tokenizer, outcomes, counts, batch, tokens, trained, flags, cut, image_token=recipe.image_token
+        recipe.tokenizer, outcomes, counts, batch, tokens, trained, flags, cut, image_token_id=recipe.image_token_id
     )
     if any(row.conversation.tokens is not None for row in built):
         masked = _insert_row_tokens(masked, errors)
-        _check_row_images(masked, errors)
+        _reject_image_tokens_without_images(masked, errors)
     for number, certain in enumerate(_certainly_have_stops(masked, recipe)):
         if not certain and number not in errors and not _has_stops(masked.example(number), recipe):
             flags[number] |= {"no_trained_stop"}
@@ -259,15 +259,15 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
 def _repeat_image_tokens(
     recipe: Recipe, batch: RenderedBatch, tokens: Encodings, errors: dict[int, BadRow]
 ) -> Encodings:
-    """Repeat the tokens for features of images. Add an error for each text that contains other tokens of this kind.
+    """Return tokens in which the image tokens are repeated. Add an error for each text with more or fewer image tokens.
 
     Raises:
         UsageError: `image_processor`, if a row has images, but the tokenizer does not contain the token.
     """
     if recipe.image_processor is None:
         return tokens
-    token = recipe.image_processor.feature_token
-    id_ = recipe.image_token
+    token = recipe.image_processor.image_token
+    id_ = recipe.image_token_id
     expected = np.fromiter((len(text.repeats) for text in batch), np.int64, len(batch))
     if id_ is None and expected.any():
         problem = f"the tokenizer {recipe.tokenizer.name} does not contain the image token {token!r}"
@@ -286,12 +286,12 @@ def _repeat_image_tokens(
     return tokens.with_repeats(positions[is_valid], counts)
 
 
-def _check_row_images(batch: Batch, errors: dict[int, BadRow]) -> None:
+def _reject_image_tokens_without_images(batch: Batch, errors: dict[int, BadRow]) -> None:
     """Add an error for each pretokenized row that contains tokens of images, because it has no images."""
     for number, conversation in enumerate(batch.example_conversations):
         if conversation.tokens is not None and batch.image_tokens[number]:
             problem = "the row is pretokenized, and contains tokens of images, but no images"
-            hint = "build the original rows, or remove the row"
+            hint = "build from messages and images instead of input_ids, or remove the row"
             errors.setdefault(number, BadRow("image_tokens", problem, hint=hint))
 
 
@@ -410,7 +410,7 @@ def encode(
         on_dropped_message: `"reject"` or `"flag"` a conversation if the template omits a system, user or tool message.
         on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
         reject_flags: flags, such as `"no_trained_stop"`, that reject the conversation.
-        image_folder: the folder in which relative paths of images begin; `None` for the current folder.
+        image_folder: the folder that relative paths of images are resolved against; `None` for the current folder.
         download_images: whether to download images at URLs. Otherwise, they are rejected.
         date: the current date for templates that print it.
         template_kwargs: additional template variables.

@@ -166,9 +166,9 @@ class Recipe(Options):
         return self.image_processor is not None or self.image_problem is not None
 
     @property
-    def image_token(self) -> int | None:
+    def image_token_id(self) -> int | None:
         """The id of the token that stands for a feature of an image, if the tokenizer contains such a token."""
-        return self.tokenizer.token_to_id(self.image_processor.feature_token) if self.image_processor else None
+        return self.tokenizer.token_to_id(self.image_processor.image_token) if self.image_processor else None
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
         """Return a copy of the recipe with the template variables that a row sets. Verify its template.

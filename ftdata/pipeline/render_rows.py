@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused, UsageError, suggest_path
 from ftdata.images.expand import expand_images
+from ftdata.images.processor import ImageText
 from ftdata.images.references import read_image
 from ftdata.pipeline.download_images import download, start_downloads
 from ftdata.pipeline.mask import Policy, is_built_in_policy
@@ -27,7 +28,7 @@ from ftdata.schemas import expand_rankings
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.templates.worker.client import PendingTexts
-from ftdata.types import IMAGE_PART, SIDES, Conversation, Reject, Rendered, RenderedRow, Row, Spans
+from ftdata.types import IMAGE_PART, SIDES, Conversation, ImageReference, Reject, Rendered, RenderedRow, Row, Spans
 
 BATCH, MAX_BATCH_CHARACTERS = 1024, 1 << 20
 """Limits of a batch that is tokenized together: rows, and characters."""
@@ -43,8 +44,8 @@ CHECKED_FIRST, CHECK_INTERVAL, CHECKED_MESSAGES = 32, 100, 4
 """Cross-checked rows of each source: the first 32 rows, then every 100th row; and the number of messages per row."""
 
 
-_IMAGE_BYTES = 64
-"""Number of bytes of an image in a row that count as one character for the limit of a batch."""
+_IMAGE_BYTES_PER_CHARACTER = 64
+"""Number of image bytes in rows that count as one character for the limit of a batch."""
 
 LIMITS_APART = 100
 """A template is refused if two short rows exceed its limits with fewer rows than this between them."""
@@ -76,7 +77,7 @@ def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[R
         size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
         if not isinstance(outcome, Reject) and outcome.conversation.images:
             contents = (image.content for text in outcome.texts for image in text.images)
-            size += sum(len(content) for content in contents if content) // _IMAGE_BYTES
+            characters += sum(len(content) for content in contents if content) // _IMAGE_BYTES_PER_CHARACTER
         batch.append((row, outcome if size <= MAX_CHARACTERS else _reject_too_long(row, size)))
         characters += size
         if len(batch) == BATCH or characters >= MAX_BATCH_CHARACTERS:
@@ -323,11 +324,12 @@ def render_conversation(
 
 
 def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
-    """Read the sizes of the images of a row, and replace the placeholders in its texts by the tokens of the images.
+    """Read the sizes of the images of a row, and replace the placeholders in its texts with the tokens of the images.
 
     Raises:
-        BadRow: an image cannot be read, or has no place in the texts.
-        UsageError: `image_processor`, if the image processor of the model is not supported.
+        BadRow: as for `read_image`, `ImageProcessor.expand` and `expand_images`.
+        UsageError: `image_processor`, if the processor of the model is not supported; `image_folder`, if the folder
+            does not exist.
     """
     processor = recipe.image_processor
     if processor is None:
@@ -337,8 +339,14 @@ def expand_row_images(recipe: Recipe, conversation: Conversation, texts: tuple[R
         problem = f"image_folder is {recipe.image_folder}, which is not a folder"
         raise UsageError("image_folder", problem, hint=suggest_path(str(folder)))
     fetch = download if recipe.download_images else None
-    references = [read_image(image.value, folder, image.field, fetch) for image in conversation.images]
-    image_texts = [processor.join_repeats(reference.width, reference.height) for reference in references]
+    references, image_texts = list[ImageReference](), list[ImageText]()
+    for image in conversation.images:
+        reference = read_image(image.value, folder, image.field, fetch)
+        try:
+            image_texts.append(processor.collapse_repeats(reference.width, reference.height))
+        except BadRow as error:
+            raise BadRow(error.code, error.message, field=image.field, hint=error.hint) from None
+        references.append(reference)
     images_of_message = [
         sum(part == IMAGE_PART for part in content) if isinstance(content := message.get("content"), list) else 0
         for message in conversation.messages

@@ -51,7 +51,7 @@ from ftdata.schemas.messages import (
 )
 from ftdata.schemas.preference import PAIR_SCHEMA, RATING_COLUMNS, is_pair, read_pair, read_rating, rename_pair_columns
 from ftdata.schemas.rankings import check_ranking, expand_rankings
-from ftdata.schemas.row_images import NO_IMAGES, place_images, take_images
+from ftdata.schemas.row_images import NO_IMAGES, extract_images, place_images
 from ftdata.schemas.shapes import (
     Convert,
     Schema,
@@ -121,7 +121,7 @@ def normalize(
     """
     try:
         data, missing = map_columns(row, columns)
-        data, unplaced_images = take_images(data, task) if images else (data, NO_IMAGES)
+        data, unplaced_images = extract_images(data, task) if images else (data, NO_IMAGES)
         if task == "preference":
             data = rename_pair_columns(data)
             # The row can also contain the messages of the chosen side, or answers without a preference.

@@ -21,7 +21,7 @@ _VALUE_KEYS = ("image", "image_url", "url", "bytes", "path", "base64", "source")
 """Keys of an image part that can contain the image."""
 
 _OTHER_KEYS = ("type", "index", "detail", "cache_control")
-"""Other keys of an image part: the index of the image in the column, and settings of servers without an effect here."""
+"""Other keys of an image part: the index of the image in the column, and API settings that ftdata ignores."""
 
 _MARKER = "<image>"
 """The text that stands for an image in data for LLaVA and LLaMA-Factory."""
@@ -47,7 +47,7 @@ class _ColumnIndex(int):
     """The index of an image in the column of images, in place of the value of an image."""
 
 
-def take_images(data: Mapping[str, Any], task: str = "sft") -> tuple[Mapping[str, Any], UnplacedImages]:
+def extract_images(data: Mapping[str, Any], task: str = "sft") -> tuple[Mapping[str, Any], UnplacedImages]:
     """Separate the images of a row from the other values.
 
     Returns:
@@ -73,7 +73,7 @@ def take_images(data: Mapping[str, Any], task: str = "sft") -> tuple[Mapping[str
         return data, NO_IMAGES
     if (parts or columns) and task != "sft":
         problem = f"the row has images, which the task {task} does not support"
-        hint = "remove the row, or train only on the answers: task='sft', for pairs with schema='preference'"
+        hint = "remove the row, or set task='sft' (for pairs also schema='preference') to train on the answers"
         raise BadRow("image_task", problem, hint=hint)
     others = {name: value for name, value in data.items() if name not in IMAGE_COLUMNS}
     return {**others, **chats}, UnplacedImages(tuple(parts), tuple(columns))
@@ -121,8 +121,9 @@ def _read_part(part: Mapping[str, Any], field: str) -> RowImage:
     fields = {key: value for key, value in part.items() if value is not None}
     keys = [key for key in _VALUE_KEYS if key in fields]
     if unknown := [str(key) for key in fields if key not in (*_VALUE_KEYS, *_OTHER_KEYS)]:
-        problem = f"the image part has the key {unknown[0]!r}, which is not read"
-        hint = "remove the key; write a text as a part of its own; resize the image itself"
+        known = ", ".join((*_OTHER_KEYS, *_VALUE_KEYS))
+        problem = f"the image part has the unsupported key {unknown[0]!r}, expected {known}"
+        hint = "move the text to a part of type text" if unknown[0] == "text" else "remove the key"
         raise BadRow("image_part", problem, field=field, hint=hint)
     # In columns of `datasets`, the path is the original name of the bytes.
     if len(keys) + ("index" in fields) > 1 and keys != ["bytes", "path"]:

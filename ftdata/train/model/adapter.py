@@ -17,7 +17,7 @@ from ftdata.train.model.config_fields import check_fields, convert_fields
 from ftdata.train.model.load import embedding_names, wants_adapter
 from ftdata.train.model.quantization import quantization_name, skipped_modules
 from ftdata.train.model.trainer_tasks import is_vision_model
-from ftdata.train.model.vision import outside_language_model
+from ftdata.train.model.vision import language_model_exclusion
 
 FIXED = {
     "task_type": "the task field determines it",
@@ -97,7 +97,7 @@ def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = 
         is_tied = len(embeddings) > 1 and bool(model.config.tie_word_embeddings)
         overrides["ensure_weight_tying"] = is_tied and not set(embeddings).isdisjoint(saved)
     if is_vision_model(model.config) and lora.extra_fields.get("exclude_modules") is None:
-        overrides["exclude_modules"] = outside_language_model(model)
+        overrides["exclude_modules"] = language_model_exclusion(model)
     if shapes:
         overrides["init_lora_weights"] = True
     return _lora_config(config, overrides)

@@ -1,7 +1,8 @@
-"""Test with two short forward passes whether the documents of a packed sequence attend to each other.
+"""Test whether the documents of a packed sequence attend to each other.
 
-The logits of document B are computed after document A, and again after another document of the same length. If the
-documents are isolated from each other, the logits of B are the same.
+Documents of text: the logits of document B are computed after document A, and again after another document of the same
+length. Documents with images: the logits of packed documents are compared with the logits of each document alone. If
+the documents do not attend to each other, the logits are equal except for rounding errors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ftdata.errors import FtdataError, InputRefused, describe_exception
 from ftdata.train.model.device import training_precision
 from ftdata.train.model.trainer_tasks import find_model_class
-from ftdata.train.model.vision import IMAGE_COLUMN, ImageCollator, add_image_positions
+from ftdata.train.model.vision import REFERENCES_COLUMN, ImageCollator, register_mrope_hook
 
 LEAK = 1e-4
 """Relative change of the logits of B above which a model leaks."""
@@ -45,9 +46,9 @@ def measure_leak(model: Any, length: int = 20) -> float:
         The largest change of a logit of B, relative to the largest logit of B; infinity if the model does not support
         packed sequences.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    first, alternative, second = (torch.randint(0, rows, (length,), generator=generator) for _ in range(3))
+    first, alternative, second = (torch.randint(0, vocabulary_size, (length,), generator=generator) for _ in range(3))
     was_training = model.training
     model.eval()
     try:
@@ -64,8 +65,8 @@ def measure_leak(model: Any, length: int = 20) -> float:
 def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mapping[str, Any]]) -> float:
     """Measure how much the logits of documents change if they are packed together.
 
-    Some models separate packed documents of text, but not of images: with transformers 5.24, the attention mask of
-    Gemma 3 has the images of the first document in all documents.
+    In some models, packed documents attend to each other only if they have images: with transformers 5.24, the
+    attention mask of Gemma 3 shows the images of the first document to all documents.
 
     Args:
         model: a vision-language model.
@@ -80,10 +81,10 @@ def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mappi
         InputRefused: `image_features`, if the model rejects the images.
     """
     documents = [document for row in rows for document in _split_documents(row)][:_MAX_DOCUMENTS]
-    # A document without images between documents with images.
+    # A document without images is placed between documents with images.
     first = documents[0]
     text = [id_ for id_ in first["input_ids"] if id_ != collator.feature_id]
-    documents.insert(1, {"input_ids": text, "labels": text, "seq_lengths": [len(text)], IMAGE_COLUMN: []})
+    documents.insert(1, {"input_ids": text, "labels": text, "seq_lengths": [len(text)], REFERENCES_COLUMN: []})
     was_training = model.training
     model.eval()
     try:
@@ -110,7 +111,7 @@ def _split_documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             "input_ids": row["input_ids"][start:end],
             "labels": row["labels"][start:end],
             "seq_lengths": [end - start],
-            IMAGE_COLUMN: [image for image in row[IMAGE_COLUMN] if image["document"] == number],
+            REFERENCES_COLUMN: [image for image in row[REFERENCES_COLUMN] if image["document"] == number],
         }
         for number, (start, end) in enumerate(pairwise(bounds))
     ]
@@ -145,7 +146,7 @@ def has_leaking_architecture(config: Any, attention: str | None = None) -> bool 
             return None
         torch.manual_seed(0)
         model = model_class.from_config(small, dtype=torch.float32, **options)
-        add_image_positions(model)
+        register_mrope_hook(model)
         for weight in model.parameters():
             # With the usual small initial weights, attention is almost uniform and a leak would be hard to measure.
             if weight.dim() > 1:

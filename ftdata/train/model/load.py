@@ -23,7 +23,7 @@ from ftdata.train.model import device
 from ftdata.train.model.device import compute_dtype
 from ftdata.train.model.quantization import Quantization, quantization_config
 from ftdata.train.model.trainer_tasks import find_model_class
-from ftdata.train.model.vision import add_image_positions
+from ftdata.train.model.vision import register_mrope_hook
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -104,7 +104,7 @@ def load_model(
             # weights do not support training.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    add_image_positions(model)
+    register_mrope_hook(model)
     return model
 
 

@@ -7,25 +7,25 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from io import BytesIO
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoImageProcessor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ftdata.errors import InputRefused, UsageError, describe_exception
+from ftdata.errors import UsageError, describe_exception
 from ftdata.images.processor import load_image_processor
+from ftdata.images.references import load_image
+from ftdata.types import ImageReference
 
-IMAGE_COLUMN = "image_references"
+REFERENCES_COLUMN = "image_references"
 """The column with the images of a row during training. TRL would prepare a column with the name `images` itself."""
 
 _TYPE_INPUTS = ("mm_token_type_ids", "token_type_ids")
-"""Arguments of models for a tensor that is 1 at the tokens that the model replaces by features of images."""
+"""Arguments of models for a tensor that is 1 at the tokens that the model replaces with features of images."""
 
 _NO_TOKEN = -1
 """The id of the image token if the tokenizer has no image processor, and the rows contain only text."""
@@ -42,9 +42,9 @@ class ImageCollator:
     Attributes:
         collate_text: makes a batch of the tokens and labels of rows.
         preprocess: the image processor of the model; `None` if the rows have no images.
-        folder: the folder of the build; relative paths of images begin there.
         arguments: arguments for the image processor.
-        feature_id: id of the token that the model replaces by a feature of an image.
+        folder: the folder of the build, which relative paths of images are resolved against.
+        feature_id: id of the token that the model replaces with a feature of an image.
         inputs: names of the inputs that the model accepts.
     """
 
@@ -59,13 +59,14 @@ class ImageCollator:
         """Load the images of the rows, and make a batch.
 
         Raises:
-            InputRefused: `image_changed`, if the file of an image is missing or has changed since the build.
+            InputRefused: `image_changed`, if the file of an image is missing or has changed since the build;
+                `image_damaged`, if it cannot be decoded.
         """
-        return self.collate(rows, [self.load(image) for row in rows for image in row.get(IMAGE_COLUMN) or ()])
+        return self.collate(rows, [self._load(image) for row in rows for image in row.get(REFERENCES_COLUMN) or ()])
 
     def collate(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> dict[str, Any]:
         """Make a batch of rows with the given images, which are in the order of the rows."""
-        texts = [{name: value for name, value in row.items() if name != IMAGE_COLUMN} for row in rows]
+        texts = [{name: value for name, value in row.items() if name != REFERENCES_COLUMN} for row in rows]
         batch = dict(self.collate_text(texts))
         types = (batch["input_ids"] == self.feature_id).long()
         batch |= {name: types for name in _TYPE_INPUTS if name in self.inputs}
@@ -74,29 +75,9 @@ class ImageCollator:
             batch |= {name: value for name, value in features.items() if name in self.inputs}
         return batch
 
-    def load(self, image: Mapping[str, Any]) -> Image.Image:
-        """Load an image of the build in RGB, rotated as its EXIF data says, as transformers loads files.
-
-        Raises:
-            InputRefused: `image_changed`, or `image_damaged` if the image cannot be decoded.
-        """
-        path = self.folder / image["path"]
-        try:
-            with path.open("rb") as file:
-                file.seek(image["start"])
-                content = file.read(image["size"])
-        except OSError as error:
-            problem = f"the image {path} of the build cannot be read: {describe_exception(error)}"
-            raise InputRefused("image_changed", problem, hint="restore the file, or build the data again") from None
-        if sha256(content).hexdigest() != image["hash"]:
-            problem = f"the image {path} has changed since the build"
-            raise InputRefused("image_changed", problem, hint="restore the file, or build the data again")
-        try:
-            return ImageOps.exif_transpose(Image.open(BytesIO(content))).convert("RGB")
-        except Exception as error:  # noqa: BLE001  (Pillow raises many types for damaged images)
-            place = f"{path}, bytes {image['start']:,} to {image['start'] + image['size']:,}"
-            problem = f"the image {place} cannot be decoded: {describe_exception(error)}"
-            raise InputRefused("image_damaged", problem, hint="replace the image, and build the data again") from None
+    def _load(self, image: Mapping[str, Any]) -> Image.Image:
+        values = {name: image[name] for name in ImageReference._fields if name in image}
+        return load_image(ImageReference(**values), self.folder)
 
 
 def make_image_collator(
@@ -118,12 +99,12 @@ def make_image_collator(
     collate_text = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=padding_free)
     inputs = frozenset(inspect.signature(type(model).forward).parameters)
     if "cross_attention_mask" in inputs:
-        problem = f"the model {model.config.model_type} reads images by cross-attention, which cannot be trained"
-        raise UsageError("vision_model", problem, hint="use a model that reads images as tokens")
+        problem = f"the model {model.config.model_type} reads images through cross-attention, which is not supported"
+        raise UsageError("vision_model", problem, hint="use a model with image tokens, e.g. Qwen2.5-VL")
     processor = load_image_processor(folder) if folder else None
     if processor is None or folder is None:
         return ImageCollator(collate_text, None, {}, build, _NO_TOKEN, inputs)
-    feature_id = tokenizer.convert_tokens_to_ids(processor.feature_token)
+    feature_id = tokenizer.convert_tokens_to_ids(processor.image_token)
     model_ids = [value for name in _IMAGE_TOKEN_FIELDS if (value := getattr(model.config, name, None)) is not None]
     if model_ids and feature_id not in model_ids:
         problem = f"the image token of the tokenizer has the id {feature_id}, but the model expects {model_ids[0]}"
@@ -132,15 +113,17 @@ def make_image_collator(
         preprocess = AutoImageProcessor.from_pretrained(str(folder))
     except (OSError, ValueError, ImportError) as error:
         problem = f"the image processor in {folder} cannot be loaded: {describe_exception(error, 500)}"
-        raise UsageError("image_processor", problem, hint="install torchvision, or use another model") from None
+        is_missing = isinstance(error, ImportError) or "torchvision" in str(error)
+        hint = "install torchvision" if is_missing else "download the files of the processor again"
+        raise UsageError("image_processor", problem, hint=hint) from None
     return ImageCollator(collate_text, preprocess, processor.family.arguments, build, feature_id, inputs)
 
 
-def add_image_positions(model: Any) -> None:
-    """Make a model compute the position ids of images within packed sequences, if it has positions of several axes.
+def register_mrope_hook(model: Any) -> None:
+    """Make a model with multimodal RoPE (M-RoPE), e.g. Qwen2.5-VL, compute position ids within packed sequences.
 
-    Such a model, e.g. Qwen2.5-VL, computes the positions of a whole sequence. In a packed sequence, the position ids of
-    the batch restart at each document, so the positions are computed for each document.
+    Such a model computes the positions of images for a whole sequence. In a packed sequence, the position ids of the
+    batch restart at each document, so the positions are computed for each document.
     """
     base = getattr(model, "base_model", model)
     if hasattr(base, "get_rope_index"):
@@ -167,8 +150,10 @@ def _replace_positions(
         count = sum(kind == 1 for kind, _ in groupby(types[0, document].tolist()))
         if count:
             grids = kwargs["image_grid_thw"][next_image : next_image + count]
-            found, _ = base.get_rope_index(ids[:, document], mm_token_type_ids=types[:, document], image_grid_thw=grids)
-            axes.append(found)
+            document_positions, _ = base.get_rope_index(
+                ids[:, document], mm_token_type_ids=types[:, document], image_grid_thw=grids
+            )
+            axes.append(document_positions)
         else:
             axes.append(positions[None, :, document].expand(3, -1, -1))
         next_image += count
@@ -181,7 +166,7 @@ def find_language_model(model: Any) -> str:
     return next(str(name) for name, module in model.named_modules() if module is decoder)
 
 
-def outside_language_model(model: Any) -> str:
+def language_model_exclusion(model: Any) -> str:
     """Return a regular expression for the names of all modules that are not in the language model."""
     return rf"(?!{re.escape(find_language_model(model))}\.).+"
 

@@ -40,7 +40,7 @@ from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, m
 from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
 from ftdata.train.model.trainer_tasks import TRAINER_TASKS, is_vision_model
-from ftdata.train.model.vision import IMAGE_COLUMN, freeze_vision, make_image_collator
+from ftdata.train.model.vision import REFERENCES_COLUMN, freeze_vision, make_image_collator
 from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
 from ftdata.train.runs.preference_trainers import (
@@ -245,7 +245,7 @@ def make_trainer(
         arguments["data_collator"] = make_image_collator(model, tokenizer, folder, build, padding_free=isolated)
         # This setting of TRL configures only its own collator.
         settings.padding_free = False
-        splits = splits.rename_columns({"images": IMAGE_COLUMN}) if data.has_images else splits
+        splits = splits.rename_columns({"images": REFERENCES_COLUMN}) if data.has_images else splits
     if config.task == "kto":
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         arguments["data_collator"] = LabelCollator(tokenizer.pad_token_id, positions)
@@ -449,8 +449,8 @@ def _measure_image_leak(config: Config, model: Any, data: TrainingData) -> float
     tokenizer = load_trainer_tokenizer(str(config.tokenizer), trust_remote_code=config.trust_remote_code)
     folder = load_tokenizer(config.tokenizer).folder
     collator = make_image_collator(model, tokenizer, folder, data.folder, padding_free=True)
-    rows = data.splits["train"].rename_columns({"images": IMAGE_COLUMN})
-    numbers = [number for number, images in enumerate(rows[IMAGE_COLUMN][:_PROBED_ROWS]) if images][:2]
+    rows = data.splits["train"].rename_columns({"images": REFERENCES_COLUMN})
+    numbers = [number for number, images in enumerate(rows[REFERENCES_COLUMN][:_PROBED_ROWS]) if images][:2]
     return measure_image_leak(model, collator, [rows[number] for number in numbers]) if numbers else 0.0
 
 

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from ftdata.errors import InputRefused
 from ftdata.train import checkpoints
 from ftdata.train.model.device import wait_for_processes
-from ftdata.train.model.vision import IMAGE_COLUMN
+from ftdata.train.model.vision import REFERENCES_COLUMN
 from ftdata.types import IGNORE_INDEX
 
 _POOL = 50
@@ -263,7 +263,7 @@ def add_filler_row(rows: Any) -> Any:
         "margin": [0.0],
         "ref_chosen_logps": [0.0],
         "ref_rejected_logps": [0.0],
-        IMAGE_COLUMN: [[]],
+        REFERENCES_COLUMN: [[]],
     }
     columns = {name: filler[name] for name in rows.column_names}
     return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(columns, features=rows.features)])

@@ -32,7 +32,7 @@ from ftdata.train.model.isolation_probe import (  # noqa: E402
     measure_leak,
 )
 from ftdata.train.model.load import load_model, load_model_config  # noqa: E402
-from ftdata.train.model.vision import IMAGE_COLUMN, make_image_collator  # noqa: E402
+from ftdata.train.model.vision import REFERENCES_COLUMN, make_image_collator  # noqa: E402
 
 FAMILIES = ["qwen", "gemma3", "idefics3", "llava", "llava_next", "aya_vision"]
 
@@ -55,7 +55,7 @@ def colors(tmp_path_factory):
 
 
 def read_rows(folder, split="train"):
-    rows = load_build(Path(folder))[split].rename_columns({"images": IMAGE_COLUMN})
+    rows = load_build(Path(folder))[split].rename_columns({"images": REFERENCES_COLUMN})
     return [rows[number] for number in range(len(rows))]
 
 

@@ -1,28 +1,29 @@
-"""Show each image in the text of an example as a label with its size and its number of tokens, and as a thumbnail."""
+"""Show each image in the text of an example as a caption, `[image 640×480 → 391 tokens]`, and as a thumbnail."""
 
 from __future__ import annotations
 
 import base64
 import io
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import count_noun
+from ftdata.errors import FtdataError, count_noun
+from ftdata.images.references import load_image
 from ftdata.types import Example, ImageReference, Part
 
 _THUMBNAIL_SIDE = 128
 """Maximum width and height of a thumbnail in pixels."""
 
 
-_Labeled = tuple[str, NDArray[np.int64], dict[int, ImageReference]]
+_Captioned = tuple[str, NDArray[np.int64], dict[int, ImageReference]]
 """A text, the ends of its tokens, and its images by the number of their first token."""
 
 
-def label_images(example: Example, text: str, ends: NDArray[np.int64], shift: int) -> _Labeled:
-    """Replace the text of each image by a label. The first token of the image has the label, and the others are empty.
+def caption_images(example: Example, text: str, ends: NDArray[np.int64], shift: int) -> _Captioned:
+    """Replace the text of each image with a caption.
+
+    The caption belongs to the first token of the image, and the text of the other tokens is empty.
 
     Args:
         example: the example.
@@ -45,27 +46,19 @@ def label_images(example: Example, text: str, ends: NDArray[np.int64], shift: in
         count = int(np.count_nonzero((ends > start) & (ends <= end)))
         if image:
             shown[int(np.searchsorted(ends, start, side="right"))] = image
-        label = f"[image{f' {image.width}×{image.height}' if image else ''} → {count_noun(count, 'token')}]"
-        text = text[:start] + label + text[end:]
-        ends = np.where(ends <= start, ends, np.where(ends <= end, start, ends - end + start) + len(label))
+        caption = f"[image{f' {image.width}×{image.height}' if image else ''} → {count_noun(count, 'token')}]"
+        text = text[:start] + caption + text[end:]
+        ends = np.where(ends <= start, ends, np.where(ends <= end, start, ends - end + start) + len(caption))
     return text, ends, shown
 
 
 def make_thumbnail(image: ImageReference) -> str | None:
     """Return a small copy of an image as a data URI, or `None` if the image cannot be read."""
-    from PIL import Image, ImageOps
-
-    with suppress(Exception):  # Pillow raises many types for damaged images.
-        content = image.content
-        if content is None:
-            with Path(image.path).open("rb") as source:
-                source.seek(image.start)
-                content = source.read(image.size)
-        file = Image.open(io.BytesIO(content))
-        file.draft("RGB", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        picture = ImageOps.exif_transpose(file).convert("RGB")
-        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=70)
-        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return None
+    try:
+        picture = load_image(image)
+    except FtdataError:
+        return None
+    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=70)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
