@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ftdata.build.dataset import load_build
 from ftdata.build.store import check_intact, read_manifest
 from ftdata.errors import InputRefused, UsageError
+from ftdata.images.processor import load_image_processor
 from ftdata.readers.file_names import split_from_name
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import find_control_tokens
@@ -97,20 +98,29 @@ class TrainingData:
 
 
 def open_training_data(build: Path, tokenizer: str) -> TrainingData:
-    """Open a build, and check that it is intact and was built with the given tokenizer.
+    """Open a build, and check that it is intact and was built with the given tokenizer and image processor.
 
     Raises:
-        InputRefused: the build is damaged, or was built with another tokenizer.
+        InputRefused: the build is damaged, or was built with another tokenizer; or it has images, and was built with
+            other settings of the image processor.
         UsageError: the build has no split for training, or several.
     """
     manifest = read_manifest(build)
     check_intact(build)
     expected = manifest["options"]["tokenizer"]
-    if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
+    loaded = load_tokenizer(tokenizer)
+    if loaded.fingerprint != expected["fingerprint"]:
         message = f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}"
         hint = "build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build"
         raise InputRefused("tokenizer_mismatch", message, hint=hint)
-    return TrainingData(build, manifest, training_splits(load_build(build)))
+    data = TrainingData(build, manifest, training_splits(load_build(build)))
+    if data.has_images:
+        processor = load_image_processor(loaded.folder) if loaded.folder else None
+        if processor is None or processor.fingerprint != expected["image_processor"]:
+            message = f"the image processor of {tokenizer} differs from the image processor of the build {build}"
+            hint = "build again with the image processor of the model"
+            raise InputRefused("image_processor_mismatch", message, hint=hint)
+    return data
 
 
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,26 @@ def test_changed_image_is_refused(model_folder, colors, tmp_path):
         change(data / "3.png")
         with pytest.raises(InputRefused, match="image_changed"):
             train(str(tmp_path / "build"), model=model_folder("qwen"), output_dir=tmp_path / "run")
+
+
+def test_other_settings_of_the_image_processor_are_refused(model_folder, colors, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen"), folder)
+    write_build(colors, folder, tmp_path / "build", limit=8)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_pixels": 28 * 28 * 64}))
+    with pytest.raises(InputRefused, match=r"image_processor_mismatch.*differs from the image processor of the build"):
+        train(str(tmp_path / "build"), model=str(folder), output_dir=tmp_path / "run")
+
+
+def test_images_that_the_model_rejects_are_reported(model_folder, colors, tmp_path):
+    model = load_model(model_folder("qwen"))
+    write_build(colors, model_folder("qwen"), tmp_path / "build", limit=4)
+    collator = make_collator(model, model_folder("qwen"), tmp_path / "build", padding_free=True)
+    # The image processor makes more features than the build has image tokens.
+    larger = replace(collator, arguments={"size": {"shortest_edge": 28 * 28 * 40, "longest_edge": 28 * 28 * 64}})
+    with pytest.raises(InputRefused, match="image_features.*build the data with the tokenizer and the image processor"):
+        measure_image_leak(model, larger, read_rows(tmp_path / "build")[:2])
 
 
 @pytest.mark.parametrize("number", [0, 5])
