@@ -2,14 +2,14 @@
 
     python benchmarks/masks/images.py --corpus DIR --tokenizer DIR [--methods ftdata trl] [--workers 2] [--show 20]
 
-The templates of the corpus that print a placeholder for an image are used with the image processor to which the
-placeholder belongs (`PROCESSORS`). The correct ids are the ids of the rendered text in which each placeholder is
-replaced as the processor of transformers replaces it. `oracle.py` determines the correct mask without ftdata. A
-conversation is exact if the ids and the trained tokens are exact; it is silently wrong if they are not, and the method
-raises no error. `media` counts trained tokens of images. Conversations whose correct mask is uncertain, or which the
-template cannot render, are left out.
+The templates of the corpus that print a placeholder for an image are used with the processor to which the placeholder
+belongs (`PROCESSORS`). The correct ids are the ids of the rendered text in which each placeholder is replaced as the
+processor of transformers replaces it; for Gemma 3, LLaVA and Mllama, this text is a constant. `oracle.py` determines
+the correct mask without ftdata. A conversation is exact if the ids and the trained tokens are exact; it is silently
+wrong if they are not, and the method raises no error. The last column counts trained image tokens. Conversations whose
+correct mask is uncertain, or which the template cannot render, are left out.
 
-TRL's collator for images labels all tokens except padding, so its labels are computed without running it.
+`image_peers.py` computes the masks of the other tools.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ import numpy as np
 import oracle
 import transformers
 from corpus import CLOCK, Template, from_folder
+from image_peers import IMAGE_PEERS
 from PIL import Image
 from run import load_tokenizer, show_progress, silence
+
+METHODS = ["ftdata", *IMAGE_PEERS]
 
 SIZES = ((640, 480), (37, 91), (300, 64), (1000, 700))
 """Sizes of the images. Image `n` of a conversation has the size `n`."""
@@ -126,14 +129,14 @@ CHATS = {
 
 
 class Score(NamedTuple):
-    """The outcome of a method for a conversation: `exact`, `refused` or `silent`, and trained tokens of images."""
+    """The outcome of a method for a conversation, `exact`, `refused` or `silent`, and the trained image tokens."""
 
     method: str
     kind: str
     processor: str
     template: str
     outcome: str
-    media: int = 0
+    image_tokens: int = 0
     why: str = ""
 
 
@@ -203,13 +206,16 @@ def _score_chat(
     ]
     for method in methods:
         try:
-            made, mask = ours(tokenizer, with_images) if method == "ftdata" else (ids, [True] * len(ids))
+            if method == "ftdata":
+                made, mask = ours(tokenizer, with_images)
+            else:
+                made, mask = ids, IMAGE_PEERS[method](tokenizer, placeholder, processor.feature, ids)
         except Exception as error:  # noqa: BLE001  (whatever a method raises, it refuses)
             yield Score(method, kind, processor.name, template.name, "refused", why=str(error)[:300])
             continue
         is_exact = made == ids and mask == trained
-        media = sum(is_trained and id_ == feature for id_, is_trained in zip(made, mask, strict=True))
-        yield Score(method, kind, processor.name, template.name, "exact" if is_exact else "silent", media)
+        image_tokens = sum(is_trained and id_ == feature for id_, is_trained in zip(made, mask, strict=True))
+        yield Score(method, kind, processor.name, template.name, "exact" if is_exact else "silent", image_tokens)
 
 
 def _find_truth(
@@ -242,7 +248,7 @@ def _find_truth(
 def table(scores: Sequence[Score], column: Callable[[Score], str]) -> str:
     """Return the scores as a Markdown table, with a row for each method and value of `column`."""
     lines = [
-        "| method | conversations | defined | exact | refused | silently wrong | trained tokens of images |",
+        "| method | conversations | defined | exact | refused | silently wrong | trained image tokens |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for method, value in dict.fromkeys((score.method, column(score)) for score in scores):
@@ -250,8 +256,8 @@ def table(scores: Sequence[Score], column: Callable[[Score], str]) -> str:
         counts = Counter(score.outcome for score in chosen)
         exact, refused = (f"{counts[name] / len(chosen):.2%}" for name in ("exact", "refused"))
         silent = f"{counts['silent']:,} ({counts['silent'] / len(chosen):.2%})"
-        media = sum(score.media for score in chosen)
-        lines.append(f"| {method} | {value} | {len(chosen):,} | {exact} | {refused} | {silent} | {media:,} |")
+        image_tokens = sum(score.image_tokens for score in chosen)
+        lines.append(f"| {method} | {value} | {len(chosen):,} | {exact} | {refused} | {silent} | {image_tokens:,} |")
     return "\n".join(lines)
 
 
@@ -260,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of templates")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer")
-    parser.add_argument("--methods", nargs="+", default=["ftdata", "trl"], choices=["ftdata", "trl"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--limit", type=int, help="only about so many templates, evenly chosen")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--show", type=int, default=20, help="how many wrong conversations of ftdata to name")
