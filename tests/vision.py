@@ -19,10 +19,10 @@ TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SIMPLE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}PLACEHOLDER{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if part['type'] == 'image' %}\nPLACEHOLDER\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A chat template that prints a placeholder for each image."""
+"""A chat template that prints a placeholder for each image. Models with M-RoPE need a separator between images."""
 
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 ROWS_AND_COLUMNS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
@@ -111,6 +111,9 @@ PROCESSORS = {
     "gemma3n": ("Gemma3nProcessor", "SiglipImageProcessorPil", {}, {}, {**GEMMA, **GEMMA_AUDIO}, []),
     "gemma4": ("Gemma4Processor", "gemma4.Gemma4", {}, {}, GEMMA4, []),
     "internvl": ("InternVLProcessor", "GotOcr2ImageProcessorPil", {}, {}, INTERNVL, []),
+    "internvl with other sizes": (
+        "InternVLProcessor", "GotOcr2ImageProcessorPil", {"size": {"height": 448, "width": 448}}, {}, INTERNVL, [],
+    ),
 }  # fmt: skip
 """Name -> processor, image processor, settings of both, names of tokens, and tokens. None of them needs torchvision for
 images. Some of them need it for videos, which the tests do not use."""
@@ -172,6 +175,17 @@ def save_qwen(folder, settings=None):
     return str(folder)
 
 
+def save_mistral3(folder):
+    """Save the files of a Mistral 3 model without weights. Its processor needs torchvision."""
+    tokenizer = byte_tokenizer({}, [*CHAT_TOKENS, "[IMG]", "[IMG_BREAK]", "[IMG_END]"])
+    tokenizer.chat_template = SIMPLE.replace("PLACEHOLDER", "[IMG]")
+    tokenizer.save_pretrained(folder)
+    image_processor = find_image_processor("pixtral.Pixtral")(patch_size=14, size={"longest_edge": 280})
+    image_processor.save_pretrained(folder)
+    config = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
+    (Path(folder) / "processor_config.json").write_text(json.dumps(config))
+
+
 def save_image(path, size, color=(200, 30, 30)):
     """Save an image of one color, and return its path."""
     Image.new("RGB", size, color).save(path)
@@ -203,14 +217,56 @@ def _configs(size, ids):
     cohere = transformers.CohereConfig(vocab_size=size, **_TEXT)
     gemma = transformers.Gemma3TextConfig(vocab_size=size, head_dim=16, sliding_window=64, **_TEXT)
     siglip = transformers.SiglipVisionConfig
+    qwen_tokens = {
+        "image_token_id": ids("<|image_pad|>"),
+        "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+    }
     return {
         "qwen": lambda: transformers.Qwen2_5_VLConfig(
             text_config={"vocab_size": size, "rope_parameters": _ROPE, **_TEXT},
             vision_config={**qwen_vision, "fullatt_block_indexes": [1], "window_size": 112},
-            image_token_id=ids("<|image_pad|>"),
-            video_token_id=ids("<|video_pad|>"),
-            vision_start_token_id=ids("<|vision_start|>"),
-            vision_end_token_id=ids("<|vision_end|>"),
+            **qwen_tokens,
+        ),
+        "qwen2_vl": lambda: transformers.Qwen2VLConfig(
+            text_config={"vocab_size": size, "rope_parameters": _ROPE, **_TEXT},
+            vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2},
+            **qwen_tokens,
+        ),
+        "qwen3_vl": lambda: transformers.Qwen3VLConfig(
+            text_config={
+                "vocab_size": size, "head_dim": 16, "rope_parameters": {**_ROPE, "mrope_interleaved": True}, **_TEXT,
+            },
+            vision_config={**qwen_vision, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+            **qwen_tokens,
+        ),
+        "glm4v": lambda: transformers.Glm4vConfig(
+            text_config={"vocab_size": size, "head_dim": 16, "rope_parameters": _ROPE, **_TEXT},
+            vision_config={**qwen_vision, "image_size": 56},
+            image_token_id=ids("<|image|>"),
+            video_token_id=ids("<|video|>"),
+        ),
+        "internvl with other sizes": lambda: transformers.InternVLConfig(
+            text_config=_llama(size),
+            vision_config={**_VISION, "image_size": [448, 448], "patch_size": [14, 14]},
+            image_token_id=ids("<IMG_CONTEXT>"),
+        ),
+        "mistral3": lambda: transformers.Mistral3Config(
+            text_config=transformers.MistralConfig(vocab_size=size, head_dim=16, **_TEXT),
+            vision_config=transformers.PixtralVisionConfig(image_size=280, patch_size=14, **_VISION),
+            image_token_index=ids("[IMG]"),
+        ),
+        "gemma4": lambda: transformers.Gemma4Config(
+            text_config={
+                "vocab_size": size, "head_dim": 16, "global_head_dim": 16, "sliding_window": 64,
+                "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"], **_TEXT,
+            },
+            vision_config={**_VISION, "num_key_value_heads": 2, "head_dim": 16},
+            image_token_id=ids("<|image|>"),
+            boi_token_id=ids("<|image>"),
+            eoi_token_id=ids("<image|>"),
         ),
         "llava": lambda: transformers.LlavaConfig(**llava),
         "llava_next": lambda: transformers.LlavaNextConfig(
@@ -236,7 +292,7 @@ def _configs(size, ids):
             image_token_index=ids("<|IMG_PATCH|>"),
             downsample_factor=2,
         ),
-    }
+    }  # fmt: skip
 
 
 def save_vision_model(name, folder):
@@ -245,6 +301,8 @@ def save_vision_model(name, folder):
     if name == "qwen":
         limits = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 16}
         save_qwen(folder, {"image_processor_type": "Qwen2VLImageProcessor", **limits})
+    elif name == "mistral3":
+        save_mistral3(folder)
     else:
         save_processor(name, folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

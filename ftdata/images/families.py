@@ -38,7 +38,7 @@ class ImageFamily:
         image_settings: settings of the image processor that the formula reads, with the defaults of its class.
         processor_settings: settings of the processor that the formula reads, with the defaults of its class.
         feature: name of the token that the model replaces with a feature of the image.
-        arguments: arguments that the processor passes to its image processor.
+        arguments: returns the arguments that the processor passes to its image processor, from the settings.
     """
 
     processors: tuple[str, ...]
@@ -48,7 +48,7 @@ class ImageFamily:
     image_settings: Settings = field(default_factory=dict)
     processor_settings: Settings = field(default_factory=dict)
     feature: str = "image_token"
-    arguments: Settings = field(default_factory=dict)
+    arguments: Callable[[Settings], Settings] = lambda _: {}
 
 
 _MAX_RATIO = 200
@@ -294,7 +294,7 @@ _BUILT_IN = {
         _gemma3,
         _GEMMA,
         processor_settings={"image_seq_length": 256},
-        arguments={"do_pan_and_scan": False},
+        arguments=lambda _: {"do_pan_and_scan": False},
     ),
     "gemma3n": ImageFamily(
         ("Gemma3nProcessor",), "image_token", _gemma3, _GEMMA, processor_settings={"image_seq_length": 256}
@@ -357,6 +357,7 @@ _BUILT_IN = {
         {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
         {"size": {"longest_edge": 1024}},
         {"patch_size": 16, "spatial_merge_size": 1},
+        arguments=lambda settings: {"patch_size": settings["patch_size"] * settings["spatial_merge_size"]},
     ),
     "internvl": ImageFamily(
         ("InternVLProcessor",),
@@ -366,7 +367,7 @@ _BUILT_IN = {
         _TILES,
         {"image_seq_length": 256},
         feature="context_image_token",
-        arguments={"crop_to_patches": True},
+        arguments=lambda _: {"crop_to_patches": True},
     ),
     "aya_vision": ImageFamily(
         ("AyaVisionProcessor",),
@@ -383,7 +384,7 @@ _BUILT_IN = {
         _TILES,
         {"patch_size": 28, "img_size": 364, "downsample_factor": 1},
         feature="img_patch_token",
-        arguments={"crop_to_patches": True},
+        arguments=lambda _: {"crop_to_patches": True},
     ),
     "lfm2_vl": ImageFamily(
         ("Lfm2VlProcessor",),

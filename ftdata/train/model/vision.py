@@ -116,7 +116,8 @@ def make_image_collator(
         is_missing = isinstance(error, ImportError) or "torchvision" in str(error)
         hint = "install torchvision" if is_missing else "download the files of the processor again"
         raise UsageError("image_processor", problem, hint=hint) from None
-    return ImageCollator(collate_text, preprocess, processor.family.arguments, build, feature_id, inputs)
+    arguments = processor.family.arguments(processor.settings)
+    return ImageCollator(collate_text, preprocess, arguments, build, feature_id, inputs)
 
 
 def register_mrope_hook(model: Any) -> None:

@@ -35,7 +35,10 @@ from ftdata.train.model.isolation_probe import (  # noqa: E402
 from ftdata.train.model.load import load_model, load_model_config  # noqa: E402
 from ftdata.train.model.vision import REFERENCES_COLUMN, make_image_collator  # noqa: E402
 
-FAMILIES = ["qwen", "gemma3", "idefics3", "llava", "llava_next", "aya_vision"]
+FAMILIES = [
+    "qwen", "qwen2_vl", "qwen3_vl", "glm4v", "gemma3", "gemma4", "idefics3", "llava", "llava_next", "mistral3",
+    "internvl with other sizes", "aya_vision",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +252,16 @@ def test_text_only_rows_train_a_vision_model(model_folder, tmp_path):
 @pytest.mark.parametrize("name", mostly_long(FAMILIES, "qwen", "gemma3", "llava"))
 def test_architecture_is_probed_without_its_weights(name, model_folder):
     assert has_leaking_architecture(load_model_config(model_folder(name))) is False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_trained(name, model_folder, colors, tmp_path):
+    folder = train(
+        str(colors), model=model_folder(name), output_dir=tmp_path / "run", settings={"max_steps": 2}, limit=6
+    )
+    assert json.loads((folder / "run.json").read_text())["loss"]
+    assert (folder / "model" / "config.json").exists()
 
 
 def test_evaluation_and_export_of_images_are_refused(model_folder, colors, tmp_path):
