@@ -83,7 +83,7 @@ def test_sections_of_configurations_contain_each_option_once():
     assert sorted(names) == sorted(name for name, option in OPTIONS.items() if option.section)
 
 
-SPELLINGS = {"columns": "--column", "template_kwargs": "--template-kwarg"}
+SPELLINGS = {"download_images": "--download-images", "columns": "--column", "template_kwargs": "--template-kwarg"}
 
 
 @pytest.mark.parametrize(
