@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TEMPLATE = "chatml"
@@ -39,6 +43,16 @@ def counted(load: Callable[[], Any], work: Callable[[Any], Any], rows: Callable[
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {"cpu": used, "wall": wall, "load": ready - began, "peak": peak}
     return {**figures, "tokens": tokens, "trained": trained, "digest": digest.hexdigest()}
+
+
+def run_tool(script: str, tool: str, data: Path, tokenizer: str, **environment: str) -> Counted:
+    """Run a benchmark script in a new process with the options `--child`, `--data` and `--tokenizer`."""
+    command = [sys.executable, script, "--child", tool, "--data", str(data), "--tokenizer", tokenizer]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603  (itself)
+    if done.returncode:
+        sys.exit(f"{tool}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def own() -> float:

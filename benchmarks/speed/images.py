@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from counting import Counted, counted
+from counting import Counted, counted, run_tool
 from prep import print_table
 
 SIZE = (640, 480)
@@ -45,7 +44,7 @@ def main() -> None:
         results: dict[str, list[Counted]] = {tool: [] for tool in TOOLS}
         for number in range(given.rounds):
             for tool, found in results.items():
-                found.append(_child(tool, data, model))
+                found.append(run_tool(__file__, tool, data, model))
                 print(f"round {number + 1}: {tool} {found[-1]['cpu']:.2f} s", file=sys.stderr)
     print_table(results)
     if given.json:
@@ -82,15 +81,6 @@ def write_rows(folder: Path, count: int) -> Path:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages, "images": [f"{number}.jpg"]}) + "\n")
     return path
-
-
-def _child(tool: str, data: Path, tokenizer: str) -> Counted:
-    command = [sys.executable, __file__, "--child", tool, "--data", str(data), "--tokenizer", tokenizer]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603  (itself)
-    if done.returncode:
-        sys.exit(f"{tool}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def ftdata(data: Path, folder: str) -> Counted:

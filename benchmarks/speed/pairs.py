@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from counting import Counted, counted, tiny_model
+from counting import Counted, counted, run_tool, tiny_model
 from prep import print_table
 
 TEMPLATE = (
@@ -46,7 +45,7 @@ def main() -> None:
         results: dict[str, list[Counted]] = {tool: [] for tool in TOOLS}
         for number in range(given.rounds):
             for tool, found in results.items():
-                found.append(_child(tool, pairs, given.tokenizer))
+                found.append(run_tool(__file__, tool, pairs, given.tokenizer))
                 print(f"round {number + 1}: {tool} {found[-1]['cpu']:.2f} s", file=sys.stderr)
     print_table(results)
     if given.json:
@@ -66,15 +65,6 @@ def write_pairs(data: Path, path: Path, count: int) -> Path:
             row = {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": other[-1:]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
-
-
-def _child(tool: str, data: Path, tokenizer: str) -> Counted:
-    command = [sys.executable, __file__, "--child", tool, "--data", str(data), "--tokenizer", tokenizer]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603  (itself)
-    if done.returncode:
-        sys.exit(f"{tool}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def ftdata(data: Path, tokenizer: str) -> Counted:

@@ -15,14 +15,13 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from counting import TEMPLATE, Counted, counted, tiny_model
+from counting import TEMPLATE, Counted, counted, run_tool, tiny_model
 from peers import PEERS
 
 WORDS = [
@@ -52,20 +51,13 @@ def main() -> None:
         results: dict[str, list[Counted]] = {tool: [] for tool in (given.tools.split(",") if given.tools else here)}
         for number in range(given.rounds):
             for tool, found in results.items():
-                found.append(_child(tool, data, given.tokenizer, given.peers))
+                found.append(
+                    run_tool(__file__, tool, data, given.tokenizer, PYTHONPATH=str((given.peers / tool).resolve()))
+                )
                 print(f"round {number + 1}: {tool} {found[-1]['cpu']:.2f} s", file=sys.stderr)
     print_table(results)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _child(tool: str, data: Path, tokenizer: str, peers: Path) -> Counted:
-    command = [sys.executable, __file__, "--child", tool, "--data", str(data), "--tokenizer", tokenizer]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str((peers / tool).resolve())}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603  (itself)
-    if done.returncode:
-        sys.exit(f"{tool}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def print_table(results: dict[str, list[Counted]]) -> None:

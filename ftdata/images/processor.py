@@ -128,10 +128,11 @@ def load_image_processor(folder: Path) -> ImageProcessor | None:
     families = map(image_families.get, image_families.names())
     family = next((family for family in families if name in family.processors), None)
     if family is None:
-        known = ", ".join(sorted(one for key in image_families.names() for one in image_families.get(key).processors))
+        all_families = map(image_families.get, image_families.names())
+        supported = ", ".join(sorted(processor for family in all_families for processor in family.processors))
         problem = f"the processor {name} in {folder} is not supported" if name else f"{folder} names no processor_class"
         raise UsageError(
-            "image_processor", problem, hint=f"use the files of a model with one of the processors {known}"
+            "image_processor", problem, hint=f"use the files of a model with one of the processors {supported}"
         )
     settings = {
         **_read_settings(family.image_settings, image_config),

@@ -95,12 +95,14 @@ def read_image(value: Any, folder: Path, field: str, download: Callable[[str], b
     return _read_bytes(content, str(path.absolute()), field)
 
 
-def load_image(image: ImageReference, folder: Path | str = "") -> Image:
+def load_image(image: ImageReference, folder: Path | str = "", least_side: int | None = None) -> Image:
     """Load an image of a row or of a build in RGB, rotated as its EXIF data specifies, as transformers loads files.
 
     Args:
         image: the image.
         folder: the folder that a relative path is resolved against.
+        least_side: the width and the height that suffice; a JPEG file is then decoded in a smaller size, which is much
+            faster. `None` for the whole size.
 
     Returns:
         An image of Pillow.
@@ -125,7 +127,10 @@ def load_image(image: ImageReference, folder: Path | str = "") -> Image:
     if sha256(content).hexdigest() != image.hash:
         raise InputRefused("image_changed", f"the image {path} has changed since the build", hint=hint)
     try:
-        return ImageOps.exif_transpose(open_image(io.BytesIO(content))).convert("RGB")
+        picture = open_image(io.BytesIO(content))
+        if least_side:
+            picture.draft("RGB", (least_side, least_side))
+        return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:  # noqa: BLE001  (Pillow raises many types for damaged images)
         place = f"{path}, bytes {image.start:,} to {image.start + image.size:,}"
         problem = f"the image {place} cannot be decoded: {describe_exception(error)}"

@@ -39,23 +39,23 @@ def caption_images(example: Example, text: str, ends: NDArray[np.int64], shift: 
     images: list[ImageReference | None] = (
         [*example.images] if len(media) == len(example.images) else [None] * len(media)
     )
-    shown = dict[int, ImageReference]()
+    captioned = dict[int, ImageReference]()
     # The last image comes first, so that the positions of the other images stay valid.
     for span, image in zip(media[::-1], images[::-1], strict=True):
         start, end = span.start + shift, span.end + shift
         count = int(np.count_nonzero((ends > start) & (ends <= end)))
         if image:
-            shown[int(np.searchsorted(ends, start, side="right"))] = image
+            captioned[int(np.searchsorted(ends, start, side="right"))] = image
         caption = f"[image{f' {image.width}×{image.height}' if image else ''} → {count_noun(count, 'token')}]"
         text = text[:start] + caption + text[end:]
         ends = np.where(ends <= start, ends, np.where(ends <= end, start, ends - end + start) + len(caption))
-    return text, ends, shown
+    return text, ends, captioned
 
 
 def make_thumbnail(image: ImageReference) -> str | None:
     """Return a small copy of an image as a data URI, or `None` if the image cannot be read."""
     try:
-        picture = load_image(image)
+        picture = load_image(image, least_side=_THUMBNAIL_SIDE)
     except FtdataError:
         return None
     picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))

@@ -402,13 +402,13 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
     text = bos_text + example.text
     text_end = int(ends[-1]) if len(ends) else len(bos_text)
     control = recipe.control.is_control(example.input_ids)
-    shown, remainder, images = text[:text_end], text[text_end:], dict[int, ImageReference]()
+    visible, remainder, images = text[:text_end], text[text_end:], dict[int, ImageReference]()
     if example.images:
         control &= ~np.asarray([*(span.part is Part.MEDIA for span in example.spans), False])[spans]
-        shown, ends, images = caption_images(example, shown, ends, len(bos_text))
+        visible, ends, images = caption_images(example, visible, ends, len(bos_text))
     columns = (ends, example.trained, control, owner)
     return ExampleView(
-        shown,
+        visible,
         *columns,
         owners,
         example.input_ids,

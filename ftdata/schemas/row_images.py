@@ -80,7 +80,7 @@ def extract_images(data: Mapping[str, Any], task: str = "sft") -> tuple[Mapping[
 
 
 def _take_message_images(message: Any, field: str, parts: list[RowImage]) -> Any:
-    """Replace the image parts of a message by `IMAGE_PART`, and add the images to `parts`."""
+    """Replace the image parts of a message with `IMAGE_PART`, and add the images to `parts`."""
     fields = message if isinstance(message, Mapping) else {}
     name = next((name for name in ("content", "value") if isinstance(fields.get(name), list)), None)
     if name is None or not any(map(_is_image_part, fields[name])):
@@ -121,8 +121,8 @@ def _read_part(part: Mapping[str, Any], field: str) -> RowImage:
     fields = {key: value for key, value in part.items() if value is not None}
     keys = [key for key in _VALUE_KEYS if key in fields]
     if unknown := [str(key) for key in fields if key not in (*_VALUE_KEYS, *_OTHER_KEYS)]:
-        known = ", ".join((*_OTHER_KEYS, *_VALUE_KEYS))
-        problem = f"the image part has the unsupported key {unknown[0]!r}, expected {known}"
+        supported = ", ".join((*_OTHER_KEYS, *_VALUE_KEYS))
+        problem = f"the image part has the unsupported key {unknown[0]!r}, expected {supported}"
         hint = "move the text to a part of type text" if unknown[0] == "text" else "remove the key"
         raise BadRow("image_part", problem, field=field, hint=hint)
     # In columns of `datasets`, the path is the original name of the bytes.
@@ -237,7 +237,7 @@ def _user_texts(message: Message) -> Iterator[str]:
 
 
 def _split_markers(message: Message) -> Message:
-    """Replace the markers in the text of a user message by image parts."""
+    """Replace the markers in the text of a user message with image parts."""
     if not any(_MARKER in text for text in _user_texts(message)):
         return message
     parts = list[dict[str, Any]]()

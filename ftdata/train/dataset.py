@@ -148,6 +148,12 @@ def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
     return datasets.DatasetDict(splits)
 
 
+def find_rows_with_images(split: datasets.Dataset) -> NDArray[np.int64]:
+    """Return the numbers of the rows that have images (int64 `[rows with images]`)."""
+    counts: NDArray[Any] = pc.list_value_length(split.data.column("images")).to_numpy()
+    return np.flatnonzero(counts)
+
+
 def has_pairs(split: datasets.Dataset) -> bool:
     """Return whether the rows of a split are preference pairs."""
     return "chosen_ids" in split.column_names

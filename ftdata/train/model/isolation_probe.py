@@ -23,13 +23,12 @@ from ftdata.train.model.vision import REFERENCES_COLUMN, ImageCollator, register
 LEAK = 1e-4
 """Relative change of the logits of B above which a model leaks."""
 
+_ROUNDING, _HALF_ROUNDING = 1e-4, 0.05
+"""The largest relative change of a logit that rounding errors explain, in float32 and in 16-bit dtypes."""
+
 _LAYERS = 4
 _MAX_LAYERS = 12
 _VISION_LAYERS = 2
-_MAX_DOCUMENTS = 3
-
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""The largest relative change of a logit that rounding errors explain, by the dtype of the model."""
 _MAX_WEIGHTS = 1_500_000_000
 
 
@@ -62,8 +61,8 @@ def measure_leak(model: Any, length: int = 20) -> float:
     return float((logits - other_logits).abs().max() / logits.abs().max().clamp_min(1e-12))
 
 
-def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Measure how much the logits of documents change if they are packed together.
+def mixes_packed_images(model: Any, collator: ImageCollator, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Test whether packed documents with images attend to each other.
 
     In some models, packed documents attend to each other only if they have images: with transformers 5.24, the
     attention mask of Gemma 3 shows the images of the first document to all documents.
@@ -71,19 +70,18 @@ def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mappi
     Args:
         model: a vision-language model.
         collator: makes a batch of one packed sequence.
-        rows: rows of a build with images.
+        rows: rows of a build that have images.
 
     Returns:
-        The largest difference between a logit in the packed sequence and the same logit of the document alone, relative
-        to the largest logit; 0 if the difference is not larger than the rounding errors of the dtype.
+        Whether the logits of documents change by more than rounding errors if they are packed together.
 
     Raises:
         InputRefused: `image_features`, if the model rejects the images.
     """
-    documents = [document for row in rows for document in _split_documents(row)][:_MAX_DOCUMENTS]
-    # A document without images is placed between documents with images.
-    first = documents[0]
-    text = [id_ for id_ in first["input_ids"] if id_ != collator.feature_id]
+    split = [document for row in rows for document in _split_documents(row) if document[REFERENCES_COLUMN]]
+    # Two documents with images, and a document without images between them.
+    documents = [split[0], split[-1]]
+    text = [id_ for id_ in split[0]["input_ids"] if id_ != collator.feature_id]
     documents.insert(1, {"input_ids": text, "labels": text, "seq_lengths": [len(text)], REFERENCES_COLUMN: []})
     was_training = model.training
     model.eval()
@@ -100,7 +98,7 @@ def measure_image_leak(model: Any, collator: ImageCollator, rows: Sequence[Mappi
     finally:
         model.train(was_training)
     change = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
-    return change if not change <= _ROUNDING[torch.float32 if model.dtype is torch.float32 else torch.bfloat16] else 0.0
+    return not change <= (_ROUNDING if model.dtype is torch.float32 else _HALF_ROUNDING)
 
 
 def _split_documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ def register_mrope_hook(model: Any) -> None:
 def _replace_positions(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Replace position ids `[1, tokens]`, which restart at each document, by position ids `[4, 1, tokens]`.
+    """Replace position ids `[1, tokens]`, which restart at each document, with position ids `[4, 1, tokens]`.
 
     The first axis is the position in the document, which determines the attention mask. The others are time, height and
     width.

@@ -31,12 +31,12 @@ from ftdata.spelling import spell_options
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.dataset import TrainingData, desirable_rows, open_training_data
+from ftdata.train.dataset import TrainingData, desirable_rows, find_rows_with_images, open_training_data
 from ftdata.train.inference.prompts import encode_messages, read_documents, rebuild_recipe, split_last_turn
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_lora, make_lora_config
 from ftdata.train.model.estimate import Estimate, check_adapter, check_memory, count_split, estimate_run
-from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_image_leak, measure_leak
+from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_leak, mixes_packed_images
 from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
 from ftdata.train.model.trainer_tasks import TRAINER_TASKS, is_vision_model
@@ -61,10 +61,6 @@ _TRAINERS: dict[str, tuple[type[RunTrainer], Callable[[int], Any] | None]] = {
     "kto": (KTORunTrainer, LabelCollator),
 }
 """Task -> trainer, and its collator, which is created from the id of the pad token; `None` for TRL's collator."""
-
-
-_PROBED_ROWS = 1000
-"""Number of rows among which the rows of the isolation probe with images are searched."""
 
 
 def train_model(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
@@ -419,7 +415,7 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     model = load_model(config.model, config.quantization, **options)
     isolated = config.task != "reward" and measure_leak(model) <= LEAK
     if isolated and data.has_images:
-        isolated = _measure_image_leak(config, model, data) <= LEAK
+        isolated = not _mixes_packed_images(config, model, data)
     if data.is_packed and not isolated:
         raise _leak_error(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
     seal = checkpoints.CheckpointSeal(data.manifest["fingerprint"], checkpoints.read_run_json(run)["setup"])
@@ -444,14 +440,14 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     return trainer
 
 
-def _measure_image_leak(config: Config, model: Any, data: TrainingData) -> float:
-    """Measure how much the logits of documents with images change if they are packed together."""
+def _mixes_packed_images(config: Config, model: Any, data: TrainingData) -> bool:
+    """Test with rows of the build whether packed documents with images attend to each other."""
     tokenizer = load_trainer_tokenizer(str(config.tokenizer), trust_remote_code=config.trust_remote_code)
     folder = load_tokenizer(config.tokenizer).folder
     collator = make_image_collator(model, tokenizer, folder, data.folder, padding_free=True)
     rows = data.splits["train"].rename_columns({"images": REFERENCES_COLUMN})
-    numbers = [number for number, images in enumerate(rows[REFERENCES_COLUMN][:_PROBED_ROWS]) if images][:2]
-    return measure_image_leak(model, collator, [rows[number] for number in numbers]) if numbers else 0.0
+    numbers = find_rows_with_images(data.splits["train"])[:2].tolist()
+    return bool(numbers) and mixes_packed_images(model, collator, [rows[number] for number in numbers])
 
 
 def _leak_error(model: str, kind: str) -> InputRefused:

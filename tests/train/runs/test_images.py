@@ -27,10 +27,9 @@ from vision import save_colors, save_image, save_processor, save_vision_model  #
 from ftdata.train import compare, generate  # noqa: E402
 from ftdata.train import run as train  # noqa: E402
 from ftdata.train.model.isolation_probe import (  # noqa: E402
-    LEAK,
     has_leaking_architecture,
-    measure_image_leak,
     measure_leak,
+    mixes_packed_images,
 )
 from ftdata.train.model.load import load_model, load_model_config  # noqa: E402
 from ftdata.train.model.vision import REFERENCES_COLUMN, make_image_collator  # noqa: E402
@@ -96,7 +95,7 @@ def test_logits_of_packed_and_padded_rows_equal_those_of_single_rows(name, model
         assert float((row[: len(logits)] - logits).abs().max()) < 1e-4 * largest
     # The probe finds out whether the documents of a packed sequence are isolated.
     is_isolated = float((compute_logits(model, packed(rows))[0] - torch.cat(alone)).abs().max()) < 1e-4 * largest
-    assert is_isolated == (measure_image_leak(model, packed, [rows[0], rows[2]]) <= LEAK)
+    assert is_isolated != mixes_packed_images(model, packed, [rows[0], rows[2]])
     assert is_isolated or name == "gemma3"
     assert measure_leak(model) == 0
     # Each image matters: other pixels change the logits.
@@ -173,6 +172,18 @@ def test_model_that_mixes_packed_images_is_trained_with_padding(model_folder, co
     assert "rows are padded, not concatenated" in " ".join(capfd.readouterr().err.split())
 
 
+def test_images_after_many_rows_of_text_are_probed(model_folder, colors, tmp_path, capfd):
+    """The first rows, and the first documents of the packed sequence with the image, have no images."""
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}] * 1100
+    (image_row,) = (json.loads(line) for line in colors.read_text().splitlines()[:1])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, image_row]))
+    options = {"model": model_folder("gemma3"), "settings": {"max_steps": 1}, "image_folder": str(colors.parent)}
+    train(str(tmp_path / "rows.jsonl"), output_dir=tmp_path / "a", **options)
+    assert "rows are padded, not concatenated" in " ".join(capfd.readouterr().err.split())
+    with pytest.raises(InputRefused, match="model_leaks"):
+        train(str(tmp_path / "rows.jsonl"), output_dir=tmp_path / "b", packing="bfd", max_length=2000, **options)
+
+
 def test_changed_image_is_refused(model_folder, colors, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(colors.parent, data)
@@ -200,7 +211,7 @@ def test_images_that_the_model_rejects_are_reported(model_folder, colors, tmp_pa
     # The image processor makes more features than the build has image tokens.
     larger = replace(collator, arguments={"size": {"shortest_edge": 28 * 28 * 40, "longest_edge": 28 * 28 * 64}})
     with pytest.raises(InputRefused, match="image_features.*build the data with the tokenizer and the image processor"):
-        measure_image_leak(model, larger, read_rows(tmp_path / "build")[:2])
+        mixes_packed_images(model, larger, read_rows(tmp_path / "build")[:2])
 
 
 @pytest.mark.parametrize("number", [0, 5])
