@@ -293,7 +293,9 @@ def test_ordinary_layouts_are_within_the_bounds():
 
 
 def test_contents_of_parts_are_rendered_from_the_cache(tokenizer_dir):
-    template = make_recipe(tokenizer_dir("tiny_bpe"), PARTS.replace("LIST", "m.content")).template
+    # No other test uses this template: the worker process sends each layout once, and continues between tests.
+    source = PARTS.replace("LIST", "m.content") + "{# layouts of parts #}"
+    template = make_recipe(tokenizer_dir("tiny_bpe"), source).template
 
     def conversation(*texts):
         parts = [{"type": "text", "text": texts[0]}, {"type": "image"}, {"type": "text", "text": texts[1]}]
