@@ -214,7 +214,8 @@ def _configs(size, ids):
     llava = {"vision_config": clip, "text_config": _llama(size), "image_token_index": ids("<image>")}
     llava |= {"vision_feature_select_strategy": "default", "vision_feature_layer": -2}
     qwen_vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-    cohere = transformers.CohereConfig(vocab_size=size, **_TEXT)
+    # TRL multiplies the logits of Aya Vision by this scale, and transformers 5.24 does not.
+    cohere = transformers.CohereConfig(vocab_size=size, logit_scale=1.0, **_TEXT)
     gemma = transformers.Gemma3TextConfig(vocab_size=size, head_dim=16, sliding_window=64, **_TEXT)
     siglip = transformers.SiglipVisionConfig
     qwen_tokens = {

@@ -98,6 +98,10 @@ class ImageProcessor:
                 self._texts[width, height] = text
         return text
 
+    def count_features(self, width: int, height: int) -> int:
+        """Return how many features of an image the model reads: how often `image_token` occurs in its text."""
+        return sum(self.collapse_repeats(width, height).repeats)
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that determines the text of an image: 64 hexadecimal digits."""

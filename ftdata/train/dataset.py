@@ -20,7 +20,7 @@ from ftdata.images.processor import load_image_processor
 from ftdata.readers.file_names import split_from_name
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import find_control_tokens
-from ftdata.types import IGNORE_INDEX
+from ftdata.types import IGNORE_INDEX, ImageReference
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
             hint = "build again with the image processor of the model"
             raise InputRefused("image_processor_mismatch", message, hint=hint)
     return data
+
+
+def to_reference(image: Mapping[str, Any]) -> ImageReference:
+    """Convert an image in a column of a build."""
+    return ImageReference(**{name: image[name] for name in ImageReference._fields if name in image})
 
 
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 from ftdata.build.dataset import load_build
 from ftdata.errors import InputRefused
 from ftdata.redaction import redact_text
+from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train.dataset import desirable_rows, has_pairs, training_splits
 from ftdata.train.inference.chat import base_generation_config
 from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
-from ftdata.train.inference.generation import generate_ids
+from ftdata.train.inference.generation import BatchInputs, batch_images, generate_ids, move_inputs
 from ftdata.train.inference.progress import GenerationProgress, ProgressMeter
-from ftdata.train.inference.prompts import encode_rows, join_side, read_documents, split_last_turn
+from ftdata.train.inference.prompts import Document, encode_rows, find_last_turn, join_side, read_documents
 from ftdata.train.inference.run_dir import FinishedRun, load_base_model, load_tuned_model, open_run
 from ftdata.train.model.device import fit_threads
-from ftdata.types import IGNORE_INDEX
+from ftdata.train.model.load import load_trainer_tokenizer
+from ftdata.train.model.vision import ImagePreprocessor, make_image_preprocessor
+from ftdata.types import IGNORE_INDEX, ImageReference
 
 _MAX_BATCH_TOKENS = 4096
 """Maximum number of tokens per forward pass, unless a single document is longer."""
-
-Document = tuple[list[int], list[int]]
-"""Token ids and labels."""
 
 
 def compare_models(
@@ -56,11 +56,11 @@ def compare_models(
         data_name, examples = _read_build_rows(run)
     else:
         data_name, examples = redact_text(str(data)), zip(encode_rows(data, run.recipe), repeat(None))
-    stop_ids = run.stop_ids
+    stop_ids, recipe = run.stop_ids, run.recipe
     candidates = (
         (document, turn, other)
         for document, other in examples
-        if (turn := split_last_turn(*document, stop_ids)) is not None
+        if (turn := find_last_turn(document, stop_ids, recipe)) is not None
     )
     selected = list(islice(candidates, n))
     if not selected:
@@ -68,17 +68,23 @@ def compare_models(
         raise InputRefused("no_questions", f"no row of {data_name} has a prompt and an answer", hint=hint)
     texts = [document for document, _, _ in selected]
     others = [other for _, _, other in selected if other is not None]
-    prompts = [prompt for _, (prompt, _), _ in selected]
+    turns = [turn for _, turn, _ in selected]
+    prompts = [turn.prompt for turn in turns]
     tokenizer = run.tokenizer
-    expected = [tokenizer.decode(answer) for _, (_, answer), _ in selected]
+    expected = [tokenizer.decode(turn.answer) for turn in turns]
     scores: list[Scores] = []
     answers: list[list[str]] = []
     meter = ProgressMeter(len(prompts), 2, progress) if progress else None
 
     def evaluate_model(model: Any) -> None:
-        answer_ids = generate_ids(model, prompts, batch_size=batch_size, progress=meter, **generation)
+        preprocessor = _make_preprocessor(run, model) if any(text.images for text in texts) else None
+        image_inputs = batch_images(preprocessor, [turn.images for turn in turns])
+        answer_ids = generate_ids(
+            model, prompts, batch_size=batch_size, image_inputs=image_inputs, progress=meter, **generation
+        )
         answers.append([tokenizer.decode(ids) for ids in answer_ids])
-        losses, counts = compute_losses(model, texts, batch_size)
+        image_inputs = batch_images(preprocessor, [text.images for text in texts])
+        losses, counts = compute_losses(model, texts, batch_size, image_inputs)
         scores.append(score_answers(answers[-1], expected, _perplexity(losses, counts)))
         if others:
             other_losses, other_counts = compute_losses(model, others, batch_size)
@@ -89,7 +95,10 @@ def compare_models(
             meter.next_model()
 
     _evaluate_both(run, evaluate_model)
-    questions = [tokenizer.decode(ids, skip_control=True).strip() for ids in prompts]
+    questions = [
+        " ".join([*map(_describe_image, turn.images), tokenizer.decode(turn.prompt, skip_control=True).strip()])
+        for turn in turns
+    ]
     rows = tuple(ComparedAnswer(*columns) for columns in zip(questions, expected, *answers, strict=True))
     return Comparison(data_name, str(run.metadata["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
@@ -104,23 +113,30 @@ def _perplexity(losses: NDArray[np.float64], counts: NDArray[np.int64]) -> float
 
 
 def compute_losses(
-    model: Any, texts: Sequence[Document], batch_size: int = 16
+    model: Any, texts: Sequence[Document], batch_size: int = 16, image_inputs: BatchInputs | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the sum of the losses and the number of the trained tokens of each tokenized example (`[texts]`).
 
     Documents of similar length share a forward pass, with padding on the right.
+
+    Args:
+        model: the model.
+        texts: the tokenized examples.
+        batch_size: maximum number of examples per forward pass.
+        image_inputs: returns the inputs for the images of a batch; `None` if the examples have no images.
     """
     losses, counts = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
     model.eval()
     with torch.inference_mode(), fit_threads(model):
         for numbers in _batches(texts, batch_size):
             batch = [texts[number] for number in numbers]
-            width = max(len(ids) for ids, _ in batch)
-            ids = torch.tensor([[*ids] + [0] * (width - len(ids)) for ids, _ in batch])
-            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
-            targets = torch.tensor([[*labels] + [IGNORE_INDEX] * (width - len(labels)) for _, labels in batch])[:, 1:]
+            width = max(len(text.ids) for text in batch)
+            ids = torch.tensor([[*text.ids] + [0] * (width - len(text.ids)) for text in batch])
+            mask = torch.tensor([[1] * len(text.ids) + [0] * (width - len(text.ids)) for text in batch])
+            labels = [[*text.labels] + [IGNORE_INDEX] * (width - len(text.labels)) for text in batch]
+            targets = torch.tensor(labels)[:, 1:]
             trained = targets != IGNORE_INDEX
-            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            inputs = move_inputs(model, ids, mask, image_inputs(ids, numbers) if image_inputs else {})
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             token_losses = torch.zeros(targets.shape, dtype=torch.float64)
             token_losses[trained] = torch.nn.functional.cross_entropy(
@@ -136,8 +152,8 @@ def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[int]]:
     The number of tokens per batch is limited, because all logits of a batch are in memory.
     """
     batch: list[int] = []
-    for number in sorted(range(len(texts)), key=lambda number: len(texts[number][0])):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(texts[number][0]) > _MAX_BATCH_TOKENS):
+    for number in sorted(range(len(texts)), key=lambda number: len(texts[number].ids)):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(texts[number].ids) > _MAX_BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(number)
@@ -174,15 +190,22 @@ def _read_build_rows(run: FinishedRun) -> tuple[str, Iterator[tuple[Document, Do
     """
     splits = training_splits(load_build(run.build))
     name = "test" if "test" in splits else "train"
-    if "images" in splits[name].column_names:
-        problem = f"the examples of {run.build} have images, and answers to images are not evaluated"
-        hint = "generate answers with transformers, or pass questions without images"
-        raise InputRefused("evaluation_images", problem, hint=hint)
     note, split = "" if name == "test" else ", which the model was trained on", desirable_rows(splits[name])
     rows: Iterator[tuple[Document, Document | None]] = zip(read_documents(split), repeat(None))
     if has_pairs(split):
         rows = ((join_side(row, "chosen"), join_side(row, "rejected")) for row in split)
     return f"the {name} split of {run.build}{note}", rows
+
+
+def _make_preprocessor(run: FinishedRun, model: Any) -> ImagePreprocessor:
+    """Create the image preprocessor of a model of a run."""
+    name = run.metadata["tokenizer"]
+    tokenizer = load_trainer_tokenizer(name, trust_remote_code=run.trust_remote_code)
+    return make_image_preprocessor(model, tokenizer, load_tokenizer(name).folder, run.build)
+
+
+def _describe_image(image: ImageReference) -> str:
+    return f"[image {image.width}×{image.height}]"
 
 
 def _evaluate_both(run: FinishedRun, evaluate_model: Callable[[Any], None]) -> None:

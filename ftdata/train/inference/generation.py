@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,12 @@ from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.inference.progress import GenerationStep
 from ftdata.train.inference.prompts import cut_at_stop
 from ftdata.train.model.device import fit_threads
+from ftdata.train.model.vision import ImagePreprocessor
+from ftdata.types import ImageReference
+
+BatchInputs = Callable[[torch.Tensor, Sequence[int]], dict[str, Any]]
+"""Returns the inputs for the images of a batch, given its token ids (int64 `[texts, tokens]`) and the numbers of its
+texts."""
 
 _GREEDY = {"max_new_tokens": 256, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -21,6 +27,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
+    image_inputs: BatchInputs | None = None,
     progress: Callable[[GenerationStep], None] | None = None,
     seed: int = 0,
     **options: Any,
@@ -33,6 +40,7 @@ def generate_ids(
         model: a causal language model; its generation config contains the stop tokens and the token for left padding.
         prompts: token ids of the prompts.
         batch_size: number of prompts per batch.
+        image_inputs: returns the inputs for the images of a batch; `None` if the prompts have no images.
         progress: called after each token of a batch.
         seed: random seed for sampling.
         options: further arguments of `model.generate`, such as `num_beams`; the default is greedy decoding.
@@ -64,7 +72,7 @@ def generate_ids(
                 ids = torch.tensor([_pad_left([pad_id], prompts[number], width) for number in batch])
                 mask = torch.tensor([_pad_left([0], [1] * len(prompts[number]), width) for number in batch])
                 arguments["max_new_tokens"] = min(max_new_tokens, positions - width)
-                inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+                inputs = move_inputs(model, ids, mask, image_inputs(ids, batch) if image_inputs else {})
                 output = model.generate(**inputs, **arguments)
                 for number, answer in zip(batch, output[:, width:].tolist(), strict=True):
                     answers[number] = cut_at_stop(answer, stop_ids)
@@ -75,6 +83,39 @@ def generate_ids(
     finally:
         model.train(was_training)
     return answers
+
+
+def batch_images(
+    preprocessor: ImagePreprocessor | None, images: Sequence[Sequence[ImageReference]]
+) -> BatchInputs | None:
+    """Return a function that computes the inputs for the images of a batch.
+
+    Args:
+        preprocessor: the preprocessor of the model; `None` if the texts have no images.
+        images: the images of each text.
+
+    Returns:
+        The function; `None` if the texts have no images.
+    """
+    if preprocessor is None:
+        return None
+
+    def compute_inputs(ids: torch.Tensor, numbers: Sequence[int]) -> dict[str, Any]:
+        batch = [image for number in numbers for image in images[number]]
+        return preprocessor.compute_inputs(ids, preprocessor.load(batch))
+
+    return compute_inputs
+
+
+def move_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor, image_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a batch on the device of a model. Pixels are converted to the dtype of the model."""
+    inputs = {"input_ids": ids, "attention_mask": mask, **image_inputs}
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
 
 
 class TokenReporter:

@@ -8,16 +8,70 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 from ftdata.errors import InputRefused
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import reread_rows, resolve_sources
 from ftdata.schemas import detect_task
-from ftdata.types import IGNORE_INDEX, Message, Reject, Row, Source
+from ftdata.train.dataset import to_reference
+from ftdata.types import IGNORE_INDEX, ImageReference, Message, Reject, Row, Source
 
 _PLACEHOLDER_ANSWER = "x"
+
+
+class Document(NamedTuple):
+    """The tokens of an example.
+
+    Attributes:
+        ids: token ids.
+        labels: one label per token.
+        images: the images of the example.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    images: Sequence[ImageReference] = ()
+
+
+class Turn(NamedTuple):
+    """The last trained turn of an example.
+
+    Attributes:
+        prompt: token ids before the turn.
+        images: the images in the prompt.
+        answer: token ids of the turn, without its stop token.
+    """
+
+    prompt: list[int]
+    images: Sequence[ImageReference]
+    answer: list[int]
+
+
+def find_last_turn(document: Document, stops: set[int], recipe: Recipe) -> Turn | None:
+    """Divide an example into the prompt and the expected answer, as `split_last_turn` does.
+
+    Args:
+        document: the example.
+        stops: ids of the stop tokens.
+        recipe: the recipe of the build.
+    """
+    turn = split_last_turn(document.ids, document.labels, stops)
+    return None if turn is None else Turn(turn[0], _find_images(turn[0], document.images, recipe), turn[1])
+
+
+def _find_images(prompt: Sequence[int], images: Sequence[ImageReference], recipe: Recipe) -> Sequence[ImageReference]:
+    """Return the images whose tokens are in a prompt. Messages after the answer can have images, too."""
+    if recipe.image_processor is None or recipe.image_token_id is None:
+        return ()
+    tokens = list(prompt).count(recipe.image_token_id)
+    for number, image in enumerate(images):
+        if tokens <= 0:
+            return images[:number]
+        tokens -= recipe.image_processor.count_features(image.width, image.height)
+    return images
 
 
 def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
@@ -42,8 +96,8 @@ def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
     return ids[: next((index for index, id_ in enumerate(ids) if id_ in stops), len(ids))]
 
 
-def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each example in a split, also inside packed sequences.
+def read_documents(split: Any) -> Iterator[Document]:
+    """Yield each example of a split, also inside packed sequences.
 
     For a preference pair, yield the prompt and the chosen answer.
     """
@@ -51,16 +105,17 @@ def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
         if "chosen_ids" in row:
             yield join_side(row, "chosen")
             continue
-        start = 0
-        for length in row["seq_lengths"]:
-            yield row["input_ids"][start : start + length], row["labels"][start : start + length]
-            start += length
+        images = row.get("images") or ()
+        bounds = pairwise(accumulate(row["seq_lengths"], initial=0))
+        for number, (start, end) in enumerate(bounds):
+            document_images = [to_reference(image) for image in images if image["document"] == number]
+            yield Document(row["input_ids"][start:end], row["labels"][start:end], document_images)
 
 
-def join_side(row: Mapping[str, Any], side: str) -> tuple[list[int], list[int]]:
-    """Return the token ids and labels of a side of a preference pair, with the prompt."""
+def join_side(row: Mapping[str, Any], side: str) -> Document:
+    """Return a side of a preference pair, with the prompt."""
     prompt = row["prompt_ids"]
-    return prompt + row[f"{side}_ids"], [IGNORE_INDEX] * len(prompt) + row[f"{side}_labels"]
+    return Document(prompt + row[f"{side}_ids"], [IGNORE_INDEX] * len(prompt) + row[f"{side}_labels"])
 
 
 def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
@@ -75,8 +130,8 @@ def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
     return Recipe.from_manifest(options, tokenizer, excluded=excluded)
 
 
-def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:
-    """Render and tokenize each row of the data, and yield the token ids and labels.
+def encode_rows(data: Any, recipe: Recipe) -> Iterator[Document]:
+    """Render and tokenize each row of the data, and yield its last example.
 
     Raises:
         InputRefused: a row cannot be built.
@@ -87,11 +142,8 @@ def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int
     for outcome in build_rows(recipe, (row for source in sources for row in source.rows())):
         if isinstance(outcome, Reject):
             raise InputRefused(outcome.code, outcome.reason, where=str(outcome.source), hint=outcome.fix)
-        if outcome.examples[-1].images:
-            problem = "the row has images, and answers to images are not evaluated"
-            hint = "generate answers with transformers, or pass questions without images"
-            raise InputRefused("evaluation_images", problem, where=str(outcome.conversation.source), hint=hint)
-        yield outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist()
+        example = outcome.examples[-1]
+        yield Document(example.input_ids.tolist(), example.labels.tolist(), example.images)
 
 
 def encode_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:

@@ -81,7 +81,7 @@ def mixes_packed_images(model: Any, collator: ImageCollator, rows: Sequence[Mapp
     split = [document for row in rows for document in _split_documents(row) if document[REFERENCES_COLUMN]]
     # Two documents with images, and a document without images between them.
     documents = [split[0], split[-1]]
-    text = [id_ for id_ in split[0]["input_ids"] if id_ != collator.feature_id]
+    text = [id_ for id_ in split[0]["input_ids"] if id_ != collator.preprocessor.feature_id]
     documents.insert(1, {"input_ids": text, "labels": text, "seq_lengths": [len(text)], REFERENCES_COLUMN: []})
     was_training = model.training
     model.eval()

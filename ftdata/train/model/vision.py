@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -19,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ftdata.errors import UsageError, describe_exception
 from ftdata.images.processor import load_image_processor
 from ftdata.images.references import load_image
+from ftdata.train.dataset import to_reference
 from ftdata.types import ImageReference
 
 REFERENCES_COLUMN = "image_references"
@@ -36,48 +38,73 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_
 
 
 @dataclass(frozen=True)
-class ImageCollator:
-    """Makes batches of rows with images.
+class ImagePreprocessor:
+    """Computes the inputs of a vision-language model for the images of a batch.
 
     Attributes:
-        collate_text: makes a batch of the tokens and labels of rows.
-        preprocess: the image processor of the model; `None` if the rows have no images.
+        preprocess: the image processor of transformers; `None` if the tokenizer has no image processor.
         arguments: arguments for the image processor.
-        folder: the folder of the build, which relative paths of images are resolved against.
+        folder: the folder that relative paths of images are resolved against.
         feature_id: id of the token that the model replaces with a feature of an image.
         inputs: names of the inputs that the model accepts.
     """
 
-    collate_text: Callable[[list[dict[str, Any]]], dict[str, Any]]
     preprocess: Any
     arguments: Mapping[str, Any]
     folder: Path
     feature_id: int
     inputs: frozenset[str]
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Load the images of the rows, and make a batch.
+    def load(self, images: Sequence[ImageReference]) -> list[Image.Image]:
+        """Load images.
 
         Raises:
             InputRefused: `image_changed`, if the file of an image is missing or has changed since the build;
                 `image_damaged`, if it cannot be decoded.
         """
-        return self.collate(rows, [self._load(image) for row in rows for image in row.get(REFERENCES_COLUMN) or ()])
+        return [load_image(image, self.folder) for image in images]
+
+    def compute_inputs(self, ids: torch.Tensor, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Return the inputs for a batch.
+
+        Args:
+            ids: int64 `[texts, tokens]`, the token ids.
+            images: the images of all texts, in the order of the texts.
+        """
+        types = (ids == self.feature_id).long()
+        inputs: dict[str, Any] = {name: types for name in _TYPE_INPUTS if name in self.inputs}
+        if images:
+            features = self.preprocess(images=list(images), return_tensors="pt", **self.arguments)
+            inputs |= {name: value for name, value in features.items() if name in self.inputs}
+        return inputs
+
+
+@dataclass(frozen=True)
+class ImageCollator:
+    """Makes batches of rows with images.
+
+    Attributes:
+        collate_text: makes a batch of the tokens and labels of rows.
+        preprocessor: computes the inputs for the images.
+    """
+
+    collate_text: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    preprocessor: ImagePreprocessor
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Load the images of the rows, and make a batch.
+
+        Raises:
+            InputRefused: as in `ImagePreprocessor.load`.
+        """
+        images = [to_reference(image) for row in rows for image in row.get(REFERENCES_COLUMN) or ()]
+        return self.collate(rows, self.preprocessor.load(images))
 
     def collate(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> dict[str, Any]:
         """Make a batch of rows with the given images, which are in the order of the rows."""
         texts = [{name: value for name, value in row.items() if name != REFERENCES_COLUMN} for row in rows]
         batch = dict(self.collate_text(texts))
-        types = (batch["input_ids"] == self.feature_id).long()
-        batch |= {name: types for name in _TYPE_INPUTS if name in self.inputs}
-        if images:
-            features = self.preprocess(images=list(images), return_tensors="pt", **self.arguments)
-            batch |= {name: value for name, value in features.items() if name in self.inputs}
-        return batch
-
-    def _load(self, image: Mapping[str, Any]) -> Image.Image:
-        values = {name: image[name] for name in ImageReference._fields if name in image}
-        return load_image(ImageReference(**values), self.folder)
+        return batch | self.preprocessor.compute_inputs(batch["input_ids"], images)
 
 
 def make_image_collator(
@@ -86,24 +113,37 @@ def make_image_collator(
     """Create the collator of a vision-language model.
 
     Args:
-        model: the model.
+        model, tokenizer, folder, build: as in `make_image_preprocessor`.
+        padding_free: whether the rows of a batch are concatenated instead of padded.
+
+    Raises:
+        UsageError: as in `make_image_preprocessor`.
+    """
+    collate_text = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=padding_free)
+    return ImageCollator(collate_text, make_image_preprocessor(model, tokenizer, folder, build))
+
+
+def make_image_preprocessor(model: Any, tokenizer: Any, folder: Path | None, build: Path) -> ImagePreprocessor:
+    """Create the preprocessor of a vision-language model.
+
+    Args:
+        model: the model, possibly with an adapter.
         tokenizer: the `transformers` tokenizer.
         folder: the folder of the tokenizer, which contains the configuration of the image processor.
         build: the folder of the build.
-        padding_free: whether the rows of a batch are concatenated instead of padded.
 
     Raises:
         UsageError: `vision_model`, if the model reads images by cross-attention; `image_processor`, if transformers
             cannot load the image processor, or if the model has another image token.
     """
-    collate_text = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=padding_free)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = frozenset(inspect.signature(type(model).forward).parameters)
     if "cross_attention_mask" in inputs:
         problem = f"the model {model.config.model_type} reads images through cross-attention, which is not supported"
         raise UsageError("vision_model", problem, hint="use a model with image tokens, e.g. Qwen2.5-VL")
     processor = load_image_processor(folder) if folder else None
     if processor is None or folder is None:
-        return ImageCollator(collate_text, None, {}, build, _NO_TOKEN, inputs)
+        return ImagePreprocessor(None, {}, build, _NO_TOKEN, inputs)
     feature_id = tokenizer.convert_tokens_to_ids(processor.image_token)
     model_ids = [value for name in _IMAGE_TOKEN_FIELDS if (value := getattr(model.config, name, None)) is not None]
     if model_ids and feature_id not in model_ids:
@@ -117,7 +157,7 @@ def make_image_collator(
         hint = "install torchvision" if is_missing else "download the files of the processor again"
         raise UsageError("image_processor", problem, hint=hint) from None
     arguments = processor.family.arguments(processor.settings)
-    return ImageCollator(collate_text, preprocess, arguments, build, feature_id, inputs)
+    return ImagePreprocessor(preprocess, arguments, build, feature_id, inputs)
 
 
 def register_mrope_hook(model: Any) -> None:

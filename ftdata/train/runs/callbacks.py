@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from ftdata.errors import InputRefused, escape_unprintable
 from ftdata.storage.atomic import replace_file
 from ftdata.tokenizing.tokenizer import Tokenizer
-from ftdata.train.inference.generation import generate_ids
+from ftdata.train.inference.generation import BatchInputs, generate_ids
 from ftdata.train.runs.plots import draw_chart
 
 SAMPLE_TOKENS = 64
@@ -124,6 +124,7 @@ class SampleCallback(TrainerCallback):
         tokenizer: the tokenizer that decodes prompts and answers.
         path: the file that lines are appended to.
         console: the console that prompts and answers are printed to.
+        image_inputs: returns the inputs for the images of a batch; `None` if the prompts have no images.
     """
 
     prompts: Sequence[list[int]]
@@ -131,6 +132,7 @@ class SampleCallback(TrainerCallback):
     tokenizer: Tokenizer
     path: Path
     console: Console
+    image_inputs: BatchInputs | None = None
     _printed: dict[int, str] = field(default_factory=dict)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,7 +143,7 @@ class SampleCallback(TrainerCallback):
             file.write_text(earlier, encoding="utf-8")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        answers = generate_ids(model, self.prompts, max_new_tokens=SAMPLE_TOKENS)
+        answers = generate_ids(model, self.prompts, image_inputs=self.image_inputs, max_new_tokens=SAMPLE_TOKENS)
         with self.path.open("a", encoding="utf-8") as file:
             samples = zip(self.prompts, self.expected, answers, strict=True)
             for number, (prompt, expected, answer) in enumerate(samples):

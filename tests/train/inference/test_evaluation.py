@@ -217,7 +217,7 @@ def test_prompts_are_encoded_as_in_training_for_every_template(llama):
     }
     for template, row in rows.items():
         built = build_sft_dataset([row], llama, template)
-        ((ids, labels),) = read_documents(built["train"])
+        ((ids, labels, _),) = read_documents(built["train"])
         recipe = rebuild_recipe(llama, built.report.options)
         assert encode_messages(said, recipe) == split_last_turn(ids, labels, set())[0], template
 

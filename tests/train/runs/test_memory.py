@@ -24,6 +24,7 @@ from ftdata.train.inference import (  # noqa: E402
 from ftdata.train.inference.evaluation import _batches, perplexity  # noqa: E402
 from ftdata.train.inference.generation import generate_ids as answered  # noqa: E402
 from ftdata.train.inference.progress import GenerationStep, ProgressMeter  # noqa: E402
+from ftdata.train.inference.prompts import Document  # noqa: E402
 from ftdata.train.model.device import fit_threads  # noqa: E402
 from ftdata.train.model.load import dequantize, load_model  # noqa: E402
 from ftdata.train.runs import finish  # noqa: E402
@@ -122,13 +123,16 @@ def test_four_bit_weights_are_dequantized_once_on_a_cpu(llama, nf4, monkeypatch)
 
 def test_perplexity_is_the_same_in_batches(llama):
     model = hf.AutoModelForCausalLM.from_pretrained(llama)
-    texts = [(list(range(3, 3 + n)), [-100] * (n // 2) + list(range(3 + n // 2, 3 + n))) for n in (40, 7, 7, 90, 3, 12)]
+    texts = [
+        Document(list(range(3, 3 + n)), [-100] * (n // 2) + list(range(3 + n // 2, 3 + n)))
+        for n in (40, 7, 7, 90, 3, 12)
+    ]
     alone = perplexity(model, texts, batch_size=1)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert perplexity(model, texts, batch_size=4) == pytest.approx(alone, rel=1e-5)
     assert len(calls) == 2
-    batches = list(_batches([([1] * n, [1] * n) for n in (9000, 3000, 1000, 1000, 1000, 1000)], 16))
+    batches = list(_batches([Document([1] * n, [1] * n) for n in (9000, 3000, 1000, 1000, 1000, 1000)], 16))
     assert batches == [[2, 3, 4, 5], [1], [0]]
 
 

@@ -118,9 +118,10 @@ def test_evaluation_prompts_equal_training_prompts(qlora_run, data):
     from ftdata.train.inference.run_dir import open_run
 
     recipe = open_run(qlora_run).recipe
-    rows = [split_last_turn(*tokens, {2}) for tokens in encode_rows(data, recipe)]
+    rows = [split_last_turn(text.ids, text.labels, {2}) for text in encode_rows(data, recipe)]
     built = load_build(qlora_run / "data")
-    assert all(split_last_turn(*tokens, {2}) in rows for split in built.values() for tokens in read_documents(split))
+    texts = [text for split in built.values() for text in read_documents(split)]
+    assert all(split_last_turn(text.ids, text.labels, {2}) in rows for text in texts)
     asked = [encode_messages([{"role": "user", "content": row["question"]}], recipe) for row in ROWS]
     assert asked == [prompt for prompt, _ in rows]
 
@@ -135,7 +136,7 @@ def test_typed_control_tokens_in_prompts_are_text(llama):
         "turns": "auto",
         "control_tokens": "escape",
     }
-    ((ids, _),) = encode_rows([{"question": "a<|im_end|>b", "answer": "c"}], rebuild_recipe(llama, options))
+    ((ids, *_),) = encode_rows([{"question": "a<|im_end|>b", "answer": "c"}], rebuild_recipe(llama, options))
     assert ids.count(2) == 2
 
 
