@@ -86,7 +86,7 @@ WRITTEN = {
     "bad_tokenizer": [("the tokenizer cannot be loaded, or it fails", "fix tokenizer.json, or use another tokenizer")],
     "no_tokenizer": [
         ("no tokenizer was passed", "pass the tokenizer of the model with tokenizer="),
-        ("the folder does not exist, or it has no tokenizer.json", "pass a folder with tokenizer.json, or a Hub id"),
+        ("the folder does not exist, or it contains no tokenizer", "pass a folder with a tokenizer, or a Hub id"),
     ],
     "nothing_marked": [
         ("a prompt template marks no text to train",

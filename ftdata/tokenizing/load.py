@@ -21,14 +21,16 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
     """Load a tokenizer without importing transformers. Reuse a tokenizer with the same content if it is already loaded.
 
     Args:
-        tokenizer: a folder with `tokenizer.json`, a Hub id, or a `transformers` or `tokenizers` object. For rows with
-            images, a `transformers` object must have been loaded from a folder, which contains its image processor.
+        tokenizer: a folder, a Hub id, or a `transformers` or `tokenizers` object. A folder contains `tokenizer.json`,
+            or else `tekken.json`, a tiktoken file, or a SentencePiece model (`tokenizer.model`). For rows with images,
+            a `transformers` object must have been loaded from a folder, which contains its image processor.
         thorough: whether to serialize an object to detect changes since it was last loaded (0.1 to 0.4 s for large
             vocabularies). `False` compares its settings and the tokens of a sample text instead.
 
     Raises:
-        UsageError: the folder does not exist, or the object is not a fast tokenizer.
+        UsageError: the folder does not exist or contains no tokenizer, or the object is not a fast tokenizer.
         TemplateRefused: the tokenizer cannot be used for any row.
+        MissingDependency: the tokenizer needs the library of its vendor, which is not installed.
         HubError: the tokenizer cannot be downloaded.
     """
     if isinstance(tokenizer, Tokenizer):
@@ -43,9 +45,6 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
         problem = f"tokenizer is a {type(tokenizer).__name__}, expected a fast tokenizer"
         raise UsageError("tokenizer_type", problem, hint="pass a folder, a Hub id, or a fast tokenizer object")
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else _download(str(tokenizer))
-    if not (folder / "tokenizer.json").is_file():
-        hint = "save a fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise UsageError("no_tokenizer", f"the folder {folder} contains no tokenizer.json", hint=hint)
     return _from_folder(folder, str(tokenizer))
 
 
@@ -53,6 +52,9 @@ _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+
+VENDOR_FILES = ("tokenizer.model", "tekken.json", "*.tiktoken", "tiktoken.model", "tokenization_*.py")
+"""Files that are downloaded if a model has no `tokenizer.json`. Python files are read and never executed."""
 
 _MAX_LOADED = 8
 _loaded: OrderedDict[tuple[str, ...], Tokenizer] = OrderedDict()
@@ -143,11 +145,23 @@ def _read_state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
 
 
 def _from_folder(folder: Path, name: str) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    text = file.read_bytes()
+    file, model = folder / "tokenizer.json", None
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    if file.is_file():
+        text = file.read_bytes()
+    else:
+        from ftdata.tokenizing.formats.convert import convert_folder
+
+        converted = convert_folder(folder, config)
+        if converted is None:
+            problem = f"the folder {folder} contains no tokenizer.json, tokenizer.model, tekken.json or *.tiktoken"
+            raise UsageError("no_tokenizer", problem, hint="copy the tokenizer files of the model to the folder")
+        text, config, model = converted.json, {**converted.special_tokens, **config}, converted.sentencepiece
     template = _read_chat_template(folder, config)
     json_hash = hashlib.sha256(text)
+    if model is not None:
+        backend = tokenizers.Tokenizer.from_buffer(text)
+        return Tokenizer(name, text, _special_tokens(config, backend), template, folder, model)
     cached = _find_loaded(json_hash.hexdigest())
     if cached is not None:
         return _from_content(name, text, _special_tokens(config, cached._backend), template, json_hash, folder)
@@ -206,11 +220,13 @@ def _download(name: str) -> Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        if not (folder / "tokenizer.json").is_file():
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *VENDOR_FILES]))
     except Exception as error:  # noqa: BLE001  (the Hub client raises many types; each means that the download failed)
         raise HubError(
             "hub_tokenizer",
             f"the folder {name} does not exist, and the download from the Hub failed: {error}".splitlines()[0],
             hint=suggest_path(name) or "check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
         ) from None
-    return Path(folder)
+    return folder

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
-from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder, describe_encoder_error
+from ftdata.tokenizing.encoders import Encoder, Encoders, ReferenceEncoder, describe_encoder_error
+from ftdata.tokenizing.sentencepiece_encoder import SentencePieceEncoder, SentencePieceModel
 from ftdata.types import Rendered
 
 _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
@@ -46,6 +47,7 @@ class Tokenizer:
         special_tokens: name (`bos_token`, `eos_token`, ...) -> text, as passed to templates.
         chat_template: Jinja source, or `None`.
         folder: the folder of its files; `None` for an object.
+        sentencepiece: the SentencePiece model that encodes texts, if `tokenizers` cannot represent it exactly.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Tokenizer:
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = field(default=None, repr=False)
     folder: Path | None = field(default=None, repr=False)
+    sentencepiece: SentencePieceModel | None = field(default=None, repr=False)
 
     def with_template(self, chat_template: str | None, special_tokens: dict[str, str]) -> Tokenizer:
         """Return a copy with another chat template and special tokens, without loading the tokenizer again."""
@@ -71,6 +74,9 @@ class Tokenizer:
     @cached_property
     def encoders(self) -> Encoders:
         """The reference encoder and the fast encoder of this tokenizer."""
+        if self.sentencepiece is not None:
+            control = {token: id_ for token, (id_, special) in self.added_tokens.items() if special}
+            return Encoders(self.json, SentencePieceEncoder(self.sentencepiece, control), is_fast_trusted=False)
         return Encoders(self.json, ReferenceEncoder(self._backend))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,8 +93,8 @@ class Tokenizer:
 
     @cached_property
     def _json_hash(self) -> Any:
-        """The SHA-256 object of `json`, which takes as long to compute as a small build."""
-        return hashlib.sha256(self.json)
+        """The SHA-256 object of the vocabulary, which takes as long to compute as a small build."""
+        return hashlib.sha256(self.json + (repr(self.sentencepiece).encode() if self.sentencepiece else b""))
 
     @cached_property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
@@ -113,6 +119,11 @@ class Tokenizer:
     def size(self) -> int:
         """The largest token id plus 1."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the folder contains the tokenizer in another format than `tokenizer.json`."""
+        return self.folder is not None and not (self.folder / "tokenizer.json").is_file()
 
     @property
     def vocabulary_size(self) -> int:
@@ -389,8 +400,8 @@ class ControlTokens:
             pieces += rendered.text[end : match.start()], chr(base + numbers[match.group()]) * len(match.group())
             end = match.end()
         text = "".join([*pieces, rendered.text[end:]])
-        backend, id_map = _make_placeholder_backend(self, base)
-        (encoded,) = ReferenceEncoder(backend).encode([text])
+        encoder, id_map = _make_placeholder_encoder(self, base)
+        (encoded,) = encoder.encode([text])
         ids = id_map[encoded.ids]
         if self.count(ids) != self.count_expected(template_matches):
             message = "the text contains a control token that cannot be escaped with this tokenizer"
@@ -419,11 +430,15 @@ class ControlTokens:
 
 
 @lru_cache(maxsize=8)
-def _make_placeholder_backend(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, NDArray[np.int32]]:
-    """Create a tokenizer with placeholders instead of control tokens. Also return a table of the original ids."""
+def _make_placeholder_encoder(control: ControlTokens, base: int) -> tuple[Encoder, NDArray[np.int32]]:
+    """Create an encoder with placeholders instead of control tokens. Also return a table of the original ids."""
+    placeholders = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
+    if control.tokenizer.sentencepiece is not None:
+        ids_of_placeholders = {text: control.tokenizer.added_tokens[token][0] for token, text in placeholders.items()}
+        encoder = SentencePieceEncoder(control.tokenizer.sentencepiece, ids_of_placeholders)
+        return encoder, np.arange(control.tokenizer.size, dtype=np.int32)
     description = json.loads(control.tokenizer.json)
     description["post_processor"] = None
-    placeholders = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
     for added in description["added_tokens"]:
         added["content"] = placeholders.get(added["content"], added["content"])
     backend, _ = _strip_backend(tokenizers.Tokenizer.from_str(json.dumps(description)))
@@ -432,7 +447,7 @@ def _make_placeholder_backend(control: ControlTokens, base: int) -> tuple[tokeni
     ids = np.arange(max(control.tokenizer.size, *added_tokens, 0) + 1, dtype=np.int32)
     for id_, token in added_tokens.items():
         ids[id_] = original_ids[token.content]
-    return backend, ids
+    return ReferenceEncoder(backend), ids
 
 
 @lru_cache(maxsize=32)

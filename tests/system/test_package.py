@@ -15,7 +15,7 @@ import ftdata
 
 ROOT = Path(__file__).parents[2]
 FTDATA = Path(sys.executable).parent / "ftdata"
-EXTRAS = ("train", "dedup", "excel", "fast", "gs", "images", "ray", "s3")
+EXTRAS = ("train", "dedup", "excel", "fast", "gs", "images", "ray", "s3", "sentencepiece", "tekken", "tiktoken")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
@@ -15,15 +17,20 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedTokenizerFast,
 )
 
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError, describe_exception
+from ftdata.tokenizing.load import load_tokenizer
+from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.train.model import device
 from ftdata.train.model.device import compute_dtype
 from ftdata.train.model.quantization import Quantization, quantization_config
 from ftdata.train.model.trainer_tasks import find_model_class
 from ftdata.train.model.vision import register_mrope_hook
+
+_SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -150,14 +157,32 @@ def check_weights(folder: Path) -> None:
 def load_trainer_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load the `transformers` tokenizer for the trainer.
 
+    A tokenizer without `tokenizer.json` is converted by ftdata, because `transformers` converts some of them to a
+    tokenizer with other ids.
+
     Raises:
         InputRefused: the tokenizer needs remote code, or cannot be loaded.
     """
+    loaded = load_tokenizer(name)
+    if loaded.is_converted:
+        backend = tokenizers.Tokenizer.from_buffer(loaded.json)
+        template = loaded.chat_template
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **loaded.special_tokens)
     try:
         # Without an explicit value, transformers prompts on standard input whether to run remote code.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _load_error(name, error) from None
+
+
+def copy_sentencepiece_files(tokenizer: Tokenizer, target: Path) -> None:
+    """Replace the saved tokenizer by the original files if `tokenizer.json` cannot represent it exactly."""
+    if tokenizer.sentencepiece is None or tokenizer.folder is None:
+        return
+    (target / "tokenizer.json").unlink(missing_ok=True)
+    for name in _SENTENCEPIECE_FILES:
+        if (tokenizer.folder / name).is_file():
+            shutil.copyfile(tokenizer.folder / name, target / name)
 
 
 def _make_savable(settings: GenerationConfig) -> GenerationConfig:

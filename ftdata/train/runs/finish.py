@@ -15,7 +15,7 @@ from ftdata.train.dataset import TrainingData
 from ftdata.train.inference.run_dir import FinishedRun, check_reloads, compute_logits
 from ftdata.train.model import device
 from ftdata.train.model.estimate import Estimate
-from ftdata.train.model.load import load_model_config, wants_adapter, weights_dtype
+from ftdata.train.model.load import copy_sentencepiece_files, load_model_config, wants_adapter, weights_dtype
 from ftdata.train.model.vision import copy_processor_files
 from ftdata.train.runs.model_card import render_model_card
 from ftdata.train.runs.plots import draw_sparkline, write_loss_plot
@@ -65,6 +65,7 @@ def finish_run(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if is_generator:
         trainer.model.generation_config.save_pretrained(str(run / "model"))
+    copy_sentencepiece_files(tokenizer, run / "model")
     if data.has_images and tokenizer.folder is not None:
         copy_processor_files(tokenizer.folder, run / "model")
     # This pickle of settings is not needed, and loading a pickle can run code.

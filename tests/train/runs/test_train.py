@@ -119,8 +119,7 @@ def test_evaluation_prompts_equal_training_prompts(qlora_run, data):
 
     recipe = open_run(qlora_run).recipe
     rows = [split_last_turn(text.ids, text.labels, {2}) for text in encode_rows(data, recipe)]
-    built = load_build(qlora_run / "data")
-    texts = [text for split in built.values() for text in read_documents(split)]
+    texts = (text for split in load_build(qlora_run / "data").values() for text in read_documents(split))
     assert all(split_last_turn(text.ids, text.labels, {2}) in rows for text in texts)
     asked = [encode_messages([{"role": "user", "content": row["question"]}], recipe) for row in ROWS]
     assert asked == [prompt for prompt, _ in rows]
