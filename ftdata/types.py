@@ -132,22 +132,23 @@ class RowTokens:
     """The token ids and the training mask of a pretokenized row.
 
     Attributes:
-        input_ids: int32 `[n]`.
-        trained: bool `[n]`.
+        input_ids, trained: int32 `[n]` and bool `[n]`.
+        turns: the start and the end of each turn that a server generated; empty for other rows.
+        origin: the messages whose last answers are these turns; `None` if the row has none.
     """
 
     input_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
+    turns: tuple[tuple[int, int], ...] = ()
+    origin: Conversation | None = None
 
 
 class ImageReference(NamedTuple):
     """An image of a row.
 
     Attributes:
-        path: the path of the file with its bytes; empty if the row contains the bytes. In a build, relative paths
-            are resolved against the folder of the build.
-        start: index of its first byte in the file.
-        size: number of its bytes.
+        path: path of the file with its bytes, in a build relative to its folder; empty if the row contains the bytes.
+        start, size: index of its first byte in the file, and number of its bytes.
         hash: SHA-256 of its bytes, 64 hexadecimal digits.
         width, height: its size in pixels, after the rotation that its EXIF data specifies.
         content: its bytes if the row contains them, until they are written to a file.
@@ -184,7 +185,7 @@ class Conversation:
     """One normalized row. It contains messages, tools and template variables, or only a text, or only tokens.
 
     Attributes:
-        messages: the messages for the chat template; empty for already formatted `text`.
+        messages: the messages for the chat template; empty for formatted `text`.
         fields: the columns of the row under their canonical names, for prompt templates.
         tools: JSON schemas of the tools, unchanged.
         text: already formatted text, which is trained without changes; otherwise `None`.

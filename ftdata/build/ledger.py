@@ -346,6 +346,10 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
             "rows with a quoted cell of many lines that look like rows of the file (override: quoting='none')",
         ),
         ("ranking", "pairs from ranked lists of answers (one for each two answers of different rank)"),
+        (
+            "served turns",
+            "rows with served tokens of turns whose prompts do not begin with the tokens of the turns before",
+        ),
         ("split", "conversations written as several texts, because the template rewrites earlier turns"),
         ("rejected side", "preference pairs, of which only the chosen answer is written"),
         ("completion", "completions with several answers, which the messages schema cannot represent"),

@@ -415,8 +415,9 @@ def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = 
         if row.dropped:
             parts.append(f"<p>{describe_dropped(row)}</p>")
         lost = (f"not printed by the template: {text.field}: {make_visible(text.text)}" for text in row.lost)
+        drift = (f"drift: {make_visible(difference)}" for difference in row.drift)
         flags = [f"flags: {', '.join(row.flags)}"] if row.flags else []
-        parts += [f'<p style="color:#9a6700">{_escape(note)}</p>' for note in (*lost, *flags)]
+        parts += [f'<p style="color:#9a6700">{_escape(note)}</p>' for note in (*lost, *drift, *flags)]
     return f"<div>{''.join(parts)}</div>"
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ftdata.errors import BadRow, escape_unprintable
 from ftdata.inspection.image_captions import caption_images
 from ftdata.pipeline.batch import BuiltRow
+from ftdata.pipeline.drift import describe_drift
 from ftdata.pipeline.mask import drop_untrained_flags
 from ftdata.pipeline.read_rows import check_answers, read_conversation
 from ftdata.pipeline.recipe import Options, Recipe
@@ -205,6 +206,7 @@ class RowView:
         schema: The schema of the row.
         examples: The examples of the row.
         lost: Text of the row that the template does not print.
+        drift: The differences between the served tokens of the row and the tokens that the template renders.
         rejected: The reason why the row is rejected; empty if the row is built.
         why: The kinds of outlier that the row belongs to.
         dropped: The lengths in tokens of the examples that `overlong="drop_turns"` leaves out.
@@ -218,6 +220,7 @@ class RowView:
     schema: str = ""
     examples: tuple[ExampleView, ...] = ()
     lost: tuple[DroppedText, ...] = ()
+    drift: tuple[str, ...] = ()
     rejected: str = ""
     why: tuple[str, ...] = ()
     dropped: tuple[int, ...] = ()
@@ -242,6 +245,7 @@ class RowView:
             "pack": self.pack,
             "label": self.label,
             "lost": [lost._asdict() for lost in self.lost],
+            "drift": list(self.drift),
             "flags": list(self.flags),
             "rejected": self.rejected,
         }
@@ -287,6 +291,7 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
             _view_tokens(example, conversation.part(number), recipe) for number, example in enumerate(outcome.examples)
         ),
         tuple(_find_dropped_in_sides(conversation, outcome.examples)),
+        tuple(describe_drift(conversation, recipe)),
         why=tuple(why),
         dropped=outcome.dropped,
         number=int(conversation.fields["example"]) if is_document else None,

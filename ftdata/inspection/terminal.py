@@ -36,6 +36,8 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
         for lost in row.lost:
             excerpt = make_visible(_shorten(lost.text))
             console.print(Text(f"not printed by the template: {lost.field}: {excerpt}", "yellow"), soft_wrap=True)
+        for difference in row.drift:
+            console.print(Text(f"drift: {make_visible(difference)}", "yellow"), soft_wrap=True)
         if row.flags:
             console.print(Text(f"flags: {', '.join(row.flags)}", "yellow"), soft_wrap=True)
 

@@ -25,6 +25,7 @@ from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.read_rows import check_row_answers, drops_rejected_side, read_conversation
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import expand_rankings
+from ftdata.schemas.served_tokens import split_turns
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.templates.worker.client import PendingTexts
@@ -73,6 +74,7 @@ def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[R
     batch, characters = list[RowAndOutcome](), 0
     if recipe.task == "preference":
         rows = expand_rankings(rows, recipe.columns)
+    rows = split_turns(rows, recipe.columns)
     for row, outcome in chain.from_iterable(_render_groups(recipe, iter(rows))):
         size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
         if not isinstance(outcome, Reject) and outcome.conversation.images:

@@ -10,6 +10,7 @@
 | `question_answer`   | `question`, `answer`                                  | user, assistant                       |
 | `text`              | `text`                                                | formatted text, entirely trained      |
 | `tokens`            | `input_ids` with `labels` or a mask                   | unchanged, after checks               |
+| `served_tokens`     | `prompt_token_ids`, `completion_token_ids`            | the completions are trained           |
 | `chat_log`          | a list of messages in a column of any other name      | same as `messages`                    |
 
 A cell can be an object with a single value (`{"question": {"0": "How ..."}}`), which is then used. For the supported
@@ -53,6 +54,7 @@ from ftdata.schemas.preference import PAIR_SCHEMA, RATING_COLUMNS, is_pair, read
 from ftdata.schemas.rankings import check_ranking, expand_rankings
 from ftdata.schemas.row_images import NO_IMAGES, extract_images, place_images
 from ftdata.schemas.shapes import (
+    SERVED_SCHEMA,
     Convert,
     Schema,
     find_column,
@@ -395,8 +397,8 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
         # A table with the columns of several schemas has empty cells in the columns that a row does not use.
         filled = {name: value for name, value in data.items() if value != ""}
         names = [name for name in names if _matches_schema(name, detectable_schemas()[name], filled)] or names
-    if len(names) == 1:
-        return names[0]
+    if len(names) == 1 or SERVED_SCHEMA in names:
+        return SERVED_SCHEMA if SERVED_SCHEMA in names else names[0]
     logs = log_columns(data) if not names and not is_single_message(data) else []
     if len(logs) == 1:
         return "chat_log"

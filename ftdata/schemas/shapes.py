@@ -48,6 +48,9 @@ ALIASES = {
 MASK_COLUMNS = ("completion_mask", "assistant_masks", "loss_mask")
 """Columns of pretokenized rows that contain a mask of the trained tokens."""
 
+SERVED_COLUMNS = ("prompt_token_ids", "completion_token_ids", "logprobs")
+"""Columns of rows with the tokens that a server received and generated."""
+
 LENGTH_COLUMNS = ("seq_lengths", "sequence_lengths")
 """Columns of pretokenized rows that contain the lengths of the packed documents."""
 
@@ -317,6 +320,17 @@ def _read_token_row(data: Mapping[str, Any]) -> Conversation:
     return read_token_row(data)
 
 
+def _read_served_row(data: Mapping[str, Any]) -> Conversation:
+    from ftdata.schemas.served_tokens import read_served_row
+
+    origin = None
+    if data.get("messages"):
+        origin = _convert_messages("messages")(data)
+    elif _is_prompt_completion(data):
+        origin = _prompt_completion(data)
+    return read_served_row(data, origin)
+
+
 def _is_prompt_completion(data: Mapping[str, Any]) -> bool:
     # `instruction` and `response` are columns of Alpaca data, not of prompt and completion.
     return "instruction" not in data and has_columns("prompt", "completion")(data)
@@ -325,6 +339,9 @@ def _is_prompt_completion(data: Mapping[str, Any]) -> bool:
 def _is_plain_text(data: Mapping[str, Any]) -> bool:
     return isinstance(data.get("text"), str | Mapping) and not is_single_message(data)
 
+
+SERVED_SCHEMA = "served_tokens"
+"""The schema of rows with served tokens. They can contain the messages, too, so it takes precedence."""
 
 COMMON_COLUMNS = ("system", "tools", "functions")
 """Optional columns of most schemas."""
@@ -341,4 +358,11 @@ for _name, _columns, _matches, _convert in (
 schemas.register("text")(Schema(("text",), _is_plain_text, _plain_text))
 _token_columns = ("input_ids", "labels", *MASK_COLUMNS, "attention_mask", "position_ids", "cu_seqlens", *LENGTH_COLUMNS)
 schemas.register("tokens")(Schema(_token_columns, _has_list("input_ids"), _read_token_row))
+schemas.register(SERVED_SCHEMA)(
+    Schema(
+        (*SERVED_COLUMNS, "messages", "prompt", "completion", *COMMON_COLUMNS),
+        has_columns(*SERVED_COLUMNS[:2]),
+        _read_served_row,
+    )
+)
 schemas.register("chat_log")(Schema(COMMON_COLUMNS, lambda _: False, _chat_log))

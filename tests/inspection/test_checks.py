@@ -150,6 +150,10 @@ CASES = {
         rows(PLAIN, against=[talk("another question", "x")]),
     ),
     "label_share": (rows(talk("word " * 3000, "x")), rows(talk("word " * 300, "an answer " * 20))),
+    "drift": (
+        rows({"messages": TALK, "prompt_token_ids": [40, 41], "completion_token_ids": [42, 2]}),
+        rows({"prompt_token_ids": [40, 41], "completion_token_ids": [42, 2]}),
+    ),
     "role_order": (
         rows({"messages": [USER, USER, ANSWER]}),
         rows({"messages": [{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, *TALK]}),

@@ -73,7 +73,7 @@ for (const [number, row] of data.rows.entries()) {
   row.tokens = Math.max(0, ...row.examples.map((example) => example.sizes.length));
   const total = row.examples.reduce((sum, example) => sum + example.sizes.length, 0);
   row.share = total ? row.examples.reduce((sum, example) => sum + example.trainedCount, 0) / total : 2;
-  row.notes = { text: [row.rejected, ...row.lost.map((lost) => lost.text)].join("\n") };
+  row.notes = { text: [row.rejected, ...row.lost.map((lost) => lost.text), ...row.drift].join("\n") };
   row.notes.lower = toLower(row.notes.text);
 }
 
@@ -226,6 +226,7 @@ function makeCard(row) {
   });
   if (pair) card.append(pair);
   for (const lost of row.lost) card.append(makeNote("flag", `not printed by the template: ${lost.field}: ${lost.text}`));
+  for (const difference of row.drift) card.append(makeNote("flag", `drift: ${difference}`));
   if (row.dropped.length) {
     const tokens = row.dropped.reduce((sum, length) => sum + length, 0).toLocaleString("en");
     card.append(makeNote("bad", `✂ ${row.dropped.length} examples dropped: ${tokens} tokens beyond max_length`));

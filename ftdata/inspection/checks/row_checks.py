@@ -12,6 +12,7 @@ import numpy as np
 from ftdata.inspection import text_detectors
 from ftdata.inspection.checks.registry import CheckedRow, register_check, register_row_check
 from ftdata.inspection.row_views import content_texts
+from ftdata.pipeline.drift import describe_drift
 from ftdata.pipeline.flags import FLAGS
 from ftdata.schemas.answer_text import has_visible_text
 
@@ -74,6 +75,17 @@ def _check_label_share(row: CheckedRow) -> Iterator[str]:
     turns = sum(row.recipe.control.count(example.input_ids) for example in row.examples)
     if is_pretokenized and token_count == trained_count and turns > 1:
         yield "all tokens are trained, including the prompts"
+
+
+@register_row_check(
+    "drift",
+    "warning",
+    "the template renders other tokens than the server used",
+    "train on the served tokens, and use the server's template, tokenizer and template variables when you serve the "
+    "tuned model",
+)
+def _check_drift(row: CheckedRow) -> Iterator[str]:
+    yield from describe_drift(row.conversation, row.recipe)
 
 
 # --- messages of a row
