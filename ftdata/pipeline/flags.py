@@ -209,6 +209,10 @@ FLAGS = {
         "",
         "a list with a single text part is passed as text, because the template accepts only text",
     ),
+    "content_as_parts": Flag(
+        "",
+        "the texts of messages are passed as lists with a text part, because the template accepts only lists",
+    ),
     "pretokenized": Flag("", "the row contains tokens and labels, which are checked and used unchanged"),
 }
 """Map each code to its flag. Audit findings of equal severity are printed in this order."""

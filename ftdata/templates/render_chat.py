@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ftdata.errors import BadRow, TemplateRefused
@@ -15,8 +16,8 @@ from ftdata.types import IMAGE_PART, Conversation, Message, Part, Rendered, Span
 _SPLITTABLE = frozenset({"history_drift", "unknown_stop", "overlap"})
 """Codes of errors that may occur only if all turns of a conversation are rendered in one text."""
 
-_LISTS_REFUSED = frozenset({"template_raises", "message_dropped", "content_stringified"})
-"""Codes of errors that occur if a template takes only text and a content is a list of parts."""
+_FORMAT_REFUSED = frozenset({"template_raises", "message_dropped", "content_stringified"})
+"""Codes of errors that occur if a template takes only text and a content is a list of parts, or the other way round."""
 
 
 def render_chat(
@@ -50,11 +51,14 @@ def render_chat(
     try:
         return _render_or_explain(conversation, template, turns, on_dropped_message)
     except BadRow as error:
-        joined = join_text_parts(conversation)
-        if error.code not in _LISTS_REFUSED or joined == conversation:
+        if error.code not in _FORMAT_REFUSED:
             raise
-        texts = _render_or_explain(joined, template, turns, on_dropped_message)
-        return tuple(text._replace(flags=text.flags | {"content_parts_joined"}) for text in texts)
+        for flag, change in CONTENT_FORMATS.items():
+            if (changed := change(conversation)) != conversation:
+                with suppress(BadRow):
+                    texts = _render_or_explain(changed, template, turns, on_dropped_message)
+                    return tuple(text._replace(flags=text.flags | {flag}) for text in texts)
+        raise
 
 
 def _render_or_explain(
@@ -127,6 +131,22 @@ def _join_text_part(message: Message) -> Message:
         return message
     return {**message, "content": content[0]["text"]} if content[0]["type"] == "text" else message
 
+
+def divide_texts(conversation: Conversation) -> Conversation:
+    """Copy a conversation. If a content is a string, convert it to a list of one text part."""
+    return replace(conversation, messages=tuple(map(_divide_text, conversation.messages)))
+
+
+def _divide_text(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+CONTENT_FORMATS: dict[str, Callable[[Conversation], Conversation]] = {
+    "content_parts_joined": join_text_parts,
+    "content_as_parts": divide_texts,
+}
+"""Flag of an example -> the change with which its template accepts the contents of the messages."""
 
 _RenderMessages = Callable[[tuple[Message, ...], Sequence[int]], Rendered]
 """Renders messages: (messages, indices of the turns to locate) -> rendered text."""

@@ -17,6 +17,7 @@ from ftdata.inspection.html_page import HtmlPage
 from ftdata.pipeline.drift import find_drift
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.schemas import normalize
+from ftdata.schemas.served_tokens import split_turns
 from ftdata.testing import text_strategy
 from ftdata.types import Row, Source
 
@@ -41,6 +42,11 @@ def make_talk(*texts):
 
 def read(data):
     return normalize(Row(data, Source("data.jsonl", 0, 1)))
+
+
+def drifts_of_parts(data, recipe):
+    """Return the differences of each example that the row becomes."""
+    return [find_drift(normalize(part), recipe) for part in split_turns([Row(data, Source("data.jsonl", 0, 1))])]
 
 
 def change_token(prompts, completions, tokenizer, generator):
@@ -91,7 +97,7 @@ def test_sampled_tokens_are_trained_and_drift_is_found(tokenizer_dir, name, text
     prompts, completions = serve(messages, tokenizer)
     equal = {"messages": messages, "prompt_token_ids": prompts, "completion_token_ids": completions}
     recipe = make_recipe(tokenizer)
-    assert find_drift(read(equal), recipe) == []
+    assert not any(drifts_of_parts(equal, recipe))
     inject = data.draw(st.sampled_from(INJECTIONS))
     prompts, completions = [*prompts], [*completions]
     turn = inject(prompts, completions, tokenizer, generator)
@@ -105,8 +111,10 @@ def test_sampled_tokens_are_trained_and_drift_is_found(tokenizer_dir, name, text
     report = audit([row], tokenizer).as_dict()
     (finding,) = [one for one in report["findings"] if one["code"] == "drift"]
     assert finding["count"] >= 1
-    if len(built["train"]) == 2:
-        assert find_drift(read(row), recipe)[0].turn == turn
+    drifts = drifts_of_parts(row, recipe)
+    assert finding["count"] == sum(map(len, drifts))
+    if len(drifts) == 1:
+        assert drifts[0][0].turn == turn
 
 
 def test_only_the_first_difference_of_a_turn_is_described(tokenizer_dir):

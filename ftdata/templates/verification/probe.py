@@ -15,7 +15,7 @@ from ftdata.errors import BadRow, TemplateRefused
 from ftdata.schemas import ROLES
 from ftdata.templates.attribution.agreement import TAG
 from ftdata.templates.chat import ChatRendering
-from ftdata.templates.render_chat import join_text_parts, render_chat
+from ftdata.templates.render_chat import CONTENT_FORMATS, render_chat
 from ftdata.templates.template import Template
 from ftdata.templates.verification.cross_check import cross_check
 from ftdata.types import Conversation, Message, Part, Rendered
@@ -255,8 +255,8 @@ def describe_contradiction(
         return None
     if template.has_generation_tags and template.strict:
         return None
-    if "content_parts_joined" in rendered.flags:
-        conversation = join_text_parts(conversation)
+    for flag in CONTENT_FORMATS.keys() & rendered.flags:
+        conversation = CONTENT_FORMATS[flag](conversation)
     chat = ChatRendering.from_messages(conversation.messages, conversation.tools, template).prefix(rendered.messages)
     if "tool_call_ids_added" in rendered.flags:
         chat = chat.with_call_ids()

@@ -59,6 +59,10 @@ def test_r12_missing_text_is_rejected_or_flagged():
     )
     one = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}]}]
     assert trained(template(), one) == (["a1<|im_end|>"], {"content_parts_joined"})
+    only_lists = template(
+        HEAD + "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    )
+    assert trained(only_lists, TALK) == (["a1<|im_end|>", "a2<|im_end|>"], {"content_as_parts"})
     parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}] * 2}]
     assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), parts).code == "content_stringified"
     thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
