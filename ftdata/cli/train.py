@@ -71,7 +71,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 @add_options(
     *("task", "template", "schema", "columns", "train_on", "turns", "max_length", "overlong", "packing"),
-    *("test_size", "limit", "on_bad_rows", "max_rejects"),
+    *("test_size", "limit", "on_bad_rows", "max_rejects", "image_folder", "download_images"),
 )
 def train(
     source: Annotated[
@@ -167,6 +167,8 @@ def evaluate(
     n: Annotated[int, typer.Option("-n", help="Number of rows to evaluate, or 0 for all rows", min=0)] = 20,
     *,
     batch_size: BatchSize = 16,
+    image_folder: Annotated[str | None, typer.Option(help="Folder of the images in --data")] = None,
+    download_images: Annotated[bool, typer.Option("--download-images", help="Download images at URLs")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
     as_json: Json = False,
     **options: Any,
@@ -175,7 +177,8 @@ def evaluate(
     from ftdata.train import compare
 
     with _generation_progress() as progress:
-        report = compare(run_dir, data, n or None, batch_size=batch_size, progress=progress, **options)
+        images = {"image_folder": image_folder, "download_images": download_images}
+        report = compare(run_dir, data, n or None, batch_size=batch_size, progress=progress, **images, **options)
     print_report(report, as_json=as_json)
     if html is not None:
         report.write_html(html)

@@ -140,6 +140,10 @@ def load_image(image: ImageReference, folder: Path | str = "", least_side: int |
 def _unwrap(value: Any) -> Any:
     """Return the bytes or the address of an image that is stored as an object."""
     while isinstance(value, Mapping):
+        content = value.get("bytes")
+        if isinstance(content, str) and content and not _DATA_URI.match(content):
+            # JSON cannot contain bytes.
+            return f"data:image/unknown;base64,{content}"
         value = next((value[key] for key in ("bytes", "path", "url", "image_url") if value.get(key)), None)
     return value
 
@@ -155,8 +159,8 @@ def _encode(image: Any, field: str) -> bytes:
         is_possible = rotated.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         (rotated if is_possible else rotated.convert("RGB")).save(buffer, "PNG", compress_level=1)
     except Exception as error:  # noqa: BLE001  (Pillow raises many types for damaged images)
-        problem = f"the image cannot be decoded: {error}"
-        raise BadRow("image_truncated", problem, field=field, hint="replace the image, or remove the row") from None
+        problem = f"the image cannot be stored: {error}"
+        raise BadRow("image_value", problem, field=field, hint="replace the image, or remove the row") from None
     return buffer.getvalue()
 
 

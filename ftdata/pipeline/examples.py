@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -220,6 +221,36 @@ def _trained_examples(
 def _describe_mask(recipe: Recipe) -> str:
     parts = "" if recipe.train_parts is None else f" and train_parts={','.join(recipe.train_parts)!r}"
     return f"train_on={policy_name(recipe.train_on)!r}{parts}"
+
+
+def _copy_as_json(row: Any, *, images: bool) -> Any:
+    """Copy a row through JSON, which rejects values that no template and no file could contain.
+
+    Args:
+        row: the row.
+        images: whether paths, bytes and Pillow images are kept.
+
+    Raises:
+        TypeError, ValueError, RecursionError: a value is not JSON.
+    """
+    kept = list[Any]()
+
+    def keep(value: Any) -> Any:
+        if images and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if not images or not (isinstance(value, bytes) or type(value).__module__.partition(".")[0] == "PIL"):
+            raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+        kept.append(value)
+        return {_KEPT: len(kept) - 1}
+
+    def restore(item: dict[str, Any]) -> Any:
+        return kept[item[_KEPT]] if kept and item.keys() == {_KEPT} else item
+
+    return json.loads(json.dumps(row, default=keep), object_hook=restore)
+
+
+_KEPT = "\0kept"
+"""Key of an object that takes the place of an image."""
 
 
 def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Batch, dict[int, BadRow]]:
@@ -443,8 +474,7 @@ def encode(
         raise BadRow("messages_type", problem, where="<messages>", hint=hint)
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     try:
-        # A round trip through JSON rejects values that no template and no file could contain.
-        row = json.loads(json.dumps(row))
+        row = _copy_as_json(row, images=recipe.reads_images)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("not_json", f"a value in the messages is not JSON: {error}", where="<messages>") from None
     conversation = normalize(Row(row, Source("<messages>", 0)), "messages", images=recipe.reads_images)

@@ -21,9 +21,14 @@ _SPLITS = {
 """Split for each word in a file name, with the words that `datasets` recognizes."""
 
 
+_IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+"""Suffixes of the images of rows, which are often next to the data."""
+
+
 def is_data(name: str) -> bool:
-    """Return whether a file or folder may contain data: it is neither hidden nor a well-known metadata file."""
-    return name.lower() not in _NON_DATA_FILES and not name.startswith((".", "_"))
+    """Return whether a file or folder may contain data: it is not hidden, no well-known metadata file and no image."""
+    folded = name.lower()
+    return folded not in _NON_DATA_FILES and not name.startswith((".", "_")) and not folded.endswith(_IMAGE_SUFFIXES)
 
 
 def split_from_name(path: str) -> str | None:

@@ -160,7 +160,7 @@ def _list_folder(folder: Path, reader: str | None, parents: tuple[Path, ...]) ->
     else:
         files = list(_list_entries(folder, reader, (*parents, folder.resolve())))
         if not files and not parents:
-            raise UsageError("empty_folder", f"{folder} contains no files")
+            raise UsageError("empty_folder", f"{folder} contains no data files")
         for file in files:
             relative_path = str(Path(file.path).relative_to(folder))
             yield file if parents or file.split else replace(file, split=split_from_name(relative_path))
@@ -180,7 +180,7 @@ def _list_remote_folder(files: Sequence[str], folder: str, reader: str | None) -
         return
     data_files = [name for name, path in relative_paths.items() if all(map(is_data, PurePosixPath(path).parts))]
     if not data_files:
-        raise UsageError("empty_folder", f"{folder} contains no files")
+        raise UsageError("empty_folder", f"{folder} contains no data files")
     yield from (replace(_make_file(name, reader), split=split_from_name(relative_paths[name])) for name in data_files)
 
 

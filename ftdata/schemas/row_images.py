@@ -140,7 +140,8 @@ def _read_part(part: Mapping[str, Any], field: str) -> RowImage:
     key, value = keys[0], fields[keys[0]]
     if key == "source" and isinstance(value, Mapping) and value.get("type") == "base64":
         value = f"data:{value.get('media_type', 'image/png')};base64,{value.get('data', '')}"
-    if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
+    # JSON cannot contain bytes, so they are base64 there.
+    if key in ("base64", "bytes") and isinstance(value, str) and not value.startswith("data:"):
         value = f"data:image/png;base64,{value}"
     return RowImage(f"{field}.{key}", value)
 

@@ -159,9 +159,9 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
         data: prompts with expected answers, in any form that `build_sft_dataset` accepts; `None` selects the test split
             of the run's build, or the train split of a build without a test split.
         n: number of rows; `None` selects all rows.
-        options: `batch_size`, `trust_remote_code`, `progress` (called after each token with an
-            `ftdata.train.inference.progress.GenerationProgress`), and further arguments of `model.generate`, such as
-            `num_beams`.
+        options: `batch_size`, `trust_remote_code`, `image_folder` and `download_images` (as in `build_sft_dataset`),
+            `progress` (called after each token with an `ftdata.train.inference.progress.GenerationProgress`), and
+            further arguments of `model.generate`, such as `num_beams`.
 
     Returns:
         Perplexity, exact match, SacreBLEU and chrF of both models, and every answer.

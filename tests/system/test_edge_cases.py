@@ -100,7 +100,7 @@ def test_truncated_sample_line_is_removed_when_training_resumes(tmp_path):
     later = json.dumps({"step": 9, "answer": "later"}) + "\n"
     for cut in range(len(later)):
         path.write_text(whole + later[:cut])
-        SampleCallback([], [], None, path, None).on_train_begin(None, SimpleNamespace(global_step=5), None)
+        SampleCallback([], [], [], None, path, None).on_train_begin(None, SimpleNamespace(global_step=5), None)
         assert path.read_text() == whole
 
 

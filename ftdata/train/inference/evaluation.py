@@ -24,12 +24,19 @@ from ftdata.train.inference.chat import base_generation_config
 from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
 from ftdata.train.inference.generation import BatchInputs, batch_images, generate_ids, move_inputs
 from ftdata.train.inference.progress import GenerationProgress, ProgressMeter
-from ftdata.train.inference.prompts import Document, encode_rows, find_last_turn, join_side, read_documents
+from ftdata.train.inference.prompts import (
+    Document,
+    describe_prompt,
+    encode_rows,
+    find_last_turn,
+    join_side,
+    read_documents,
+)
 from ftdata.train.inference.run_dir import FinishedRun, load_base_model, load_tuned_model, open_run
 from ftdata.train.model.device import fit_threads
 from ftdata.train.model.load import load_trainer_tokenizer
 from ftdata.train.model.vision import ImagePreprocessor, make_image_preprocessor
-from ftdata.types import IGNORE_INDEX, ImageReference
+from ftdata.types import IGNORE_INDEX
 
 _MAX_BATCH_TOKENS = 4096
 """Maximum number of tokens per forward pass, unless a single document is longer."""
@@ -43,6 +50,8 @@ def compare_models(
     trust_remote_code: bool = False,
     progress: Callable[[GenerationProgress], None] | None = None,
     batch_size: int = 16,
+    image_folder: str | None = None,
+    download_images: bool = False,
     **generation: Any,
 ) -> Comparison:
     """Compare the base model and the tuned model of a run on the same prompts.
@@ -51,12 +60,14 @@ def compare_models(
     """
     run = open_run(run_dir, trust_remote_code=trust_remote_code)
     run.check_generates()
+    recipe = run.recipe
     if data is None:
         run.check_build()
         data_name, examples = _read_build_rows(run)
     else:
-        data_name, examples = redact_text(str(data)), zip(encode_rows(data, run.recipe), repeat(None))
-    stop_ids, recipe = run.stop_ids, run.recipe
+        recipe = replace(recipe, image_folder=image_folder, download_images=download_images)
+        data_name, examples = redact_text(str(data)), zip(encode_rows(data, recipe), repeat(None))
+    stop_ids = run.stop_ids
     candidates = (
         (document, turn, other)
         for document, other in examples
@@ -95,10 +106,7 @@ def compare_models(
             meter.next_model()
 
     _evaluate_both(run, evaluate_model)
-    questions = [
-        " ".join([*map(_describe_image, turn.images), tokenizer.decode(turn.prompt, skip_control=True).strip()])
-        for turn in turns
-    ]
+    questions = [describe_prompt(turn, tokenizer) for turn in turns]
     rows = tuple(ComparedAnswer(*columns) for columns in zip(questions, expected, *answers, strict=True))
     return Comparison(data_name, str(run.metadata["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
@@ -202,10 +210,6 @@ def _make_preprocessor(run: FinishedRun, model: Any) -> ImagePreprocessor:
     name = run.metadata["tokenizer"]
     tokenizer = load_trainer_tokenizer(name, trust_remote_code=run.trust_remote_code)
     return make_image_preprocessor(model, tokenizer, load_tokenizer(name).folder, run.build)
-
-
-def _describe_image(image: ImageReference) -> str:
-    return f"[image {image.width}×{image.height}]"
 
 
 def _evaluate_both(run: FinishedRun, evaluate_model: Callable[[Any], None]) -> None:

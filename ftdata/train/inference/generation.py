@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftdata.errors import InputRefused, UsageError, describe_exception
+from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.train.inference.progress import GenerationStep
 from ftdata.train.inference.prompts import cut_at_stop
 from ftdata.train.model.device import fit_threads
@@ -56,6 +56,11 @@ def generate_ids(
         torch.manual_seed(seed)
         arguments = {name: value for name, value in arguments.items() if value is not None}
     max_new_tokens = arguments["max_new_tokens"]
+    repeated = [name for name in ("num_beams", "num_return_sequences") if arguments.get(name, 1) > 1]
+    if image_inputs and repeated:
+        # Some models repeat the images of a batch in another order than its prompts.
+        problem = f"{repeated[0]}={arguments[repeated[0]]} is not supported for prompts with images"
+        raise UsageError("generation", problem, hint=f"remove {repeated[0]}")
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     reporter = TokenReporter(progress, -(-len(order) // batch_size), max_new_tokens)
     if progress is not None:
@@ -77,6 +82,8 @@ def generate_ids(
                 for number, answer in zip(batch, output[:, width:].tolist(), strict=True):
                     answers[number] = cut_at_stop(answer, stop_ids)
                 reporter.end_batch(start + len(batch))
+    except FtdataError:
+        raise
     except (ValueError, TypeError) as error:
         message = f"model.generate rejects the options: {describe_exception(error)}"
         raise UsageError("generation", message) from None
@@ -159,10 +166,11 @@ def max_positions(model: Any) -> int:
 def _check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> int:
     """Check that no prompt is too long or contains a token without an embedding. Return the maximum length."""
     positions, rows = max_positions(model), int(model.get_input_embeddings().weight.shape[0])
-    longest = max(map(len, prompts), default=0)
+    number, longest = max(enumerate(map(len, prompts), 1), key=lambda item: item[1], default=(0, 0))
     if longest >= positions:
-        message = f"a prompt has {longest:,} tokens, but the model accepts at most {positions:,} tokens"
-        raise InputRefused("prompt_too_long", message)
+        place = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        message = f"{place} has {longest:,} tokens, but the model accepts at most {positions:,} tokens"
+        raise InputRefused("prompt_too_long", message, hint="shorten it, or leave out its row")
     largest = max((max(ids) for ids in prompts if ids), default=0)
     if largest >= rows:
         message = f"a prompt contains token id {largest}, but the model has only {rows:,} embeddings"

@@ -15,6 +15,7 @@ from ftdata.tokenizing.tokenizer import Tokenizer, find_control_tokens
 from ftdata.train.inference.generation import max_positions
 from ftdata.train.inference.run_dir import LOGIT_TOLERANCES, FinishedRun, load_base_model, load_tuned_model
 from ftdata.train.model.load import load_model_config
+from ftdata.train.model.vision import PROCESSOR_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +28,7 @@ _TEXT = (
 )
 """Ordinary text, whose tokens occur in the training data of every model."""
 
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges")
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges", *PROCESSOR_FILES)
 
 
 @dataclass(frozen=True, slots=True)

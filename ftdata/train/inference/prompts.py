@@ -16,6 +16,7 @@ from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import reread_rows, resolve_sources
 from ftdata.schemas import detect_task
+from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.train.dataset import to_reference
 from ftdata.types import IGNORE_INDEX, ImageReference, Message, Reject, Row, Source
 
@@ -60,6 +61,12 @@ def find_last_turn(document: Document, stops: set[int], recipe: Recipe) -> Turn 
     """
     turn = split_last_turn(document.ids, document.labels, stops)
     return None if turn is None else Turn(turn[0], _find_images(turn[0], document.images, recipe), turn[1])
+
+
+def describe_prompt(turn: Turn, tokenizer: Tokenizer) -> str:
+    """Return the text of a prompt without control tokens, after the sizes of its images."""
+    images = [f"[image {image.width}×{image.height}]" for image in turn.images]
+    return " ".join([*images, tokenizer.decode(turn.prompt, skip_control=True).strip()])
 
 
 def _find_images(prompt: Sequence[int], images: Sequence[ImageReference], recipe: Recipe) -> Sequence[ImageReference]:
@@ -126,7 +133,11 @@ def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
         options: the options in the manifest of the build.
     """
     # The mask policy of the build is left out, so that prompts are the same for every policy. Prompts are not pairs.
-    excluded = ("task", "train_on", "train_parts", "reject_flags", "max_length", "overlong")
+    # Their images can be in another folder.
+    excluded = (
+        *("task", "train_on", "train_parts", "reject_flags", "max_length", "overlong"),
+        *("image_folder", "download_images"),
+    )
     return Recipe.from_manifest(options, tokenizer, excluded=excluded)
 
 
@@ -141,7 +152,8 @@ def encode_rows(data: Any, recipe: Recipe) -> Iterator[Document]:
         recipe = replace(recipe, schema="preference")
     for outcome in build_rows(recipe, (row for source in sources for row in source.rows())):
         if isinstance(outcome, Reject):
-            raise InputRefused(outcome.code, outcome.reason, where=str(outcome.source), hint=outcome.fix)
+            where = f"{outcome.source} {outcome.field}".rstrip()
+            raise InputRefused(outcome.code, outcome.reason, where=where, hint=outcome.fix)
         example = outcome.examples[-1]
         yield Document(example.input_ids.tolist(), example.labels.tolist(), example.images)
 

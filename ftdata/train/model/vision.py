@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ftdata.errors import UsageError, describe_exception
+from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.images.processor import load_image_processor
 from ftdata.images.references import load_image
 from ftdata.train.dataset import to_reference
@@ -34,7 +34,10 @@ _NO_TOKEN = -1
 
 _IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+_WORKER_ERROR = re.compile(r"^ftdata\.errors\.InputRefused: \[(?P<code>\w+)\] (?P<message>.*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,18 @@ def make_image_preprocessor(model: Any, tokenizer: Any, folder: Path | None, bui
     return ImagePreprocessor(preprocess, arguments, build, feature_id, inputs)
 
 
+def find_worker_error(error: BaseException) -> InputRefused | None:
+    """Return the error of an image that a worker process of the data loader raised.
+
+    PyTorch raises a `RuntimeError` with the traceback of the worker as its text.
+    """
+    match = _WORKER_ERROR.search(str(error))
+    if match is None:
+        return None
+    message, _, hint = match["message"].strip().partition(". Fix: ")
+    return InputRefused(match["code"], message, hint=hint)
+
+
 def register_mrope_hook(model: Any) -> None:
     """Make a model with multimodal RoPE (M-RoPE), e.g. Qwen2.5-VL, compute position ids within packed sequences.
 
@@ -224,6 +239,6 @@ def freeze_vision(model: Any) -> None:
 
 def copy_processor_files(source: Path, target: Path) -> None:
     """Copy the configuration of the image processor to a saved model, so that the model can be used with images."""
-    for name in _PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback
 
+from ftdata.config import Config
 from ftdata.errors import InputRefused, escape_unprintable
 from ftdata.storage.atomic import replace_file
+from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import Tokenizer
-from ftdata.train.inference.generation import BatchInputs, generate_ids
+from ftdata.train.dataset import TrainingData, desirable_rows
+from ftdata.train.inference.generation import BatchInputs, batch_images, generate_ids
+from ftdata.train.inference.prompts import (
+    describe_prompt,
+    encode_messages,
+    find_last_turn,
+    read_documents,
+    rebuild_recipe,
+)
+from ftdata.train.model.vision import ImagePreprocessor
 from ftdata.train.runs.plots import draw_chart
 
 SAMPLE_TOKENS = 64
@@ -120,6 +132,7 @@ class SampleCallback(TrainerCallback):
 
     Attributes:
         prompts: token ids of the prompts.
+        questions: text of the prompts without control tokens.
         expected: token ids of the expected answers, or `None` for prompts without an expected answer.
         tokenizer: the tokenizer that decodes prompts and answers.
         path: the file that lines are appended to.
@@ -128,6 +141,7 @@ class SampleCallback(TrainerCallback):
     """
 
     prompts: Sequence[list[int]]
+    questions: Sequence[str]
     expected: Sequence[list[int] | None]
     tokenizer: Tokenizer
     path: Path
@@ -149,21 +163,49 @@ class SampleCallback(TrainerCallback):
             for number, (prompt, expected, answer) in enumerate(samples):
                 sample = {
                     "step": state.global_step,
-                    "prompt": self.tokenizer.decode(prompt),
+                    "prompt": self.questions[number] if self.image_inputs else self.tokenizer.decode(prompt),
                     "expected": None if expected is None else self.tokenizer.decode(expected),
                     "answer": self.tokenizer.decode(answer),
                 }
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 if self._printed.get(number) != sample["answer"]:
                     self._printed[number] = str(sample["answer"])
-                    prompt_text = self.tokenizer.decode(prompt, skip_control=True).strip()
-                    self._print_sample(prompt_text, self._printed[number])
+                    self._print_sample(self.questions[number], self._printed[number])
 
     def _print_sample(self, prompt: str, answer: str) -> None:
         prompt, answer = (escape_unprintable(" ".join(text.split())) for text in (prompt, answer))
         line = Text.assemble("  ", (prompt[-50:], "dim"), " → ", (answer, "green"))
         line.truncate(max(self.console.width, 60), overflow="ellipsis")
         self.console.print(line)
+
+
+def make_sample_callback(
+    config: Config,
+    data: TrainingData,
+    run: Path,
+    stop_ids: set[int],
+    console: Console,
+    preprocessor: ImagePreprocessor | None,
+) -> SampleCallback:
+    """Create the callback that generates answers to the configured prompts, or to prompts of the test split."""
+    tokenizer, recipe = (
+        load_tokenizer(config.tokenizer),
+        rebuild_recipe(str(config.tokenizer), data.manifest["options"]),
+    )
+    expected: list[list[int] | None]
+    image_inputs = None
+    if isinstance(config.samples, int):
+        held_out = read_documents(desirable_rows(data.splits["test"])) if "test" in data.splits else iter(())
+        turns = (turn for document in held_out if (turn := find_last_turn(document, stop_ids, recipe)) is not None)
+        samples = list(islice(turns, config.samples))
+        prompts, expected = [turn.prompt for turn in samples], [turn.answer for turn in samples]
+        image_inputs = batch_images(preprocessor, [turn.images for turn in samples])
+        questions = [describe_prompt(turn, tokenizer) for turn in samples]
+    else:
+        prompts = [encode_messages([{"role": "user", "content": text}], recipe) for text in config.samples]
+        expected = [None] * len(prompts)
+        questions = [tokenizer.decode(prompt, skip_control=True).strip() for prompt in prompts]
+    return SampleCallback(prompts, questions, expected, tokenizer, run / "samples.jsonl", console, image_inputs)
 
 
 def _describe_measure(logs: Mapping[str, float]) -> str:

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError  # torch raises it for a pickle that could run code
 from typing import Any
@@ -32,9 +31,7 @@ from ftdata.spelling import spell_options
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.dataset import TrainingData, desirable_rows, find_rows_with_images, open_training_data
-from ftdata.train.inference.generation import batch_images
-from ftdata.train.inference.prompts import encode_messages, find_last_turn, read_documents, rebuild_recipe
+from ftdata.train.dataset import TrainingData, find_rows_with_images, open_training_data
 from ftdata.train.model import device
 from ftdata.train.model.adapter import check_lora, make_lora_config
 from ftdata.train.model.estimate import Estimate, check_adapter, check_memory, count_split, estimate_run
@@ -42,8 +39,13 @@ from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, m
 from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
 from ftdata.train.model.trainer_tasks import TRAINER_TASKS, is_vision_model
-from ftdata.train.model.vision import REFERENCES_COLUMN, ImagePreprocessor, freeze_vision, make_image_collator
-from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
+from ftdata.train.model.vision import (
+    REFERENCES_COLUMN,
+    find_worker_error,
+    freeze_vision,
+    make_image_collator,
+)
+from ftdata.train.runs.callbacks import TrainingProgressCallback, make_sample_callback
 from ftdata.train.runs.finish import finish_run, set_stop_tokens
 from ftdata.train.runs.preference_trainers import (
     DPORunTrainer,
@@ -159,6 +161,8 @@ def _train(trainer: RunTrainer, before: checkpoints.PreviousRun | None) -> None:
     except (FtdataError, OSError, MemoryError, UnpicklingError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if worker_error := find_worker_error(error):
+            raise worker_error from None
         if before or trainer.state.global_step:
             raise
         message = f"training fails before the end of the first step: {describe_exception(error, 2_000)}"
@@ -439,7 +443,7 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     if device.is_main_process() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # A single process cannot generate with a model that is sharded over several processes.
         preprocessor = getattr(trainer.data_collator, "preprocessor", None) if data.has_images else None
-        trainer.add_callback(_make_sample_callback(config, data, run, set(stop_ids), console, preprocessor))
+        trainer.add_callback(make_sample_callback(config, data, run, set(stop_ids), console, preprocessor))
     return trainer
 
 
@@ -457,29 +461,3 @@ def _leak_error(model: str, kind: str) -> InputRefused:
     message = f"packed documents attend to each other in the model {model} ({kind})"
     hint = "build without packing (pack: null), so that rows are padded; or set another attn_implementation"
     return InputRefused("model_leaks", message, hint=hint)
-
-
-def _make_sample_callback(
-    config: Config,
-    data: TrainingData,
-    run: Path,
-    stop_ids: set[int],
-    console: Console,
-    preprocessor: ImagePreprocessor | None,
-) -> SampleCallback:
-    tokenizer, recipe = (
-        load_tokenizer(config.tokenizer),
-        rebuild_recipe(str(config.tokenizer), data.manifest["options"]),
-    )
-    expected: list[list[int] | None]
-    image_inputs = None
-    if isinstance(config.samples, int):
-        held_out = read_documents(desirable_rows(data.splits["test"])) if "test" in data.splits else iter(())
-        turns = (turn for document in held_out if (turn := find_last_turn(document, stop_ids, recipe)) is not None)
-        samples = list(islice(turns, config.samples))
-        prompts, expected = [turn.prompt for turn in samples], [turn.answer for turn in samples]
-        image_inputs = batch_images(preprocessor, [turn.images for turn in samples])
-    else:
-        prompts = [encode_messages([{"role": "user", "content": text}], recipe) for text in config.samples]
-        expected = [None] * len(prompts)
-    return SampleCallback(prompts, expected, tokenizer, run / "samples.jsonl", console, image_inputs)

@@ -22,7 +22,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration  # noqa: E402
 from vision import save_colors, save_image, save_processor, save_vision_model  # noqa: E402
 
-from ftdata.train import compare  # noqa: E402
+from ftdata.train import compare, generate, merge  # noqa: E402
 from ftdata.train import run as train  # noqa: E402
 from ftdata.train.model.isolation_probe import (  # noqa: E402
     has_leaking_architecture,
@@ -290,3 +290,57 @@ def test_export_of_images_is_refused(model_folder, colors, tmp_path):
     write_build(colors, model_folder("qwen"), tmp_path / "built", limit=4)
     with pytest.raises(InputRefused, match="export_images"):
         export(tmp_path / "built", "axolotl", tmp_path / "exported")
+
+
+def test_beams_of_images_are_refused(model_folder, colors, tmp_path):
+    run = train(
+        str(colors), model=model_folder("qwen"), output_dir=tmp_path / "run", settings={"max_steps": 1}, limit=4
+    )
+    with pytest.raises(UsageError, match="num_beams=2 is not supported for prompts with images"):
+        compare(run, n=2, max_new_tokens=2, num_beams=2)
+    assert len(generate(run, ["Hello?"], max_new_tokens=2, num_beams=2)) == 1
+
+
+def test_images_of_evaluation_data_are_beside_the_data(model_folder, colors, tmp_path):
+    """The folder of the build's images is not used for other data, and errors name the row, the field and the option."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(colors, other / "colors.jsonl")
+    data = {"image_folder": str(colors.parent), "limit": 6, "test_size": 2}
+    run = train(str(colors), model=model_folder("qwen"), output_dir=tmp_path / "run", settings={"max_steps": 1}, **data)
+    with pytest.raises(InputRefused, match=r"colors.jsonl:1 images\[0\].*set image_folder") as caught:
+        compare(run, str(other / "colors.jsonl"), n=1)
+    assert caught.value.code == "image_missing"
+    save_image(other / "0.png", (77, 33))
+    for options, size in (({}, "77×33"), ({"image_folder": str(colors.parent)}, None)):
+        (row,) = compare(run, str(other / "colors.jsonl"), n=1, max_new_tokens=2, **options).rows
+        assert row.prompt.startswith("[image ")
+        assert (f"[image {size}]" in row.prompt) == (size is not None)
+    # A missing image of the build is an error of the image, not of the options.
+    number = load_build(run / "data")["test"][0]["images"][0]["path"]
+    moved = Path(number).rename(tmp_path / "moved.png")
+    try:
+        with pytest.raises(InputRefused, match="image_changed"):
+            compare(run, n=2, max_new_tokens=2)
+    finally:
+        moved.rename(number)
+
+
+def test_changed_image_is_reported_by_a_worker_of_the_loader(model_folder, colors, tmp_path):
+    shutil.copytree(colors.parent, tmp_path / "data")
+    write_build(tmp_path / "data" / "colors.jsonl", model_folder("qwen"), tmp_path / "built", limit=12)
+    save_image(tmp_path / "data" / "7.png", (50, 50))
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 1}
+    with pytest.raises(InputRefused, match="image_changed.*7.png has changed.*restore the file") as caught:
+        train(tmp_path / "built", model=model_folder("qwen"), output_dir=tmp_path / "run", settings=settings)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_merged_model_has_the_image_processor(model_folder, colors, tmp_path):
+    data = {"limit": 4, "lora": {"r": 4}}
+    run = train(str(colors), model=model_folder("qwen"), output_dir=tmp_path / "run", settings={"max_steps": 1}, **data)
+    merge(run, tmp_path / "merged")
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists()
+    train(
+        str(colors), model=str(tmp_path / "merged"), output_dir=tmp_path / "again", settings={"max_steps": 1}, limit=4
+    )
