@@ -76,7 +76,13 @@ tokens; with `--near-duplicate-threshold`, by their words. Checks marked † nee
 | code | severity | of | problem | fix | option |
 |---|---|---|---|---|---|
 """
-OF = {"flag": "examples", "row": "a row", "data": "all rows", "template": "tokenizer, template"}
+OF = {
+    "flag": "examples",
+    "row": "a row",
+    "data": "all rows",
+    "template": "tokenizer, template",
+    "server": "trained turns",
+}
 FLAG_HEAD = """# Flags
 
 A flag marks an example with a property that you should know about: see [masks](../masks.md#flags). `ftdata audit`

@@ -77,6 +77,7 @@ def audit(
         float | None, typer.Option(help="Report near-duplicates (similarity, e.g. 0.8)")
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
+    serve: Annotated[str | None, typer.Option(help="URL of a server whose prompts are compared")] = None,
     ignore: Annotated[str | None, typer.Option(help="Names of checks to skip, e.g. duplicate,script")] = None,
     fail_on: Annotated[str, typer.Option(help="Lowest severity for exit code 1: note, warning, error, never")] = "note",
     output_format: Annotated[
@@ -102,6 +103,7 @@ def audit(
             against=held_out,
             near_duplicate_threshold=near_duplicate_threshold,
             pii=pii,
+            serve=serve,
             ignore=split_names(ignore) or (),
             progress=progress,
             **options,

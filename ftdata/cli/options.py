@@ -32,9 +32,7 @@ DataList = Annotated[
 TrainingData = Annotated[
     list[str], typer.Argument(help=f"Training data: a configuration, or {SOURCE_HELP}", show_default=False)
 ]
-Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
-]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: a Hub ID or a folder")]
 Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
 Pager = Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")]
 _MAIN_OPTIONS = ("template", "train_on", "max_length", "packing", "test_size", "limit")

@@ -8,8 +8,7 @@ from difflib import get_close_matches
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +19,19 @@ from rich.text import Text
 from ftdata._version import __version__
 from ftdata.build import near_duplicates
 from ftdata.build.splits import check_similarity_threshold
-from ftdata.errors import InputRefused, UsageError, check_choice, escape_unprintable
+from ftdata.errors import InputRefused, UsageError, check_choice
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks import Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
-from ftdata.inspection.row_views import to_single_line
+from ftdata.inspection.checks import Check, CheckedDataset, CheckedRow, CheckedTemplate, ServedBatch, checks
+from ftdata.inspection.findings import (
+    INDENT,
+    PRINTED_LOCATIONS,
+    Finding,
+    FindingLocation,
+    describe_location,
+    escape_command,
+    make_sarif_location,
+)
+from ftdata.inspection.serving import Server, connect
 from ftdata.inspection.summary import confirm_statements, describe_verdict
 from ftdata.inspection.survey import RowNumbers, Survey, number_source_rows, survey_rows
 from ftdata.inspection.target import Target, make_target
@@ -36,10 +44,6 @@ from ftdata.spelling import spell_options
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import SIDES, Conversation, Example, Reject, Source
 
-MAX_LOCATIONS = 10
-"""The number of rows that a finding lists."""
-
-_PRINTED_LOCATIONS, _INDENT = 5, "    "
 _STYLES = {
     "error": "bold red",
     "warning": "bold yellow",
@@ -53,77 +57,6 @@ FAIL_ON = (*SEVERITIES, "never")
 _MAX_SAMPLES = 100
 _MAX_FIXES = 5
 """The number of findings for rejects with the same code and different fixes."""
-
-
-class FindingLocation(NamedTuple):
-    """A row in which a check found a problem.
-
-    Attributes:
-        source: The row.
-        detail: The value that was found in the row.
-    """
-
-    source: Source
-    detail: str = ""
-
-
-@dataclass
-class Finding:
-    """A problem that a check found: its description, the number of affected rows, and the first affected rows.
-
-    Attributes:
-        code: The code of the check, or the error code of rejected rows.
-        severity: `"error"`, `"warning"` or `"note"`.
-        message: A description of the problem.
-        fix: The fix, in the imperative.
-        count: The number of affected rows.
-        locations: The first ten affected rows.
-    """
-
-    code: str
-    severity: str
-    message: str
-    fix: str
-    count: int = 0
-    locations: list[FindingLocation] = field(default_factory=list)
-
-    def add(self, source: Source | None, detail: str = "") -> None:
-        """Add an affected row to the finding.
-
-        Pass `None` as `source` if the problem does not belong to a row.
-        """
-        self.count += 1
-        if len(self.locations) < MAX_LOCATIONS and source is not None:
-            self.locations.append(FindingLocation(source, detail))
-
-    @property
-    def where(self) -> list[str]:
-        """The locations of the first affected rows, such as `data.jsonl:7`."""
-        return [str(location.source) for location in self.locations]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert the finding to a JSON-serializable dictionary."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "says": self.message,
-            "fix": self.fix,
-            "count": self.count,
-            "where": self.where,
-            "places": [{**location.source._asdict(), "says": location.detail} for location in self.locations],
-        }
-
-    def __str__(self) -> str:
-        rows = f"{self.count:,} × " if self.locations else ""
-        lines = [f"{rows}{self.message}"]
-        lines += [
-            to_single_line(f"{location.source}{f': {location.detail}' if location.detail else ''}")
-            for location in self.locations[:_PRINTED_LOCATIONS]
-        ]
-        if self.locations and self.count > _PRINTED_LOCATIONS:
-            lines.append(f"and {self.count - _PRINTED_LOCATIONS:,} more")
-        lines.append(f"Fix: {spell_options(self.fix)}")
-        return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{line}" for line in lines)])
 
 
 @dataclass(frozen=True)
@@ -166,7 +99,7 @@ class AuditReport:
         """Return the findings as a table for a notebook."""
         colors = {"error": "#cf222e", "warning": "#9a6700", "note": "#0969da"}
         places = {
-            finding.code: "<br>".join(escape(str(place.source)) for place in finding.locations[:_PRINTED_LOCATIONS])
+            finding.code: "<br>".join(escape(str(place.source)) for place in finding.locations[:PRINTED_LOCATIONS])
             for finding in self.findings
         }
         rows = "".join(
@@ -198,11 +131,11 @@ class AuditReport:
             if not console.is_terminal:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
                 continue
-            is_indented = line.startswith(_INDENT)
+            is_indented = line.startswith(INDENT)
             first, separator, rest = line.strip().partition(" ")
             style = _STYLES.get(first, "") if (first == "Fix:") == is_indented else ""
             text = Text.assemble((first, style), separator, rest, style="bold" if number == 0 else "")
-            console.print(Padding(text, (0, 0, 0, len(_INDENT))) if is_indented else text)
+            console.print(Padding(text, (0, 0, 0, len(INDENT))) if is_indented else text)
 
     def as_sarif(self) -> dict[str, Any]:
         """Convert the report to SARIF 2.1.0 (OASIS), a format that code hosts and editors can display."""
@@ -217,8 +150,8 @@ class AuditReport:
             {
                 "ruleId": finding.code,
                 "level": finding.severity,
-                "message": {"text": _describe(finding, location)},
-                "locations": [_sarif_location(location.source)] if location and location.source.path != STDIN else [],
+                "message": {"text": describe_location(finding, location)},
+                "locations": [make_sarif_location(location.source)] if _has_file(location) else [],
             }
             for finding in self.findings
             for location in finding.locations or (None,)
@@ -233,35 +166,16 @@ class AuditReport:
             kind = "notice" if finding.severity == "note" else finding.severity
             for location in finding.locations or (None,):
                 position = ""
-                if location and location.source.path != STDIN:
+                if _has_file(location):
                     line = f"line={location.source.line}," if location.source.line else ""
-                    position = f"file={_escape(location.source.path, ':,')},{line}"
-                title, text = _escape(finding.code, ":,"), _escape(_describe(finding, location))
+                    position = f"file={escape_command(location.source.path, ':,')},{line}"
+                title, text = escape_command(finding.code, ":,"), escape_command(describe_location(finding, location))
                 lines.append(f"::{kind} {position}title={title}::{text}")
         return "\n".join(lines)
 
 
-def _describe(finding: Finding, location: FindingLocation | None) -> str:
-    count = f" ({finding.count:,} rows)" if finding.count > 1 else ""
-    row = f"row {location.source.row}" if location and location.source.line is None else ""
-    detail = ", ".join(filter(None, (row, location.detail if location else "")))
-    return f"{finding.message}{count}{f': {detail}' if detail else ''}. Fix: {finding.fix}"
-
-
-def _sarif_location(source: Source) -> dict[str, Any]:
-    uri = quote(source.path.replace("\\", "/"), safe="/:", errors="surrogateescape")
-    location: dict[str, Any] = {"artifactLocation": {"uri": uri}}
-    if source.line is not None:
-        location["region"] = {"startLine": source.line}
-    return {"physicalLocation": location}
-
-
-def _escape(text: str, reserved: str = "") -> str:
-    """Escape special characters in a value of a GitHub workflow command."""
-    text = escape_unprintable(text)
-    for char in ("%", "\r", "\n", *reserved):
-        text = text.replace(char, f"%{ord(char):02X}")
-    return text
+def _has_file(location: FindingLocation | None) -> TypeGuard[FindingLocation]:
+    return location is not None and location.source.path != STDIN
 
 
 def audit(
@@ -273,6 +187,7 @@ def audit(
     ignore: Sequence[str] = (),
     near_duplicate_threshold: float | None = None,
     pii: bool = False,
+    serve: str | None = None,
     where: str | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -291,6 +206,8 @@ def audit(
         ignore: Codes of checks to skip.
         near_duplicate_threshold: Similarity (0.5 to 1) above which rows are near-duplicates. `None` skips the search.
         pii: Whether to search for personal data.
+        serve: The URL of an inference server. The tokens before each trained turn are compared with those that the
+            server renders. The environment variable `FTDATA_SERVE_KEY` contains its key.
         where: As for `build_sft_dataset`: a filter expression for the rows to check.
         limit: Maximum number of rows to check per source. All rows of `against` are read.
         progress: Called with a `ProgressUpdate` after each batch of rows.
@@ -305,7 +222,7 @@ def audit(
         InputRefused: A source cannot be read, or a folder is not a build.
         TemplateRefused: The template or the tokenizer cannot be used for any row.
         MissingDependency: `near_duplicate_threshold` needs `ftdata[dedup]`.
-        HubError: The network or the hub fails.
+        HubError: The network, the hub or the server fails.
 
     >>> from ftdata.testing import byte_tokenizer
     >>> rows = [{"question": "Open?", "answer": "Yes."}, {"question": "Late?", "answer": ""}]
@@ -323,7 +240,16 @@ def audit(
         check_similarity_threshold(near_duplicate_threshold)
         near_duplicates.require_rensa()
     target = make_target(data, tokenizer, template, against=against, where=where, limit=limit, **options)
-    enabled = {"": True, "pii": pii, "near_duplicate_threshold": near_duplicate_threshold is not None}
+    if serve is not None and target.folder is not None:
+        problem = "a build contains no messages that a server could render"
+        raise UsageError("serve", problem, hint="audit the data of the build: ftdata audit DATA --serve URL")
+    server = None if serve is None else connect(serve)
+    enabled = {
+        "": True,
+        "pii": pii,
+        "serve": server is not None,
+        "near_duplicate_threshold": near_duplicate_threshold is not None,
+    }
     skipped = {
         code: f"--{check.enabled_by.replace('_', '-')}"
         for code, check in checks.items()
@@ -331,7 +257,7 @@ def audit(
     }
     if target.folder is not None:
         skipped |= {code: "a build contains no messages" for code, check in checks.items() if check.needs_messages}
-    auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
+    auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold, server)
     survey = survey_rows(target.steps(), target.names, auditor, progress)
     if not survey.rows:
         missing_column = target.describe_missing_column()
@@ -347,15 +273,24 @@ class Auditor:
         recipe: The options, tokenizer and template.
         skipped_codes: The codes of checks and rejects that are not reported.
         near_duplicate_threshold: The similarity above which rows are near-duplicates, or `None`.
+        server: The server whose tokens are compared, or `None`.
     """
 
-    def __init__(self, recipe: Recipe, skipped_codes: frozenset[str], near_duplicate_threshold: float | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        skipped_codes: frozenset[str],
+        near_duplicate_threshold: float | None,
+        server: Server | None = None,
+    ) -> None:
+        self.server = server
         self.recipe, self.near_duplicate_threshold = recipe, near_duplicate_threshold
         self.skipped_codes = skipped_codes
         self.checks = [check for code, check in checks.items() if code not in skipped_codes]
         is_chat_template = recipe.template.source and recipe.template.is_chat
         self.added_text = verify_template(recipe.template).adds.strip() if is_chat_template else ""
         self.flag_checks = {check.code: check for check in self.checks if check.scope == "flag"}
+        self.server_checks = [check for check in self.checks if check.scope == "server"]
         self.row_checks = [check for check in self.checks if check.scope == "row"]
         self.findings: dict[tuple[str, str], Finding] = {}
         self.scripts: list[int] = []
@@ -381,10 +316,18 @@ class Auditor:
             self.scripts.append(self._detect_scripts(built.examples))
             if len(self.samples) < _MAX_SAMPLES and built.conversation.messages:
                 self.samples.append(built.conversation)
+        self._compare_with_server(batch)
         for reject in batch.rejects:
             self._add_reject(reject)
         if self.near_duplicate_threshold is not None and len(numbers):
             self.signatures.append(near_duplicates.minhash_signatures(batch.conversations))
+
+    def _compare_with_server(self, batch: Batch) -> None:
+        if self.server is None:
+            return
+        for check in self.server_checks:
+            for source, detail in check.run(ServedBatch(self.server, batch, self.recipe)):
+                self._add_finding(check, source, detail)
 
     def report(self, target: Target, survey: Survey) -> AuditReport:
         """Run the checks of the whole data and of the template. Return a report that also covers the row checks."""

@@ -16,8 +16,12 @@ from ftdata.errors import UsageError
 def test_skipped_checks_are_reported(tokenizer):
     report = audit_rows(tokenizer, [PLAIN], {})
     assert not report
-    assert report.skipped == {"pii": "--pii", "near_duplicate": "--near-duplicate-threshold"}
-    assert "Skipped checks: pii (--pii); near_duplicate (--near-duplicate-threshold)" in str(report)
+    assert report.skipped == {
+        "pii": "--pii",
+        "near_duplicate": "--near-duplicate-threshold",
+        "serving": "--serve",
+    }
+    assert "Skipped checks: pii (--pii); near_duplicate (--near-duplicate-threshold); serving (--serve)" in str(report)
 
 
 def test_rejected_rows_are_findings_with_their_code(tokenizer):

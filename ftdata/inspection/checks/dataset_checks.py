@@ -15,15 +15,18 @@ from ftdata.inspection import text_detectors
 from ftdata.inspection.checks.registry import (
     CheckedDataset,
     CheckedTemplate,
+    ServedBatch,
+    register_check,
     register_data_check,
     register_template_check,
 )
+from ftdata.inspection.serving import find_serving_differences
 from ftdata.options import select_options
 from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.pipeline.render_rows import render_conversation
 from ftdata.templates import Template
 from ftdata.templates.worker.client import verify_template
-from ftdata.types import Conversation
+from ftdata.types import Conversation, Source
 
 # --- all rows together
 
@@ -236,3 +239,19 @@ def _render_text(recipe: Recipe, conversation: Conversation) -> str | None:
         return "\n".join(rendered.text for rendered in render_conversation(recipe, conversation))
     except (BadRow, TemplateRefused):
         return None
+
+
+# --- an inference server
+
+
+@register_check(
+    "server",
+    "serving",
+    "error",
+    "the server renders other tokens before a trained turn than the training",
+    "start the server with the template, the template variables and the tokenizer of the training",
+    enabled_by="serve",
+    contradicts=("the server renders the tokens of the training before every trained turn",),
+)
+def _check_serving(served: ServedBatch) -> Iterator[tuple[Source, str]]:
+    yield from find_serving_differences(*served)

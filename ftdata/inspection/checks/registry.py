@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ftdata.inspection.serving import Server
 from ftdata.inspection.survey import Ints, Survey
+from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.types import Conversation, Example
 
@@ -22,13 +24,13 @@ class Check:
     Attributes:
         code: The stable name of the check.
         severity: `"error"` (the training data is wrong), `"warning"` (it is probably wrong) or `"note"` (information).
-        scope: The object that is checked: `"flag"`, `"row"`, `"data"` or `"template"`.
+        scope: The object that is checked: `"flag"`, `"row"`, `"data"`, `"template"` or `"server"`.
         message: A description of the problem.
         fix: The fix, in the imperative.
         run: The function that runs the check. A row check takes a `CheckedRow` and yields details. A data check takes a
             `CheckedDataset` and yields pairs of row number and detail; the number is `None` for a finding about the
             whole data. A template check takes a `CheckedTemplate` and
-            yields details.
+            yields details. A server check takes a `ServedBatch` and yields pairs of source and detail.
         enabled_by: The option that enables the check; empty if the check always runs.
         needs_messages: Whether the check needs messages, or options that are fixed when a build is made. Such checks do
             not run on builds.
@@ -110,6 +112,20 @@ class CheckedTemplate(NamedTuple):
     conversations: Sequence[Conversation]
 
 
+class ServedBatch(NamedTuple):
+    """The input of a check that compares rows with an inference server.
+
+    Attributes:
+        server: The server.
+        batch: The rows.
+        recipe: The options, tokenizer and template.
+    """
+
+    server: Server
+    batch: Batch
+    recipe: Recipe
+
+
 checks: dict[str, Check] = {}
 """All checks by code, in the order in which findings of equal severity are printed."""
 
@@ -122,7 +138,7 @@ def register_check(
     """Return a decorator that registers a function as a check.
 
     Args:
-        scope: `"flag"`, `"row"`, `"data"` or `"template"`.
+        scope: `"flag"`, `"row"`, `"data"`, `"template"` or `"server"`.
         code: The stable name of the check.
         severity: `"error"`, `"warning"` or `"note"`.
         message: A description of the problem.

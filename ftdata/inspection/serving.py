@@ -1,0 +1,350 @@
+"""Compare the tokens before each trained turn with the tokens that an inference server renders.
+
+| server | request | tokens in the answer |
+|---|---|---|
+| vLLM | `POST /v1/chat/completions/render` | `token_ids` |
+| llama.cpp | `POST /apply-template`, then `POST /tokenize` | `tokens` |
+| text-generation-inference | `POST /chat_tokenize` | `tokenize_response` |
+| vLLM before the first request existed | `POST /tokenize` with messages | `tokens` |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from ftdata.errors import HubError, UsageError
+from ftdata.pipeline.batch import Batch, BuiltRow
+from ftdata.pipeline.recipe import Recipe
+from ftdata.types import Conversation, Example, Message, Part, Source
+
+_CONCURRENT = 32
+"""Number of requests that run at the same time."""
+
+_TRIES, _PAUSE = 4, 0.2
+"""Number of tries of a request, and the pause in seconds after the first failure, which doubles."""
+
+_TIMEOUT = 60
+"""Maximum number of seconds for a request."""
+
+_SHOWN_TOKENS = 6
+"""Number of tokens that a difference shows."""
+
+KEY_VARIABLE = "FTDATA_SERVE_KEY"
+"""Environment variable with the key of the server (vLLM: `--api-key`)."""
+
+_Result = TypeVar("_Result")
+
+_PROBE: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+class TrainedTurn(NamedTuple):
+    """A trained turn of a row.
+
+    Attributes:
+        source: the row.
+        conversation: the conversation.
+        message: index of the first message of the turn.
+        example: the example that contains the turn.
+        end: number of tokens before the turn.
+    """
+
+    source: Source
+    conversation: Conversation
+    message: int
+    example: Example
+    end: int
+
+
+class _Refused(Exception):
+    """The server answers a request with an error of the request, e.g. because its template raises one."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """An inference server that renders conversations.
+
+    Attributes:
+        url: its address.
+        render: name of the request with which it renders conversations, a key of `_RENDERERS`.
+        model: name of the model; `None` if the server does not name its models.
+    """
+
+    url: str
+    render: str
+    model: str | None
+
+
+def connect(url: str) -> Server:
+    """Find out how a server renders conversations.
+
+    Raises:
+        UsageError: `serve`, if the URL is invalid, or the server supports none of the requests.
+        HubError: `server`, if the server does not answer.
+    """
+    if not url.startswith(("http://", "https://")):
+        problem = f"serve is {url!r}, expected the URL of a server"
+        raise UsageError("serve", problem, hint="pass e.g. serve='http://localhost:8000'")
+    url = url.rstrip("/").removesuffix("/v1")
+    return _run(_connect(url))
+
+
+def _run(task: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a coroutine in a thread, because a notebook already runs an event loop in the main thread."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, task).result()
+
+
+async def _connect(url: str) -> Server:
+    async with _open_session() as session:
+        model = await _find_model(session, url)
+        for name, render in _RENDERERS.items():
+            try:
+                await render(_Connection(session, Server(url, name, model)), _PROBE)
+            except (LookupError, TypeError):
+                continue
+            except _Refused:
+                # The request exists, but the server cannot render this conversation.
+                pass
+            return Server(url, name, model)
+    problem = f"the server {url} has no request that renders a conversation as tokens"
+    hint = "use vLLM, llama.cpp (llama-server --jinja) or text-generation-inference"
+    raise UsageError("serve", problem, hint=hint)
+
+
+async def _find_model(session: Any, url: str) -> str | None:
+    status, answer = await _request(session, "GET", f"{url}/v1/models", None)
+    models = answer.get("data") if status == 200 and isinstance(answer, Mapping) else None
+    return str(models[0]["id"]) if models and isinstance(models[0], Mapping) and "id" in models[0] else None
+
+
+def _open_session() -> Any:
+    import aiohttp
+
+    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY_VARIABLE)) else {}
+    connector = aiohttp.TCPConnector(limit=_CONCURRENT)
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
+    return aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout)
+
+
+async def _request(session: Any, method: str, url: str, body: Any) -> tuple[int, Any]:
+    """Send a request, and repeat it if the connection fails or the server is busy. Return the status and the JSON.
+
+    Raises:
+        HubError: `server`.
+    """
+    import aiohttp
+
+    reason = ""
+    for number in range(_TRIES):
+        if number:
+            await asyncio.sleep(_PAUSE * 2 ** (number - 1))
+        try:
+            async with session.request(method, url, json=body) as response:
+                text = await response.text()
+                if response.status != 429 and response.status < 500:
+                    return response.status, _parse(text)
+                reason = f"status {response.status}: {' '.join(text.split())[:200]}"
+                if response.status == 501 or (response.status == 500 and "xception" in text):
+                    return response.status, _parse(text)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            reason = str(error) or type(error).__name__
+    hint = f"check the URL and the server; set {KEY_VARIABLE} if the server needs a key"
+    raise HubError("server", f"the server does not answer {url}: {reason}", hint=hint)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """An open session with a server."""
+
+    session: Any
+    server: Server
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Send a request, and return the JSON of the answer.
+
+        Raises:
+            LookupError: the server does not know the request.
+            _Refused: the server refuses the request.
+        """
+        status, answer = await _request(self.session, "POST", self.server.url + path, body)
+        if status in (404, 405, 501):
+            raise LookupError(path)
+        if status in (401, 403):
+            hint = f"set {KEY_VARIABLE} to the key of the server"
+            raise UsageError("serve", f"the server {self.server.url} refuses access (status {status})", hint=hint)
+        if status != 200:
+            raise _Refused(_find_message(answer))
+        return answer
+
+    @property
+    def model(self) -> dict[str, str]:
+        """The field `model` of a request."""
+        return {"model": self.server.model} if self.server.model is not None else {}
+
+
+def _find_message(answer: Any) -> str:
+    """Return the message of an error."""
+    while isinstance(answer, Mapping):
+        answer = next((answer[key] for key in ("error", "message", "detail") if key in answer), json.dumps(answer))
+    return " ".join(str(answer).split())[:300]
+
+
+async def _render_vllm(connection: _Connection, request: Mapping[str, Any]) -> list[int]:
+    answer = await connection.post("/v1/chat/completions/render", {**connection.model, **request})
+    return _read_ids(answer["token_ids"])
+
+
+async def _render_llama_cpp(connection: _Connection, request: Mapping[str, Any]) -> list[int]:
+    prompt = (await connection.post("/apply-template", request))["prompt"]
+    body = {"content": prompt, "add_special": True, "parse_special": True}
+    return _read_ids((await connection.post("/tokenize", body))["tokens"])
+
+
+async def _render_tgi(connection: _Connection, request: Mapping[str, Any]) -> list[int]:
+    answer = await connection.post("/chat_tokenize", {**connection.model, **request})
+    return _read_ids([token["id"] for token in answer["tokenize_response"]])
+
+
+async def _tokenize_vllm(connection: _Connection, request: Mapping[str, Any]) -> list[int]:
+    body = {**connection.model, "add_generation_prompt": True, **request}
+    return _read_ids((await connection.post("/tokenize", body))["tokens"])
+
+
+def _read_ids(ids: Any) -> list[int]:
+    if not isinstance(ids, list) or not all(type(id_) is int for id_ in ids):
+        raise TypeError("the server returned no token ids")
+    return ids
+
+
+_RENDERERS: dict[str, Callable[[_Connection, Mapping[str, Any]], Awaitable[list[int]]]] = {
+    "/v1/chat/completions/render": _render_vllm,
+    "/apply-template": _render_llama_cpp,
+    "/chat_tokenize": _render_tgi,
+    "/tokenize": _tokenize_vllm,
+}
+
+
+def find_serving_differences(server: Server, batch: Batch, recipe: Recipe) -> Iterator[tuple[Source, str]]:
+    """Yield the rows of a batch for which the server renders other tokens before a trained turn, with a description.
+
+    Rows without messages, and rows with images, are not compared.
+
+    Raises:
+        HubError: `server`, if the server stops answering.
+    """
+    rows = (batch.built(number) for number in range(len(batch.conversations)))
+    turns = [turn for row in rows for turn in find_trained_turns(row)]
+    for turn, served in zip(turns, _run(_render_turns(server, turns, recipe)), strict=True):
+        if (difference := _describe_difference(turn, served, recipe)) is not None:
+            yield turn.source, difference
+
+
+def find_trained_turns(row: BuiltRow) -> Iterator[TrainedTurn]:
+    """Yield the trained turns of a row."""
+    conversation = row.conversation
+    if conversation.tokens is not None or conversation.text is not None or conversation.images:
+        return
+    for number, example in enumerate(row.examples):
+        part = conversation.part(number)
+        edges = np.flatnonzero(np.diff(example.trained.astype(np.int8), prepend=0, append=0)).tolist()
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            first, last = int(example.offsets[start, 0]), int(example.offsets[end - 1, 1])
+            owners = [span.message for span in example.spans if span.end > first and span.start < last]
+            index = min((owner for owner in owners if owner >= 0), default=None)
+            if index is not None and part.messages and part.messages[index]["role"] == "assistant":
+                yield TrainedTurn(conversation.source, part, index, example, start)
+
+
+async def _render_turns(server: Server, turns: Sequence[TrainedTurn], recipe: Recipe) -> list[list[int] | str]:
+    """Return the tokens that the server renders before each turn, or its error."""
+    async with _open_session() as session:
+        connection, slots = _Connection(session, server), asyncio.Semaphore(_CONCURRENT)
+
+        async def render(turn: TrainedTurn) -> list[int] | str:
+            async with slots:
+                try:
+                    return await _RENDERERS[server.render](connection, make_request(turn, recipe))
+                except _Refused as error:
+                    return str(error)
+                except (LookupError, TypeError) as error:
+                    return f"the answer has an unknown form: {error}"
+
+        return list(await asyncio.gather(*map(render, turns)))
+
+
+def make_request(turn: TrainedTurn, recipe: Recipe) -> dict[str, Any]:
+    """Return the body of a request in the format of OpenAI for the messages before a turn."""
+    messages = [_convert_message(message) for message in turn.conversation.messages[: turn.message]]
+    kwargs = {**recipe.template.kwargs, **turn.conversation.kwargs}
+    return {
+        "messages": messages,
+        **({"tools": list(turn.conversation.tools)} if turn.conversation.tools else {}),
+        **({"chat_template_kwargs": kwargs} if kwargs else {}),
+    }
+
+
+def _convert_message(message: Message) -> dict[str, Any]:
+    """Convert a message to the format of OpenAI, in which the arguments of tool calls are JSON text."""
+    converted: dict[str, Any] = {name: value for name, value in message.items() if name != "train"}
+    if calls := message.get("tool_calls"):
+        converted["tool_calls"] = [_convert_call(call, number) for number, call in enumerate(calls)]
+        converted.setdefault("content", None)
+    return converted
+
+
+def _convert_call(call: Mapping[str, Any], number: int) -> dict[str, Any]:
+    function = dict(call["function"])
+    if not isinstance(function.get("arguments"), str):
+        function["arguments"] = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return {"id": f"call_{number}", "type": "function", **call, "function": function}
+
+
+def _describe_difference(turn: TrainedTurn, served: list[int] | str, recipe: Recipe) -> str | None:
+    """Describe the first difference of the tokens before a turn; return `None` if there is none."""
+    place = f"before messages[{turn.message}]"
+    if isinstance(served, str):
+        return f"{place}: the server refuses the conversation: {served}"
+    trained = turn.example.input_ids[: turn.end].tolist()
+    pairs = enumerate(zip(trained, served, strict=False))
+    position = next((number for number, (first, second) in pairs if first != second), min(len(trained), len(served)))
+    if position == len(trained) == len(served):
+        return None
+    shown = slice(position, position + _SHOWN_TOKENS)
+    texts = [repr(_show_tokens(ids[shown], recipe)) if ids[shown] else "nothing" for ids in (trained, served)]
+    owner = _describe_owner(turn, position)
+    return f"{place}, token {position}{owner}: the training has {texts[0]}, and the server renders {texts[1]}"
+
+
+def _show_tokens(ids: Sequence[int], recipe: Recipe) -> str:
+    """Decode tokens. Control tokens are enclosed in brackets, because the same text can consist of ordinary tokens."""
+    is_control = recipe.control.is_control(np.asarray(ids, np.int32)).tolist()
+    runs = groupby(zip(is_control, ids, strict=True), key=itemgetter(0))
+    texts = ((control, recipe.tokenizer.decode([id_ for _, id_ in run])) for control, run in runs)
+    return "".join(f"⟨{text}⟩" if control else text for control, text in texts)
+
+
+def _describe_owner(turn: TrainedTurn, position: int) -> str:
+    """Describe where a token of the training comes from."""
+    start = int(turn.example.offsets[position, 0])
+    spans: Iterable[Any] = (span for span in turn.example.spans if span.start <= start < span.end)
+    span = next(iter(spans), None)
+    if span is None or span.message < 0 or span.part is Part.SCAFFOLD:
+        return " (template)"
+    return f" (messages[{span.message}], {span.part})"
