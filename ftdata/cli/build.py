@@ -229,14 +229,21 @@ def templates_show(
 @templates_app.command("check", cls=CompactCommand)
 def templates_check(
     template: Annotated[str, typer.Argument(help="Template to check: name, .jinja file, or tokenizer")],
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Also compare the template engines of inference servers with Jinja2")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check whether a template prints stop tokens, changes earlier messages, or leaves out fields."""
-    from ftdata.pipeline.recipe import check_template
+    from ftdata.pipeline.recipe import check_template, resolve_template
+    from ftdata.templates.engines import compare_engines
 
     report = check_template(template)
-    print_value(report, as_json=as_json)
-    raise typer.Exit(1 if report.verdict == "refused" else 0)
+    reports = compare_engines(resolve_template(template)) if engines else []
+    values = report.as_dict() | ({"engines": [one.as_dict() for one in reports]} if engines else {})
+    print_json_or_text(values, escape_unprintable("\n".join(map(str, (report, *reports)))), as_json=as_json)
+    is_different = any(one.differences for one in reports)
+    raise typer.Exit(1 if report.verdict == "refused" or is_different else 0)
 
 
 @config_app.command("import", cls=CompactCommand)

@@ -346,10 +346,11 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
     >>> check_template("chatml").verdict
     'exact'
     """
-    return verify_template(_resolve_template(template_or_tokenizer))
+    return verify_template(resolve_template(template_or_tokenizer))
 
 
-def _resolve_template(target: Any) -> Template:
+def resolve_template(target: Any) -> Template:
+    """Return the template that a name, a file, a text, or a tokenizer stands for. See `check_template`."""
     is_text = isinstance(target, str | Path)
     if target is None or isinstance(target, bytes | int | float):
         problem = f"the argument is {target!r:.60}, expected a template, a tokenizer, or a name"

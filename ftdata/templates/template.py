@@ -327,6 +327,14 @@ def make_chat_variables(
     }
 
 
+def render_or_none(template: Template, variables: Mapping[str, Any]) -> str | None:
+    """Render a template with plain variables. Return `None` if it raises an error."""
+    try:
+        return str(template.run({"documents": None, **variables}))
+    except BadRow:
+        return None
+
+
 def _uses_length(node: nodes.Node) -> bool:
     """Return whether a syntax node may use the length of a text in a way that `WatchedLength` cannot record.
 

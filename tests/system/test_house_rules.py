@@ -37,6 +37,7 @@ ALLOWED = {
     ("registry.py", "exec_module"): "a plug-in file that the user names on the command line",
     ("templates/sandbox/environment.py", "exec"): "what Jinja's sandbox generated, as Jinja itself runs it",
     ("templates/worker/process.py", "subprocess"): "our own interpreter, with a list of arguments",
+    ("templates/engines.py", "subprocess"): "Node.js with a constant script, if the user asks for it",
     ("train/runs/train_model.py", "pickle"): "the name of the error by which torch refuses one",
 }
 

@@ -15,7 +15,20 @@ import ftdata
 
 ROOT = Path(__file__).parents[2]
 FTDATA = Path(sys.executable).parent / "ftdata"
-EXTRAS = ("train", "dedup", "excel", "fast", "gs", "images", "ray", "s3", "sentencepiece", "tekken", "tiktoken")
+EXTRAS = (
+    "train",
+    "dedup",
+    "engines",
+    "excel",
+    "fast",
+    "gs",
+    "images",
+    "ray",
+    "s3",
+    "sentencepiece",
+    "tekken",
+    "tiktoken",
+)
 
 
 @pytest.fixture(scope="module")

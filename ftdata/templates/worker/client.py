@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -169,6 +169,20 @@ def scaffold_in_worker(template: Template) -> str:
         return templates.render_scaffold(template)
     try:
         return str(call_worker("scaffold", template)["text"])
+    except LimitExceeded:
+        raise _make_template_error(template) from None
+
+
+def render_plain(template: Template, cases: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Render a template with plain variables in the worker process. The text is `None` if the template raises an error.
+
+    Raises:
+        TemplateRefused: as in `verify_template`.
+    """
+    if _runs_here(template):
+        return [templates.render_or_none(template, variables) for variables in cases]
+    try:
+        return list(call_worker("render_plain", template, cases=list(cases))["texts"])
     except LimitExceeded:
         raise _make_template_error(template) from None
 

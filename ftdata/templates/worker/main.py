@@ -20,7 +20,7 @@ from typing import Any
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import render_chat
 from ftdata.templates.render_cache import render_cache
-from ftdata.templates.template import Template, render_scaffold
+from ftdata.templates.template import Template, render_or_none, render_scaffold
 from ftdata.templates.verification.probe import describe_contradiction, probe_template
 from ftdata.templates.worker import protocol
 from ftdata.templates.worker.process import BYTES_PER_CHARACTER, EXAMINE_CPU_SECONDS, MEGABYTES
@@ -56,10 +56,15 @@ def _examine(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
     return {"report": probe_template(template).as_dict()}
 
 
+def _render_plain(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"texts": [render_or_none(template, variables) for variables in arguments["cases"]]}
+
+
 ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
     "render": _render,
     "cross_check": _cross_check,
     "scaffold": _scaffold,
+    "render_plain": _render_plain,
     "examine": _examine,
 }
 
