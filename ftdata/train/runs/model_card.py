@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ftdata._version import __version__
-from ftdata.config import Config, to_yaml
+from ftdata.config import Config, Lora, to_yaml
 from ftdata.redaction import redact_text
 
 
@@ -35,6 +37,7 @@ def render_model_card(config: Config, metadata: Mapping[str, Any], manifest: Map
         f"## Results\n\n| | |\n|---|---|\n{results}\n"
         f"## Reproduce\n\n```\nftdata train config.yaml\n```\n\nwith this `config.yaml`:\n\n"
         f"```yaml\n{config_yaml}```\n\n## Usage\n\n```python\n{_usage(config, adapter=metadata['adapter'])}```\n"
+        f"{_serving(config, manifest['options'], adapter=metadata['adapter'])}"
     )
 
 
@@ -75,6 +78,25 @@ def _usage(config: Config, *, adapter: bool) -> str:
         f"from transformers import AutoTokenizer\nfrom {package} import {kind}\n\n"
         f"model = {kind}.from_pretrained({folder}{more})\ntokenizer = AutoTokenizer.from_pretrained({folder})\n"
     )
+
+
+def _serving(config: Config, options: Mapping[str, Any], *, adapter: bool) -> str:
+    """Return the section on serving the model with vLLM, with the template and the stop tokens of the training."""
+    if config.task == "reward":
+        return ""
+    folder = shlex.quote(f"{config.output_dir}/model")
+    command = f"vllm serve {folder}"
+    if adapter:
+        rank = config.lora.r if config.lora is not None else Lora().r
+        command = (
+            f"vllm serve {shlex.quote(redact_text(config.model))} --enable-lora --max-lora-rank {rank} \\\n"
+            f"  --lora-modules tuned={folder} --tokenizer {folder} --generation-config {folder} \\\n"
+            f"  --chat-template {folder}/chat_template.jinja"
+        )
+    kwargs = options["template"].get("kwargs")
+    note = f"\nSend `chat_template_kwargs: {json.dumps(kwargs)}` with each request.\n" if kwargs else ""
+    audit = f"ftdata audit DATA --tokenizer {folder} --serve http://localhost:8000"
+    return f"\n## Serving\n\n```\n{command}\n```\n{note}\nCompare the server with the training: `{audit}`\n"
 
 
 def _cell(value: object) -> str:
