@@ -260,9 +260,24 @@ def check_row_tokens(tokenizer: Tokenizer, tokens: RowTokens) -> None:
     if (unknown := np.flatnonzero((ids < 0) | (ids >= tokenizer.size))).size:
         first = int(unknown[0])
         problem = f"the token id {ids[first]} is not in the vocabulary of tokenizer {tokenizer.name}"
-        raise BadRow("token_id", problem, field=f"input_ids[{first}]", hint="pass the tokenizer that made these tokens")
+        field = _name_token(tokens, first)
+        raise BadRow("token_id", problem, field=field, hint="pass the tokenizer that made these tokens")
     if not tokens.trained.any():
         raise BadRow("nothing_trained", "the row has no trained token", field="labels")
+
+
+def _name_token(tokens: RowTokens, position: int) -> str:
+    """Return the path of a token in its row."""
+    for number, (start, end) in enumerate(tokens.turns):
+        if position < end:
+            turn = f"[{number}]" if len(tokens.turns) > 1 else ""
+            is_prompt = position < start
+            return (
+                f"prompt_token_ids{turn}[{position}]"
+                if is_prompt
+                else f"completion_token_ids{turn}[{position - start}]"
+            )
+    return f"input_ids[{position}]"
 
 
 def _decode_tokens(

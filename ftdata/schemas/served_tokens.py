@@ -26,6 +26,8 @@ Turn = tuple[list[int], list[int]]
 def read_served_row(data: Mapping[str, Any], origin: Conversation | None) -> Conversation:
     """Convert a row with served tokens to a conversation. Exactly the tokens of the completions are trained.
 
+    A completion whose message has `train: false` is not trained.
+
     Args:
         data: the row.
         origin: the messages of the row, whose last answers are the completions; `None` if the row has no messages.
@@ -47,8 +49,9 @@ def read_served_row(data: Mapping[str, Any], origin: Conversation | None) -> Con
         problem = f"the messages have {count_noun(answers, 'answer')}, but the row has {count_noun(len(turns), 'turn')}"
         raise BadRow("served_turns", problem, field="messages", hint="remove the messages, or add the missing answers")
     trained = np.zeros(len(ids), np.bool_)
-    for start, end in bounds:
-        trained[start:end] = True
+    excluded = _find_excluded(origin.messages, len(bounds)) if origin else [False] * len(bounds)
+    for (start, end), is_excluded in zip(bounds, excluded, strict=True):
+        trained[start:end] = not is_excluded
     trained[0] = False  # There is no context from which the model could predict the first token.
     tokens = RowTokens(np.asarray(ids, np.int32), trained, tuple(bounds), origin)
     return Conversation(messages=(), tokens=tokens)
@@ -85,8 +88,8 @@ def _split_row(row: Row, data: Mapping[str, Any], names: Mapping[str, str]) -> I
     except BadRow:
         yield row
         return
-    groups, answers = [*_group_turns(turns)], _find_answers(messages)
-    if len(groups) < 2 or (messages is not None and len(answers) != len(turns)):
+    groups, answers = [*_group_turns(turns)], _find_answers(messages)[-len(turns) :]
+    if len(groups) < 2 or (messages is not None and len(answers) < len(turns)):
         yield row
         return
     turn = 0
@@ -98,7 +101,9 @@ def _split_row(row: Row, data: Mapping[str, Any], names: Mapping[str, str]) -> I
         }
         if messages is not None:
             values[names["messages"]] = messages[: answers[turn - 1] + 1]
-        others = {name: value for name, value in data.items() if name != names[_LOGPROBS]}
+        # The text of a single completion cannot be divided.
+        unused = (names[_LOGPROBS], *(("prompt", "completion") if messages is None else ()))
+        others = {name: value for name, value in data.items() if name not in unused}
         yield row._replace(data={**others, **values}, notes=row.notes | {"served turns"})
 
 
@@ -169,6 +174,12 @@ def _read_logprobs(data: Mapping[str, Any]) -> list[list[float]] | None:
 def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
     pairs = zip(first, second, strict=False)
     return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _find_excluded(messages: Sequence[Mapping[str, Any]], turns: int) -> list[bool]:
+    """Return for each turn whether its message has `train: false`. The turns are the last answers."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    return [not message.get("train", True) for message in answers[-turns:]]
 
 
 def _count_answers(messages: Sequence[Mapping[str, Any]]) -> int:

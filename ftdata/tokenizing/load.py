@@ -53,7 +53,14 @@ _FILES = (
     "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
-VENDOR_FILES = ("tokenizer.model", "tekken.json", "*.tiktoken", "tiktoken.model", "tokenization_*.py")
+VENDOR_FILES = (
+    "tokenizer.model",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tokenization_*.py",
+    "added_tokens.json",
+)
 """Files that are downloaded if a model has no `tokenizer.json`. Python files are read and never executed."""
 
 _MAX_LOADED = 8
@@ -150,12 +157,13 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
     if file.is_file():
         text = file.read_bytes()
     else:
-        from ftdata.tokenizing.formats.convert import convert_folder
+        from ftdata.tokenizing.formats.convert import convert_folder, find_vendor_file
 
         converted = convert_folder(folder, config)
         if converted is None:
             problem = f"the folder {folder} contains no tokenizer.json, tokenizer.model, tekken.json or *.tiktoken"
             raise UsageError("no_tokenizer", problem, hint="copy the tokenizer files of the model to the folder")
+        file = find_vendor_file(folder) or file
         text, config, model = converted.json, {**converted.special_tokens, **config}, converted.sentencepiece
     template = _read_chat_template(folder, config)
     json_hash = hashlib.sha256(text)

@@ -75,8 +75,8 @@ class Tokenizer:
     def encoders(self) -> Encoders:
         """The reference encoder and the fast encoder of this tokenizer."""
         if self.sentencepiece is not None:
-            control = {token: id_ for token, (id_, special) in self.added_tokens.items() if special}
-            return Encoders(self.json, SentencePieceEncoder(self.sentencepiece, control), is_fast_trusted=False)
+            encoder = SentencePieceEncoder(self.sentencepiece, self.exact_tokens)
+            return Encoders(self.json, encoder, is_fast_trusted=False)
         return Encoders(self.json, ReferenceEncoder(self._backend))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,6 +100,12 @@ class Tokenizer:
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
         """A mapping from the text of each added token to a tuple: its id, and whether the token is special."""
         return {token.content: (id_, token.special) for id_, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
+    def exact_tokens(self) -> dict[str, int]:
+        """A mapping from the text of each added token that is found before the text is normalized to its id."""
+        tokens = self._backend.get_added_tokens_decoder().items()
+        return {token.content: id_ for id_, token in tokens if not token.normalized}
 
     @cached_property
     def stripping_tokens(self) -> frozenset[str]:
@@ -133,7 +139,15 @@ class Tokenizer:
     @property
     def unknown_token(self) -> str | None:
         """The token that represents text outside the vocabulary, or `None` if the tokenizer has no such token."""
-        return getattr(self._backend.model, "unk_token", None)
+        model = self._backend.model
+        if isinstance(model, tokenizers.models.Unigram):
+            return self._unigram_unknown_token
+        return getattr(model, "unk_token", None)
+
+    @cached_property
+    def _unigram_unknown_token(self) -> str | None:
+        id_ = json.loads(self.json)["model"].get("unk_id")
+        return None if id_ is None else self._backend.id_to_token(id_)
 
     def token_to_id(self, token: str | None) -> int | None:
         """Return the id of a token, or `None` if it is not in the vocabulary."""
@@ -434,8 +448,8 @@ def _make_placeholder_encoder(control: ControlTokens, base: int) -> tuple[Encode
     """Create an encoder with placeholders instead of control tokens. Also return a table of the original ids."""
     placeholders = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
     if control.tokenizer.sentencepiece is not None:
-        ids_of_placeholders = {text: control.tokenizer.added_tokens[token][0] for token, text in placeholders.items()}
-        encoder = SentencePieceEncoder(control.tokenizer.sentencepiece, ids_of_placeholders)
+        exact = {placeholders.get(token, token): id_ for token, id_ in control.tokenizer.exact_tokens.items()}
+        encoder = SentencePieceEncoder(control.tokenizer.sentencepiece, exact)
         return encoder, np.arange(control.tokenizer.size, dtype=np.int32)
     description = json.loads(control.tokenizer.json)
     description["post_processor"] = None

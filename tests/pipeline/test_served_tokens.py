@@ -193,6 +193,39 @@ def test_turns_are_joined_only_if_their_prompts_continue(tokenizer_dir, tmp_path
     )
 
 
+def test_turns_can_be_excluded(tokenizer_dir):
+    tokenizer = tokenizer_dir("tiny_bpe")
+    messages = make_talk("hi", "yes", "and?", "no")
+    prompts, completions = serve(messages, tokenizer)
+    row = {"prompt_token_ids": prompts, "completion_token_ids": completions}
+    for excluded in ((), (0,), (1,)):
+        said = [{**one, "train": False} if n // 2 in excluded and n % 2 else one for n, one in enumerate(messages)]
+        (example,) = build_sft_dataset([{**row, "messages": said}], tokenizer)["train"]
+        expected = [token for turn, ids in enumerate(completions) if turn not in excluded for token in ids]
+        assert [label for label in example["labels"] if label != -100] == expected
+    with pytest.raises(InputRefused, match="no trained token"):
+        build_sft_dataset(
+            [{**row, "messages": [{**one, "train": one["role"] == "user"} for one in messages]}], tokenizer
+        )
+
+
+def test_earlier_answers_are_context(tokenizer_dir):
+    """The turns are the last answers of the messages, also if the row is split."""
+    tokenizer = tokenizer_dir("tiny_bpe")
+    messages = make_talk("x", "y", "hi", "yes", "and?", "no")
+    prompts, completions = (ids[1:] for ids in serve(messages, tokenizer))
+    row = {
+        "messages": messages,
+        "prompt_token_ids": [prompts[0], [40, *prompts[1]]],
+        "completion_token_ids": completions,
+    }
+    first, second = drifts_of_parts(row, make_recipe(tokenizer))
+    assert (first, second[0].position) == ([], 0)
+    # The text columns of a row belong to its last turn, so the parts of a divided row are not compared with them.
+    texts = {"prompt": "hi", "completion": "no", **{name: row[name] for name in row if name != "messages"}}
+    assert drifts_of_parts(texts, make_recipe(tokenizer)) == [[], []]
+
+
 def test_columns_can_have_other_names(tokenizer_dir):
     rows = [{"p": [[40], [44]], "c": [[41], [43, 2]]}]
     columns = {"prompt_token_ids": "p", "completion_token_ids": "c"}
@@ -210,7 +243,8 @@ GOOD = {"prompt_token_ids": [40, 41], "completion_token_ids": [42, 2]}
         ({"prompt_token_ids": [40, 1.0]}, "prompt_token_ids[1]", "expected a token id"),
         ({"prompt_token_ids": [40, True]}, "prompt_token_ids[1]", "expected a token id"),
         ({"prompt_token_ids": [40, 1 << 31]}, "prompt_token_ids[1]", "expected a token id"),
-        ({"prompt_token_ids": [40, 999_999]}, "input_ids[1]", "not in the vocabulary"),
+        ({"prompt_token_ids": [40, 999_999]}, "prompt_token_ids[1]", "not in the vocabulary"),
+        ({"completion_token_ids": [40, 999_999]}, "completion_token_ids[1]", "not in the vocabulary"),
         ({"completion_token_ids": []}, "completion_token_ids", "the list is empty"),
         ({"completion_token_ids": [[42], []]}, "completion_token_ids", "1 prompt and 2 completions"),
         ({"prompt_token_ids": [[40], [40, 42]], "completion_token_ids": [[42], []]}, "completion_token_ids[1]", "is empty"),

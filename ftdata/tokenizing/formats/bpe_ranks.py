@@ -74,7 +74,7 @@ def find_pattern(file: Path) -> str:
     Raises:
         ConversionError: no pattern is found, or several.
     """
-    if (pattern := PATTERNS.get(file.stem)) is not None:
+    if (pattern := PATTERNS.get(file.stem.lower())) is not None:
         return pattern
     patterns = {
         pattern
@@ -83,7 +83,7 @@ def find_pattern(file: Path) -> str:
     }
     if len(patterns) == 1:
         return patterns.pop()
-    found = "several patterns" if patterns else "no pattern (a constant such as pat_str)"
+    found = f"{len(patterns)} different patterns" if patterns else "no pattern (a constant such as pat_str)"
     problem = f"it does not contain its regular expression, and the files tokenization_*.py contain {found}"
     hint = f"add the vendor's tokenization_*.py, or name the file {', '.join(f'{name}.tiktoken' for name in PATTERNS)}"
     raise ConversionError(problem, hint)
@@ -96,7 +96,11 @@ def known_added_tokens(file: Path, size: int) -> list[dict[str, Any]]:
         file: the tiktoken file.
         size: number of the other tokens, which is the id of the first control token.
     """
-    return [make_added_token(size + number, token) for number, token in enumerate(_QWEN_TOKENS) if file.stem == "qwen"]
+    return [
+        make_added_token(size + number, token)
+        for number, token in enumerate(_QWEN_TOKENS)
+        if file.stem.lower() == "qwen"
+    ]
 
 
 def _read_patterns(source: str) -> set[str]:

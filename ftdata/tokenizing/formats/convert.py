@@ -17,10 +17,16 @@ from typing import Any, NamedTuple
 import orjson
 import tokenizers
 
-from ftdata.errors import MissingDependency, TemplateRefused
+from ftdata.errors import MissingDependency, TemplateRefused, describe_exception
 from ftdata.storage import disk
-from ftdata.tokenizing.encoders import describe_encoder_error, difficult_texts
+from ftdata.tokenizing.encoders import difficult_texts
 from ftdata.tokenizing.formats import bpe_ranks, sentencepiece_model, specification
+from ftdata.tokenizing.formats.added_tokens import (
+    check_named_tokens,
+    check_stripping,
+    merge_added_tokens,
+    read_added_tokens,
+)
 from ftdata.tokenizing.formats.specification import ConversionError, make_added_token
 from ftdata.tokenizing.sentencepiece_encoder import SentencePieceModel, parse_model
 
@@ -81,8 +87,15 @@ def convert_folder(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenize
 
 def find_vendor_file(folder: Path) -> Path | None:
     """Return the file with the tokenizer in a folder without a `tokenizer.json`, or `None`."""
-    names = [folder / "tekken.json", *sorted(folder.glob("*.tiktoken")), folder / "tiktoken.model"]
-    return next((path for path in (*names, folder / "tokenizer.model") if path.is_file()), None)
+    patterns = ("tekken.json", "*.tiktoken", "tiktoken.model", "tokenizer.model", "tokenizer.model.v*")
+    for pattern in patterns:
+        files = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(files) > 1:
+            problem = f"{folder} contains several tokenizers: {', '.join(path.name for path in files)}"
+            raise TemplateRefused("tokenizer_format", problem, hint="keep only the file of the model")
+        if files:
+            return files[0]
+    return None
 
 
 def _find_format(file: Path, content: bytes) -> str:
@@ -92,16 +105,27 @@ def _find_format(file: Path, content: bytes) -> str:
 
 
 def _convert(kind: str, file: Path, content: bytes, config: Mapping[str, Any]) -> ConvertedTokenizer:
-    if kind == "tekken":
-        return _convert_tekken(file, content, config)
-    return _convert_tiktoken(file, content, config) if kind == "tiktoken" else _convert_sentencepiece(content, config)
+    converters = {"tekken": _convert_tekken, "tiktoken": _convert_tiktoken, "sentencepiece": _convert_sentencepiece}
+    try:
+        return converters[kind](file, content, config)
+    except ConversionError:
+        raise
+    except BaseException as error:
+        # Rust panics, which damaged files cause, are only `BaseException`s.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        problem = f"it is damaged, or its version is not supported: {describe_exception(error)}"
+        raise ConversionError(problem, "download the file again") from None
 
 
 def _convert_tiktoken(file: Path, content: bytes, config: Mapping[str, Any]) -> ConvertedTokenizer:
     import tiktoken
 
     ranks, pattern = bpe_ranks.read_ranks(content), bpe_ranks.find_pattern(file)
-    added_tokens = _read_added_tokens(config) or bpe_ranks.known_added_tokens(file, len(ranks))
+    if not ranks:
+        raise ConversionError("it is empty", "download the file again")
+    declared = read_added_tokens(config, file.parent)
+    added_tokens = merge_added_tokens(bpe_ranks.known_added_tokens(file, len(ranks)), declared)
     if not added_tokens:
         problem = "it contains no control tokens, and tokenizer_config.json has no added_tokens_decoder"
         raise ConversionError(problem, "add the ids and texts of the control tokens to added_tokens_decoder")
@@ -116,13 +140,14 @@ def _convert_tekken(file: Path, content: bytes, config: Mapping[str, Any]) -> Co
     ranks, pattern, first_id = bpe_ranks.read_tekken(content)
     vendor = Tekkenizer.from_file(str(file))
     tokens = [vendor.id_to_piece(id_) for id_ in range(first_id)]
-    added_tokens = [make_added_token(id_, token) for id_, token in enumerate(tokens)]
+    own = [make_added_token(id_, token) for id_, token in enumerate(tokens)]
+    added_tokens = merge_added_tokens(own, read_added_tokens(config, file.parent))
     special_tokens = {"bos_token": tokens[vendor.bos_id], "eos_token": tokens[vendor.eos_id]}
     spec = bpe_ranks.convert_ranks(ranks, pattern, added_tokens, first_id=first_id)
     return _finish(spec, config, special_tokens, lambda text: vendor.encode(text, bos=False, eos=False), adds_bos=True)
 
 
-def _convert_sentencepiece(content: bytes, config: Mapping[str, Any]) -> ConvertedTokenizer:
+def _convert_sentencepiece(file: Path, content: bytes, config: Mapping[str, Any]) -> ConvertedTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -135,10 +160,13 @@ def _convert_sentencepiece(content: bytes, config: Mapping[str, Any]) -> Convert
         raise ConversionError(problem, "download the file again") from None
     sentencepiece_model.check_model(model)
     # Mistral's own folders have no configuration. Its library encodes each section as a text of its own.
-    prefix_once = bool(config) and not config.get("legacy", False)
-    spec = sentencepiece_model.convert_sentencepiece(model, prefix_once=prefix_once)
-    known = {token["id"] for token in spec["added_tokens"]}
-    spec["added_tokens"] += [token for token in _read_added_tokens(config) if token["id"] not in known]
+    prefix_once = (file.parent / "tokenizer_config.json").is_file() and not config.get("legacy", False)
+    if config.get("add_prefix_space") is False:
+        model.normalizer_spec.add_dummy_prefix = False
+        content = model.SerializeToString()
+        vendor = SentencePieceProcessor(model_proto=content)
+    declared = read_added_tokens(config, file.parent)
+    spec = sentencepiece_model.convert_sentencepiece(model, declared, prefix_once=prefix_once)
     special_tokens = {
         name: vendor.id_to_piece(id_)
         for name, id_ in (
@@ -149,24 +177,12 @@ def _convert_sentencepiece(content: bytes, config: Mapping[str, Any]) -> Convert
         if id_ >= 0
     }
     if not sentencepiece_model.has_equivalent(model, prefix_once=prefix_once):
+        check_stripping(spec["added_tokens"])
         converted = _finish(spec, config, special_tokens, None, adds_bos=True)
         return converted._replace(sentencepiece=SentencePieceModel(content, prefix_once))
     # A space is added before every text that does not begin with a space.
     prefix = "a" if prefix_once else ""
     return _finish(spec, config, special_tokens, vendor.encode, adds_bos=True, prefix=prefix)
-
-
-def _read_added_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the added tokens in `tokenizer_config.json`."""
-    tokens = config.get("added_tokens_decoder") or {}
-    try:
-        return [
-            make_added_token(int(id_), str(token["content"]), special=bool(token.get("special")))
-            for id_, token in tokens.items()
-        ]
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        problem = f"added_tokens_decoder in tokenizer_config.json is invalid: {error}"
-        raise ConversionError(problem, 'expected {"ID": {"content": "TEXT", "special": true}, ...}') from None
 
 
 def _finish(
@@ -194,9 +210,9 @@ def _finish(
     if isinstance(bos, str) and bos in texts and config.get("add_bos_token", adds_bos):
         spec["post_processor"] = specification.prepend_token(bos, texts[bos])
     spec_json = orjson.dumps(spec)
-    with describe_encoder_error():
-        backend = tokenizers.Tokenizer.from_buffer(spec_json)
+    backend = tokenizers.Tokenizer.from_buffer(spec_json)
     _check_added_tokens(backend, texts)
+    check_named_tokens(config, backend.get_vocab(with_added_tokens=True))
     if encode is not None:
         _compare(backend, encode, [*texts], prefix)
     return ConvertedTokenizer(spec_json, special_tokens)
@@ -224,8 +240,7 @@ def _compare(
     """Compare the ids of difficult texts. The vendors' libraries never read control tokens from a text."""
     pattern = re.compile("|".join(map(re.escape, added_tokens)) or r"(?!)")
     texts = [prefix + text for text in difficult_texts([]) if not pattern.search(text)]
-    with describe_encoder_error():
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
     for text, encoding in zip(texts, encodings, strict=True):
         if encoding.ids != list(encode(text)):
             problem = f"the text {text[:40]!r} gets other ids than from the library of its vendor"
@@ -236,7 +251,9 @@ def _make_key(file: Path, content: bytes, config: Mapping[str, Any], versions: s
     """Return a hash of everything that determines a converted tokenizer."""
     digest = hashlib.sha256(f"{file.name} {versions} {json.dumps(config, sort_keys=True, default=str)}".encode())
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "encoders.py"]
-    for path in (*code, *sorted(file.parent.glob("tokenization_*.py"))):
+    others = [path for path in (file.with_name("added_tokens.json"),) if path.is_file()]
+    digest.update(str(file.with_name("tokenizer_config.json").is_file()).encode())
+    for path in (*code, *sorted(file.parent.glob("tokenization_*.py")), *others):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(content)
     return digest.hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ftdata.tokenizing.formats.added_tokens import merge_added_tokens
 from ftdata.tokenizing.formats.specification import ConversionError, make_added_token, make_specification
 
 _SPACE = "\u2581"
@@ -41,15 +43,19 @@ def has_equivalent(model: Any, *, prefix_once: bool) -> bool:
     return model.trainer_spec.model_type == _BPE and not changes_text and can_prefix and _UNUSED not in kinds
 
 
-def convert_sentencepiece(model: Any, *, prefix_once: bool) -> dict[str, Any]:
+def convert_sentencepiece(model: Any, declared: Sequence[dict[str, Any]], *, prefix_once: bool) -> dict[str, Any]:
     """Return the content of `tokenizer.json` for a SentencePiece model.
 
     If `has_equivalent` is false, the content is used only for the vocabulary, and not to encode texts.
 
     Args:
         model: the parsed model, a `ModelProto`.
+        declared: added tokens in the configuration.
         prefix_once: whether the space that SentencePiece adds before a text is added only at the start of the text, as
             in tokenizers of transformers with `legacy: false`, or also after each control token.
+
+    Raises:
+        ConversionError: a declared token has the id or the text of another token, or its id leaves a gap.
     """
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     # User-defined pieces are parts of ordinary text, and are found after the text is normalized.
@@ -58,8 +64,22 @@ def convert_sentencepiece(model: Any, *, prefix_once: bool) -> dict[str, Any]:
         for id_, (piece, _, kind) in enumerate(pieces)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
+    declared_ids = {token["id"] for token in declared}
+    normal = [
+        make_added_token(id_, piece, special=False)
+        for id_, (piece, _, kind) in enumerate(pieces)
+        if id_ in declared_ids and kind not in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    added_tokens = merge_added_tokens([*added_tokens, *normal], declared)
+    new_tokens = [token for token in added_tokens if token["id"] >= len(pieces)]
     is_bpe, byte_fallback = model.trainer_spec.model_type == _BPE, model.trainer_spec.byte_fallback
     section = (_make_bpe if is_bpe else _make_unigram)(pieces, byte_fallback=byte_fallback)
+    if is_bpe:
+        # `tokenizers` numbers added tokens itself unless they are in the vocabulary.
+        section["vocab"] |= {token["content"]: token["id"] for token in new_tokens}
+    elif [token["id"] for token in new_tokens] != [*range(len(pieces), len(pieces) + len(new_tokens))]:
+        problem = f"the ids of its added tokens do not follow its {len(pieces):,} pieces without a gap"
+        raise ConversionError(problem, "declare the tokens with the missing ids in added_tokens_decoder")
     adds_prefix, pre_tokenizer = model.normalizer_spec.add_dummy_prefix, None
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     if adds_prefix and prefix_once:

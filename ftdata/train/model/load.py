@@ -30,7 +30,7 @@ from ftdata.train.model.quantization import Quantization, quantization_config
 from ftdata.train.model.trainer_tasks import find_model_class
 from ftdata.train.model.vision import register_mrope_hook
 
-_SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -180,9 +180,13 @@ def copy_sentencepiece_files(tokenizer: Tokenizer, target: Path) -> None:
     if tokenizer.sentencepiece is None or tokenizer.folder is None:
         return
     (target / "tokenizer.json").unlink(missing_ok=True)
-    for name in _SENTENCEPIECE_FILES:
+    for name in _CONFIG_FILES:
+        # The existence of a configuration determines how texts are encoded.
+        (target / name).unlink(missing_ok=True)
         if (tokenizer.folder / name).is_file():
             shutil.copyfile(tokenizer.folder / name, target / name)
+    for file in tokenizer.folder.glob("tokenizer.model*"):
+        shutil.copyfile(file, target / file.name)
 
 
 def _make_savable(settings: GenerationConfig) -> GenerationConfig:
