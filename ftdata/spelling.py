@@ -29,6 +29,7 @@ _OTHER_NAMES = (
     "output_dir",
     "overwrite",
     "quoting",
+    "serve",
     "split",
     "to",
     "tokenizer",

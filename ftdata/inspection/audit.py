@@ -31,7 +31,7 @@ from ftdata.inspection.findings import (
     escape_command,
     make_sarif_location,
 )
-from ftdata.inspection.serving import Server, connect
+from ftdata.inspection.serving import Server, can_be_compared, connect
 from ftdata.inspection.summary import confirm_statements, describe_verdict
 from ftdata.inspection.survey import RowNumbers, Survey, number_source_rows, survey_rows
 from ftdata.inspection.target import Target, make_target
@@ -263,6 +263,10 @@ def audit(
         missing_column = target.describe_missing_column()
         problem = "the data contains no rows to audit" + (f": {missing_column}" if missing_column else "")
         raise InputRefused("no_rows", problem, hint="check the data and the options where and limit")
+    if auditor.uncompared:
+        rows = f"{auditor.uncompared:,} of {survey.rows:,} rows were not compared: text, tokens or images"
+        skipped["serving"] = rows
+        auditor.skipped_codes |= {"serving"}
     return replace(auditor.report(target, survey), skipped=skipped)
 
 
@@ -283,7 +287,7 @@ class Auditor:
         near_duplicate_threshold: float | None,
         server: Server | None = None,
     ) -> None:
-        self.server = server
+        self.server, self.uncompared = server, 0
         self.recipe, self.near_duplicate_threshold = recipe, near_duplicate_threshold
         self.skipped_codes = skipped_codes
         self.checks = [check for code, check in checks.items() if code not in skipped_codes]
@@ -325,6 +329,7 @@ class Auditor:
     def _compare_with_server(self, batch: Batch) -> None:
         if self.server is None:
             return
+        self.uncompared += sum(not can_be_compared(batch.built(number)) for number in range(len(batch.conversations)))
         for check in self.server_checks:
             for source, detail in check.run(ServedBatch(self.server, batch, self.recipe)):
                 self._add_finding(check, source, detail)

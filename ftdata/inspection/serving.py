@@ -17,14 +17,16 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from ftdata.errors import HubError, UsageError
 from ftdata.pipeline.batch import Batch, BuiltRow
 from ftdata.pipeline.recipe import Recipe
+from ftdata.redaction import redact_text
 from ftdata.types import Conversation, Example, Message, Part, Source
 
 _CONCURRENT = 32
@@ -91,8 +93,14 @@ def connect(url: str) -> Server:
         UsageError: `serve`, if the URL is invalid, or the server supports none of the requests.
         HubError: `server`, if the server does not answer.
     """
-    if not url.startswith(("http://", "https://")):
-        problem = f"serve is {url!r}, expected the URL of a server"
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        is_valid = is_valid and not parts.query and not any(character.isspace() for character in url)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        problem = f"serve is {redact_text(url)!r}, expected the URL of a server"
         raise UsageError("serve", problem, hint="pass e.g. serve='http://localhost:8000'")
     url = url.rstrip("/").removesuffix("/v1")
     return _run(_connect(url))
@@ -107,16 +115,18 @@ def _run(task: Coroutine[Any, Any, _Result]) -> _Result:
 async def _connect(url: str) -> Server:
     async with _open_session() as session:
         model = await _find_model(session, url)
+        refusal = ""
         for name, render in _RENDERERS.items():
             try:
                 await render(_Connection(session, Server(url, name, model)), _PROBE)
             except (LookupError, TypeError):
                 continue
-            except _Refused:
-                # The request exists, but the server cannot render this conversation.
-                pass
+            except _Refused as error:
+                refusal = refusal or str(error)
+                continue
             return Server(url, name, model)
-    problem = f"the server {url} has no request that renders a conversation as tokens"
+    refused = f": it refuses a conversation with one message: {refusal}" if refusal else ""
+    problem = f"the server {redact_text(url)} has no request that renders a conversation as tokens{refused}"
     hint = "use vLLM, llama.cpp (llama-server --jinja) or text-generation-inference"
     raise UsageError("serve", problem, hint=hint)
 
@@ -124,13 +134,19 @@ async def _connect(url: str) -> Server:
 async def _find_model(session: Any, url: str) -> str | None:
     status, answer = await _request(session, "GET", f"{url}/v1/models", None)
     models = answer.get("data") if status == 200 and isinstance(answer, Mapping) else None
-    return str(models[0]["id"]) if models and isinstance(models[0], Mapping) and "id" in models[0] else None
+    first = models[0] if isinstance(models, list) and models else None
+    return str(first["id"]) if isinstance(first, Mapping) and "id" in first else None
 
 
 def _open_session() -> Any:
     import aiohttp
 
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY_VARIABLE)) else {}
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isprintable():
+        raise UsageError(
+            "serve", f"{KEY_VARIABLE} contains a control character", hint="set it to the key of the server"
+        )
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     connector = aiohttp.TCPConnector(limit=_CONCURRENT)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
     return aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout)
@@ -144,28 +160,32 @@ async def _request(session: Any, method: str, url: str, body: Any) -> tuple[int,
     """
     import aiohttp
 
-    reason = ""
+    reason, data = "", None if body is None else json.dumps(body, default=str).encode()
     for number in range(_TRIES):
         if number:
             await asyncio.sleep(_PAUSE * 2 ** (number - 1))
         try:
-            async with session.request(method, url, json=body) as response:
-                text = await response.text()
+            async with session.request(method, url, data=data) as response:
+                text = (await response.read()).decode(errors="replace")
                 if response.status != 429 and response.status < 500:
                     return response.status, _parse(text)
                 reason = f"status {response.status}: {' '.join(text.split())[:200]}"
                 if response.status == 501 or (response.status == 500 and "xception" in text):
                     return response.status, _parse(text)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            reason = str(error) or type(error).__name__
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise _make_error(url, reason)
+
+
+def _make_error(url: str, reason: str) -> HubError:
     hint = f"check the URL and the server; set {KEY_VARIABLE} if the server needs a key"
-    raise HubError("server", f"the server does not answer {url}: {reason}", hint=hint)
+    return HubError("server", f"the server does not answer {redact_text(url)}: {reason}", hint=hint)
 
 
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -228,7 +248,7 @@ async def _tokenize_vllm(connection: _Connection, request: Mapping[str, Any]) ->
 
 
 def _read_ids(ids: Any) -> list[int]:
-    if not isinstance(ids, list) or not all(type(id_) is int for id_ in ids):
+    if not isinstance(ids, list) or not all(type(id_) is int and 0 <= id_ < 1 << 31 for id_ in ids):
         raise TypeError("the server returned no token ids")
     return ids
 
@@ -259,17 +279,24 @@ def find_serving_differences(server: Server, batch: Batch, recipe: Recipe) -> It
 def find_trained_turns(row: BuiltRow) -> Iterator[TrainedTurn]:
     """Yield the trained turns of a row."""
     conversation = row.conversation
-    if conversation.tokens is not None or conversation.text is not None or conversation.images:
+    if not can_be_compared(row):
         return
     for number, example in enumerate(row.examples):
-        part = conversation.part(number)
-        edges = np.flatnonzero(np.diff(example.trained.astype(np.int8), prepend=0, append=0)).tolist()
-        for start, end in zip(edges[::2], edges[1::2], strict=True):
-            first, last = int(example.offsets[start, 0]), int(example.offsets[end - 1, 1])
-            owners = [span.message for span in example.spans if span.end > first and span.start < last]
-            index = min((owner for owner in owners if owner >= 0), default=None)
-            if index is not None and part.messages and part.messages[index]["role"] == "assistant":
-                yield TrainedTurn(conversation.source, part, index, example, start)
+        part, ends = conversation.part(number), example.offsets[:, 1]
+        for is_generated, run in groupby(example.spans, key=attrgetter("generated")):
+            spans = list(run)
+            if not is_generated:
+                continue
+            start, end = np.searchsorted(ends, (spans[0].start, spans[-1].end - 1), side="right").tolist()
+            messages = [span.message for span in spans if span.message >= 0]
+            if messages and example.trained[start : end + 1].any():
+                yield TrainedTurn(conversation.source, part, min(messages), example, start)
+
+
+def can_be_compared(row: BuiltRow) -> bool:
+    """Return whether a server can render the messages of a row."""
+    conversation = row.conversation
+    return all(part.messages for part in conversation.parts) and not conversation.tokens and not conversation.images
 
 
 async def _render_turns(server: Server, turns: Sequence[TrainedTurn], recipe: Recipe) -> list[list[int] | str]:
@@ -278,13 +305,14 @@ async def _render_turns(server: Server, turns: Sequence[TrainedTurn], recipe: Re
         connection, slots = _Connection(session, server), asyncio.Semaphore(_CONCURRENT)
 
         async def render(turn: TrainedTurn) -> list[int] | str:
+            request = make_request(turn, recipe)
             async with slots:
                 try:
-                    return await _RENDERERS[server.render](connection, make_request(turn, recipe))
+                    return await _RENDERERS[server.render](connection, request)
                 except _Refused as error:
                     return str(error)
                 except (LookupError, TypeError) as error:
-                    return f"the answer has an unknown form: {error}"
+                    raise _make_error(server.url + server.render, f"it has an unknown form: {error}") from None
 
         return list(await asyncio.gather(*map(render, turns)))
 
@@ -337,7 +365,8 @@ def _show_tokens(ids: Sequence[int], recipe: Recipe) -> str:
     is_control = recipe.control.is_control(np.asarray(ids, np.int32)).tolist()
     runs = groupby(zip(is_control, ids, strict=True), key=itemgetter(0))
     texts = ((control, recipe.tokenizer.decode([id_ for _, id_ in run])) for control, run in runs)
-    return "".join(f"⟨{text}⟩" if control else text for control, text in texts)
+    text = "".join(f"⟨{text}⟩" if control else text for control, text in texts)
+    return text or f"token {ids[0]}"
 
 
 def _describe_owner(turn: TrainedTurn, position: int) -> str:

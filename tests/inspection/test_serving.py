@@ -154,7 +154,16 @@ def test_busy_server_is_asked_again(qwen, served):
 
 
 def test_servers_that_cannot_be_used_are_refused(qwen, served, tmp_path, monkeypatch):
-    for url in ("localhost:8000", "ftp://x", ""):
+    for url in (
+        "localhost:8000",
+        "ftp://x",
+        "",
+        "http://",
+        "http://localhost:99999",
+        "http://[::1",
+        "http://a b",
+        "http://a?x=1",
+    ):
         with pytest.raises(UsageError, match="expected the URL of a server"):
             audit(ROWS, qwen, serve=url)
     with stand_in(served, "none") as (url, _), pytest.raises(UsageError, match="no request that renders"):
@@ -172,6 +181,64 @@ def test_servers_that_cannot_be_used_are_refused(qwen, served, tmp_path, monkeyp
     write_build(ROWS, qwen, tmp_path / "built")
     with pytest.raises(UsageError, match="a build contains no messages"):
         audit(str(tmp_path / "built"), serve="http://127.0.0.1:9")
+
+
+def test_all_policies_compare_the_same_turns(qwen, served):
+    """The prompt of a turn does not depend on which tokens are trained."""
+    rows = [ROWS[1], ROWS[3]]
+    for policy, count in (("assistant", 2), ("all", 2), ("last_assistant", 2)):
+        with stand_in(served, change_ids=lambda ids: [5, *ids]) as (url, _):
+            (finding,) = findings(audit(rows, qwen, serve=url, train_on=policy))
+        assert finding.count == count
+    with stand_in(served) as (url, _):
+        assert findings(audit(rows, qwen, serve=url, train_on="all")) == []
+
+
+def test_rows_that_are_not_compared_are_counted(qwen, served):
+    rows = [{"text": "a b"}, {"prompt_token_ids": [40], "completion_token_ids": [41]}, ROWS[3]]
+    with stand_in(served) as (url, requests):
+        report = audit(rows, qwen, serve=url)
+    assert report.skipped["serving"] == "2 of 3 rows were not compared: text, tokens or images"
+    assert CONFIRMED not in report.confirmed
+    assert findings(report) == []
+    # Differences of the other rows are reported.
+    with stand_in(served, change_ids=lambda ids: [5, *ids]) as (url, requests):
+        assert len(findings(audit(rows, qwen, serve=url))) == 1
+    assert len([body for _, body in requests if "Hi?" in str(body)]) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<html>",
+        "[" * 100_000,
+        {"token_ids": [1 << 31]},
+        {"token_ids": [-1]},
+        {"token_ids": [10**80]},
+        {"token_ids": "x"},
+        {},
+        [],
+    ],
+)
+def test_unknown_answers_of_a_server_are_an_error(content, qwen, served):
+    strange = stand_in(served, fail=lambda number: (200, content) if number > 1 else None)
+    with strange as (url, _), pytest.raises(HubError, match="unknown form|does not answer"):
+        audit(ROWS[3:], qwen, serve=url)
+
+
+def test_server_that_refuses_everything_is_refused(qwen, served):
+    refusing = stand_in(served, fail=lambda number: (422, {"detail": "unknown path"}))
+    with refusing as (url, _), pytest.raises(UsageError, match="refuses a conversation with one message: unknown path"):
+        audit(ROWS[3:], qwen, serve=url)
+
+
+def test_key_of_the_server_can_end_with_a_line_break(qwen, served, monkeypatch):
+    monkeypatch.setenv("FTDATA_SERVE_KEY", "secret\n")
+    with stand_in(served, key="secret") as (url, _):
+        assert findings(audit(ROWS[3:], qwen, serve=url)) == []
+    monkeypatch.setenv("FTDATA_SERVE_KEY", "a\nb")
+    with stand_in(served) as (url, _), pytest.raises(UsageError, match="contains a control character"):
+        audit(ROWS[3:], qwen, serve=url)
 
 
 def test_audit_without_a_server_names_the_option(qwen):
