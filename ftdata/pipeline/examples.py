@@ -270,6 +270,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
         ("control_tokens", tokens.escaped),
         ("token_crosses_boundary", np.flatnonzero(crosses_boundary).tolist()),
         ("whitespace_removed", recipe.control.find_lost_whitespace(batch, tokens)),
+        ("unknown_token", recipe.control.find_unknown(batch, tokens)),
     ):
         for number in numbers:
             flags[number] |= {flag}

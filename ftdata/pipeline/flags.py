@@ -128,6 +128,11 @@ FLAGS = {
         "a control token of the tokenizer removes whitespace of the row (lstrip or rstrip), which no token contains",
         "remove the whitespace from the data, or set lstrip and rstrip of the token to false in tokenizer.json",
     ),
+    "unknown_token": Flag(
+        "warning",
+        "the text contains characters that the tokenizer does not know, and encodes as its unknown token",
+        "remove these characters from the data, or use a tokenizer that encodes unknown characters as bytes",
+    ),
     "rejected_side_dropped": Flag(
         "note",
         "the example is the chosen side of a preference pair; the rejected side is not used",

@@ -8,7 +8,7 @@ import pytest
 from tokenizer_makers import CHATML
 from vendor_tokenizers import MISTRAL, make_folder, write_ranks
 
-from ftdata import build_sft_dataset, encode
+from ftdata import audit, build_sft_dataset, encode
 from ftdata.errors import FtdataError, TemplateRefused
 from ftdata.tokenizing.load import load_tokenizer
 
@@ -86,11 +86,17 @@ def test_prefix_can_be_disabled(tmp_path):
 def test_unknown_characters_are_encoded_as_the_unknown_token(tmp_path):
     config = {"chat_template": "{% for m in messages %}{{ m.content }}</s>{% endfor %}"}
     make_folder("unigram without bytes", tmp_path / "model", config)
-    built = build_sft_dataset(
-        [{"messages": [MESSAGES[0], {"role": "assistant", "content": "fox 🙂 the"}]}], tmp_path / "model"
-    )
+    rows = [{"messages": [MESSAGES[0], {"role": "assistant", "content": "fox 🙂 the"}]}]
+    built = build_sft_dataset(rows, tmp_path / "model")
+    assert [one.code for one in audit(rows, tmp_path / "model").findings] == ["unknown_token"]
     unknown = load_tokenizer(str(tmp_path / "model")).token_to_id("<unk>")
     assert unknown in built["train"][0]["labels"]
+    assert "encodes as its unknown token" in str(built.report)
+    # The text of the token itself is not an unknown character.
+    template = "{% for m in messages %}<unk>{{ m.content }}</s>{% endfor %}"
+    (example,) = encode(MESSAGES, tmp_path / "model", template)
+    assert unknown in example.input_ids.tolist()
+    assert "unknown_token" not in example.flags
 
 
 CASES = [
