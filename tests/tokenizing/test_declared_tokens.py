@@ -88,7 +88,7 @@ def test_unknown_characters_are_encoded_as_the_unknown_token(tmp_path):
     make_folder("unigram without bytes", tmp_path / "model", config)
     rows = [{"messages": [MESSAGES[0], {"role": "assistant", "content": "fox 🙂 the"}]}]
     built = build_sft_dataset(rows, tmp_path / "model")
-    assert [one.code for one in audit(rows, tmp_path / "model").findings] == ["unknown_token"]
+    assert "unknown_token" in [one.code for one in audit(rows, tmp_path / "model").findings]
     unknown = load_tokenizer(str(tmp_path / "model")).token_to_id("<unk>")
     assert unknown in built["train"][0]["labels"]
     assert "encodes as its unknown token" in str(built.report)
