@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -232,6 +232,16 @@ def suggest_path(path: str | Path) -> str:
         if not path.exists():
             similar = _find_similar(path.name, [sibling.name for sibling in path.parent.iterdir()])
     return f"did you mean {str(path.parent / similar)!r}?" if similar else ""
+
+
+def first_difference(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return the index of the first items that differ: the length of the shorter sequence if it begins the longer one.
+
+    >>> first_difference([1, 2, 3], [1, 5]), first_difference("ab", "abc")
+    (1, 2)
+    """
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (item, other) in pairs if item != other), min(len(first), len(second)))
 
 
 def count_noun(count: int, noun: str) -> str:

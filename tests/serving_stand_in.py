@@ -110,6 +110,9 @@ def make_handler(server):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.headers["Content-Type"] != "application/json":
+                self.send(415, {"error": "unsupported media type"})
+                return
             self.send(*server.respond(self.path, body, self.headers["Authorization"]))
 
         def log_message(self, *_):

@@ -329,7 +329,7 @@ class Auditor:
     def _compare_with_server(self, batch: Batch) -> None:
         if self.server is None:
             return
-        self.uncompared += sum(not can_be_compared(batch.built(number)) for number in range(len(batch.conversations)))
+        self.uncompared += sum(not can_be_compared(conversation) for conversation in batch.conversations)
         for check in self.server_checks:
             for source, detail in check.run(ServedBatch(self.server, batch, self.recipe)):
                 self._add_finding(check, source, detail)

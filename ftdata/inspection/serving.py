@@ -17,14 +17,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from ftdata.errors import HubError, UsageError
+from ftdata.errors import HubError, UsageError, first_difference
 from ftdata.pipeline.batch import Batch, BuiltRow
+from ftdata.pipeline.drift import describe_tokens
 from ftdata.pipeline.recipe import Recipe
 from ftdata.redaction import redact_text
 from ftdata.types import Conversation, Example, Message, Part, Source
@@ -35,11 +36,11 @@ _CONCURRENT = 32
 _TRIES, _PAUSE = 4, 0.2
 """Number of tries of a request, and the pause in seconds after the first failure, which doubles."""
 
+_BUSY = (429, 500, 502, 503, 504)
+"""Statuses of answers after which a request is repeated."""
+
 _TIMEOUT = 60
 """Maximum number of seconds for a request."""
-
-_SHOWN_TOKENS = 6
-"""Number of tokens that a difference shows."""
 
 KEY_VARIABLE = "FTDATA_SERVE_KEY"
 """Environment variable with the key of the server (vLLM: `--api-key`)."""
@@ -146,7 +147,7 @@ def _open_session() -> Any:
         raise UsageError(
             "serve", f"{KEY_VARIABLE} contains a control character", hint="set it to the key of the server"
         )
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     connector = aiohttp.TCPConnector(limit=_CONCURRENT)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
     return aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout)
@@ -167,11 +168,11 @@ async def _request(session: Any, method: str, url: str, body: Any) -> tuple[int,
         try:
             async with session.request(method, url, data=data) as response:
                 text = (await response.read()).decode(errors="replace")
-                if response.status != 429 and response.status < 500:
+                # llama.cpp answers with status 500 if its template raises an error.
+                is_last_error = response.status == 500 and number == _TRIES - 1
+                if response.status not in _BUSY or is_last_error:
                     return response.status, _parse(text)
                 reason = f"status {response.status}: {' '.join(text.split())[:200]}"
-                if response.status == 501 or (response.status == 500 and "xception" in text):
-                    return response.status, _parse(text)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise _make_error(url, reason)
@@ -208,7 +209,8 @@ class _Connection:
             raise LookupError(path)
         if status in (401, 403):
             hint = f"set {KEY_VARIABLE} to the key of the server"
-            raise UsageError("serve", f"the server {self.server.url} refuses access (status {status})", hint=hint)
+            url = redact_text(self.server.url)
+            raise UsageError("serve", f"the server {url} refuses access (status {status})", hint=hint)
         if status != 200:
             raise _Refused(_find_message(answer))
         return answer
@@ -279,7 +281,7 @@ def find_serving_differences(server: Server, batch: Batch, recipe: Recipe) -> It
 def find_trained_turns(row: BuiltRow) -> Iterator[TrainedTurn]:
     """Yield the trained turns of a row."""
     conversation = row.conversation
-    if not can_be_compared(row):
+    if not can_be_compared(conversation):
         return
     for number, example in enumerate(row.examples):
         part, ends = conversation.part(number), example.offsets[:, 1]
@@ -293,9 +295,8 @@ def find_trained_turns(row: BuiltRow) -> Iterator[TrainedTurn]:
                 yield TrainedTurn(conversation.source, part, min(messages), example, start)
 
 
-def can_be_compared(row: BuiltRow) -> bool:
+def can_be_compared(conversation: Conversation) -> bool:
     """Return whether a server can render the messages of a row."""
-    conversation = row.conversation
     return all(part.messages for part in conversation.parts) and not conversation.tokens and not conversation.images
 
 
@@ -350,23 +351,12 @@ def _describe_difference(turn: TrainedTurn, served: list[int] | str, recipe: Rec
     if isinstance(served, str):
         return f"{place}: the server refuses the conversation: {served}"
     trained = turn.example.input_ids[: turn.end].tolist()
-    pairs = enumerate(zip(trained, served, strict=False))
-    position = next((number for number, (first, second) in pairs if first != second), min(len(trained), len(served)))
-    if position == len(trained) == len(served):
+    if trained == served:
         return None
-    shown = slice(position, position + _SHOWN_TOKENS)
-    texts = [repr(_show_tokens(ids[shown], recipe)) if ids[shown] else "nothing" for ids in (trained, served)]
-    owner = _describe_owner(turn, position)
-    return f"{place}, token {position}{owner}: the training has {texts[0]}, and the server renders {texts[1]}"
-
-
-def _show_tokens(ids: Sequence[int], recipe: Recipe) -> str:
-    """Decode tokens. Control tokens are enclosed in brackets, because the same text can consist of ordinary tokens."""
-    is_control = recipe.control.is_control(np.asarray(ids, np.int32)).tolist()
-    runs = groupby(zip(is_control, ids, strict=True), key=itemgetter(0))
-    texts = ((control, recipe.tokenizer.decode([id_ for _, id_ in run])) for control, run in runs)
-    text = "".join(f"⟨{text}⟩" if control else text for control, text in texts)
-    return text or f"token {ids[0]}"
+    position = first_difference(trained, served)
+    trained_text, served_text = (describe_tokens(ids[position:], recipe) for ids in (trained, served))
+    owner = _describe_owner(turn, position) if position < len(trained) else ""
+    return f"{place}, token {position}{owner}: the training has {trained_text}, and the server renders {served_text}"
 
 
 def _describe_owner(turn: TrainedTurn, position: int) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, first_difference
 from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import Recipe
-from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Conversation, Example, Reject, Row
 
 _DEFAULTS: dict[str, Any] = {
@@ -27,8 +28,12 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Options with which the trained tokens of a conversation are all tokens that the model generates."""
 
-_SHOWN_TOKENS = 6
+_DESCRIBED_TOKENS = 6
 """Number of tokens that a difference shows."""
+
+
+_Turn = tuple[list[int], list[int]]
+"""The token ids of a prompt and of its answer."""
 
 
 class Drift(NamedTuple):
@@ -38,8 +43,7 @@ class Drift(NamedTuple):
         turn: the number of the turn, counted from 0.
         place: `"prompt"` or `"completion"`.
         position: index of the first different token in the served prompt or completion.
-        served: text of the served tokens from this position; empty if there are none.
-        rendered: text of the rendered tokens from this position; empty if there are none.
+        served, rendered: descriptions of the served and of the rendered tokens from this position.
     """
 
     turn: int
@@ -49,9 +53,8 @@ class Drift(NamedTuple):
     rendered: str
 
     def __str__(self) -> str:
-        served, rendered = (repr(text) if text else "nothing" for text in (self.served, self.rendered))
         place = f"turn {self.turn}, token {self.position} of the {self.place}"
-        return f"{place}: the server used {served}, and the template renders {rendered}"
+        return f"{place}: the server used {self.served}, and the template renders {self.rendered}"
 
 
 def find_drift(conversation: Conversation, recipe: Recipe) -> list[Drift]:
@@ -73,7 +76,7 @@ def find_drift(conversation: Conversation, recipe: Recipe) -> list[Drift]:
     (outcome,) = build_rows(replace(recipe, **_DEFAULTS), [Row(data, conversation.source)])
     if isinstance(outcome, Reject):
         raise BadRow(outcome.code, outcome.reason, hint=outcome.fix)
-    rendered = [*_rendered_turns(outcome)]
+    rendered = list(_rendered_turns(outcome))
     answers = sum(message["role"] == "assistant" for message in messages)
     if len(rendered) != answers:
         problem = f"the template renders {len(rendered)} ranges of trained tokens for {answers} answers"
@@ -81,7 +84,7 @@ def find_drift(conversation: Conversation, recipe: Recipe) -> list[Drift]:
     ids = tokens.input_ids.tolist()
     pairs = zip(tokens.turns, rendered[-len(tokens.turns) :], strict=True)
     drifts = [
-        _compare_turn(number, ids[:start], ids[start:end], *turn, recipe.tokenizer)
+        _compare_turn(number, (ids[:start], ids[start:end]), turn, recipe)
         for number, ((start, end), turn) in enumerate(pairs)
     ]
     return [drift for drift in drifts if drift is not None]
@@ -95,7 +98,7 @@ def describe_drift(conversation: Conversation, recipe: Recipe) -> Iterator[str]:
         yield f"the messages cannot be compared with the served tokens: {error.message}"
 
 
-def _rendered_turns(row: BuiltRow) -> Iterator[tuple[list[int], list[int]]]:
+def _rendered_turns(row: BuiltRow) -> Iterator[_Turn]:
     """Yield the token ids of each prompt and answer in the examples of a row."""
     for example in row.examples:
         ids = example.input_ids.tolist()
@@ -108,20 +111,25 @@ def _find_trained_runs(example: Example) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def _compare_turn(
-    turn: int,
-    prompt: Sequence[int],
-    completion: Sequence[int],
-    rendered_prompt: Sequence[int],
-    rendered_completion: Sequence[int],
-    tokenizer: Tokenizer,
-) -> Drift | None:
-    sides = (("prompt", prompt, rendered_prompt), ("completion", completion, rendered_completion))
-    for place, served, rendered in sides:
-        pairs = zip(served, rendered, strict=False)
-        shorter = min(len(served), len(rendered))
-        position = next((index for index, (first, second) in enumerate(pairs) if first != second), shorter)
-        if position < max(len(served), len(rendered)):
-            shown = slice(position, position + _SHOWN_TOKENS)
-            return Drift(turn, place, position, tokenizer.decode(served[shown]), tokenizer.decode(rendered[shown]))
+def _compare_turn(turn: int, served: _Turn, rendered: _Turn, recipe: Recipe) -> Drift | None:
+    for place, first, second in zip(("prompt", "completion"), served, rendered, strict=True):
+        if first != second:
+            position = first_difference(first, second)
+            texts = (describe_tokens(ids[position:], recipe) for ids in (first, second))
+            return Drift(turn, place, position, *texts)
     return None
+
+
+def describe_tokens(ids: Sequence[int], recipe: Recipe) -> str:
+    """Return the text of the first tokens in quotes. Control tokens are enclosed in brackets.
+
+    Without the brackets, a control token looks like ordinary tokens with the same text.
+    """
+    ids = list(ids[:_DESCRIBED_TOKENS])
+    if not ids:
+        return "nothing"
+    is_control = recipe.control.is_control(np.asarray(ids, np.int32)).tolist()
+    runs = groupby(zip(is_control, ids, strict=True), key=itemgetter(0))
+    texts = ((control, recipe.tokenizer.decode([id_ for _, id_ in run])) for control, run in runs)
+    text = "".join(f"⟨{text}⟩" if control else text for control, text in texts)
+    return repr(text) if text else f"token {ids[0]}"

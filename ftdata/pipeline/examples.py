@@ -233,23 +233,23 @@ def _copy_as_json(row: Any, *, images: bool) -> Any:
     Raises:
         TypeError, ValueError, RecursionError: a value is not JSON.
     """
-    kept = list[Any]()
+    values = list[Any]()
 
-    def keep(value: Any) -> Any:
+    def replace_image(value: Any) -> Any:
         if images and isinstance(value, os.PathLike):
             return os.fspath(value)
         if not images or not (isinstance(value, bytes) or type(value).__module__.partition(".")[0] == "PIL"):
             raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
-        kept.append(value)
-        return {_KEPT: len(kept) - 1}
+        values.append(value)
+        return {_IMAGE_KEY: len(values) - 1}
 
-    def restore(item: dict[str, Any]) -> Any:
-        return kept[item[_KEPT]] if kept and item.keys() == {_KEPT} else item
+    def restore_image(item: dict[str, Any]) -> Any:
+        return values[item[_IMAGE_KEY]] if values and item.keys() == {_IMAGE_KEY} else item
 
-    return json.loads(json.dumps(row, default=keep), object_hook=restore)
+    return json.loads(json.dumps(row, default=replace_image), object_hook=restore_image)
 
 
-_KEPT = "\0kept"
+_IMAGE_KEY = "\0image"
 """Key of an object that takes the place of an image."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ftdata.errors import BadRow, count_noun
+from ftdata.errors import BadRow, count_noun, first_difference
 from ftdata.schemas.shapes import SERVED_COLUMNS, parse_json_list
 from ftdata.schemas.training_fields import describe_value
 from ftdata.types import Conversation, Reject, Row, RowTokens
@@ -39,7 +39,7 @@ def read_served_row(data: Mapping[str, Any], origin: Conversation | None) -> Con
     ids, bounds = list[int](), list[tuple[int, int]]()
     for number, (prompt, completion) in enumerate(turns):
         if prompt[: len(ids)] != ids:
-            position = _first_difference(prompt, ids)
+            position = first_difference(prompt, ids)
             problem = f"differs at token {position} from the tokens of the turns before, which it must begin with"
             raise BadRow("turn_prefix", problem, field=f"{_PROMPTS}[{number}]", hint="write one row for each turn")
         ids = [*prompt, *completion]
@@ -169,11 +169,6 @@ def _read_logprobs(data: Mapping[str, Any]) -> list[list[float]] | None:
                 problem = f"is {describe_value(logprob)}, expected a log probability, which is at most 0"
                 raise BadRow("tokens_type", problem, field=f"{where}[{position}]")
     return lists
-
-
-def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _find_excluded(messages: Sequence[Mapping[str, Any]], turns: int) -> list[bool]:

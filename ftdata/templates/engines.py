@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from ftdata.errors import MissingDependency, TemplateRefused, count_noun
+from ftdata.errors import MissingDependency, TemplateRefused, count_noun, first_difference
 from ftdata.templates.template import Template
 from ftdata.templates.worker.client import render_plain
 
@@ -26,7 +26,7 @@ _FUEL = 10_000_000
 
 _NODE_SECONDS = 60
 
-_SHOWN = 40
+_EXCERPT = 40
 """Number of characters that a difference shows."""
 
 
@@ -186,11 +186,9 @@ def _compare(case: EngineCase, expected: str, outcome: Outcome) -> Difference | 
         return Difference(case.name, -1, "", " ".join(rendered.split())[:200])
     if rendered == expected:
         return None
-    pairs = zip(expected, rendered, strict=False)
-    shorter = min(len(expected), len(rendered))
-    position = next((number for number, (first, second) in enumerate(pairs) if first != second), shorter)
-    shown = slice(position, position + _SHOWN)
-    return Difference(case.name, position, expected[shown], rendered[shown])
+    position = first_difference(expected, rendered)
+    end = position + _EXCERPT
+    return Difference(case.name, position, expected[position:end], rendered[position:end])
 
 
 def _render_minijinja(template: Template, cases: Sequence[Mapping[str, Any]]) -> tuple[str, list[Outcome]]:

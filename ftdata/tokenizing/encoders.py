@@ -247,10 +247,10 @@ def load_fast_encoder(description: bytes, reference: Encoder) -> FastEncoder | N
             return None
         name = f"fastokens {version('fastokens')}"
         encoder = FastEncoder(native, reference, doubled_counts, "NFC" in normalizers, added, name)
-        return encoder if _agrees_ondifficult_texts(encoder, added_tokens, description) else None
+        return encoder if _agrees_on_difficult_texts(encoder, added_tokens, description) else None
 
 
-def _agrees_ondifficult_texts(encoder: FastEncoder, added_tokens: Sequence[str], description: bytes) -> bool:
+def _agrees_on_difficult_texts(encoder: FastEncoder, added_tokens: Sequence[str], description: bytes) -> bool:
     """Compare a fast encoder with its reference. The result is cached, keyed by the tokenizer and all code."""
     digest = hashlib.sha256(Path(__file__).read_bytes() + f"{encoder.name} {encoder.reference.name} ".encode())
     digest.update(description)

@@ -355,14 +355,14 @@ class ControlTokens:
         unknown = self.tokenizer.unknown_token
         positions = np.flatnonzero(tokens.ids == self.tokenizer.token_to_id(unknown)) if unknown else np.empty(0, int)
         texts = np.searchsorted(tokens.token_bounds, positions, side="right") - 1
-        found = set[int]()
+        with_unknown = set[int]()
         for position, number in zip(positions.tolist(), texts.tolist(), strict=True):
             first = int(tokens.text_bounds[number])
             start, end = int(tokens.starts[position]) - first, int(tokens.ends[position]) - first
             # The text of the token itself is no unknown character.
-            if number not in found and batch[number].text[start:end].strip() != unknown:
-                found.add(number)
-        return sorted(found)
+            if number not in with_unknown and batch[number].text[start:end].strip() != unknown:
+                with_unknown.add(number)
+        return sorted(with_unknown)
 
     def find_matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Find the control tokens in a rendered text.

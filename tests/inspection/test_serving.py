@@ -147,6 +147,13 @@ def test_refused_conversation_is_a_finding(tokenizer_dir):
     assert "the server refuses the conversation: No system!" in finding.locations[0].detail
 
 
+def test_internal_error_of_a_server_is_a_refusal(qwen, served):
+    """llama.cpp answers with status 500 if its template raises an error."""
+    with stand_in(served, fail=lambda number: (500, {"error": {"message": "No!"}}) if number > 1 else None) as (url, _):
+        (finding,) = findings(audit(ROWS[3:], qwen, serve=url))
+    assert "the server refuses the conversation: No!" in finding.locations[0].detail
+
+
 def test_busy_server_is_asked_again(qwen, served):
     failures = {3: (503, "busy"), 4: (429, "slow down"), 5: (500, "oops")}
     with stand_in(served, fail=failures.get) as (url, _):

@@ -124,10 +124,10 @@ def test_only_the_first_difference_of_a_turn_is_described(tokenizer_dir):
     prompts[1] = [*prompts[1][:-1], 35, 36]
     row = {"messages": messages, "prompt_token_ids": prompts, "completion_token_ids": completions}
     (drift,) = find_drift(read(row), make_recipe(tokenizer))
-    assert (drift.turn, drift.place, drift.rendered) == (1, "prompt", "\n")
+    assert (drift.turn, drift.place, drift.rendered) == (1, "prompt", r"'\n'")
     assert (
         str(drift)
-        == f"turn 1, token {len(prompts[1]) - 2} of the prompt: the server used {drift.served!r}, and the template renders '\\n'"
+        == f"turn 1, token {len(prompts[1]) - 2} of the prompt: the server used {drift.served}, and the template renders '\\n'"
     )
     page = preview([row], tokenizer)
     assert f"drift: {drift}" in str(page)

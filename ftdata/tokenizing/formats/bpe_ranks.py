@@ -166,8 +166,10 @@ def convert_ranks(
     merges = list[list[str]]()
     for token in sorted(ranks, key=ranks.__getitem__):
         pairs = [(token[:middle], token[middle:]) for middle in range(1, len(token))]
-        known = [(ranks[left], ranks[right], left, right) for left, right in pairs if left in ranks and right in ranks]
-        merges += [[names[left], names[right]] for _, _, left, right in sorted(known)]
+        mergeable = [
+            (ranks[left], ranks[right], left, right) for left, right in pairs if left in ranks and right in ranks
+        ]
+        merges += [[names[left], names[right]] for _, _, left, right in sorted(mergeable)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     # Oniguruma, which `tokenizers` uses, reads `{1,3}+` as a repetition. No pattern depends on possessive quantifiers.
     split = {

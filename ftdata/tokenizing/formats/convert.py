@@ -251,9 +251,8 @@ def _make_key(file: Path, content: bytes, config: Mapping[str, Any], versions: s
     """Return a hash of everything that determines a converted tokenizer."""
     digest = hashlib.sha256(f"{file.name} {versions} {json.dumps(config, sort_keys=True, default=str)}".encode())
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "encoders.py"]
-    others = [path for path in (file.with_name("added_tokens.json"),) if path.is_file()]
     digest.update(str(file.with_name("tokenizer_config.json").is_file()).encode())
-    for path in (*code, *sorted(file.parent.glob("tokenization_*.py")), *others):
+    for path in (*code, *sorted(file.parent.glob("tokenization_*.py")), *file.parent.glob("added_tokens.json")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(content)
     return digest.hexdigest()

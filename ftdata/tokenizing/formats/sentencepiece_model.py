@@ -115,10 +115,10 @@ def _make_bpe(pieces: list[tuple[str, float, int]], *, byte_fallback: bool) -> d
     merges = list[list[str]]()
     for piece in sorted(scores, key=lambda piece: (-scores[piece], numbers[piece])):
         pairs = [(piece[:middle], piece[middle:]) for middle in range(1, len(piece))]
-        known = [
+        mergeable = [
             (numbers[left], numbers[right], left, right) for left, right in pairs if left in scores and right in scores
         ]
-        merges += [[left, right] for _, _, left, right in sorted(known)]
+        merges += [[left, right] for _, _, left, right in sorted(mergeable)]
     unknown = next((piece for piece, _, kind in pieces if kind == _UNKNOWN), None)
     return {
         "type": "BPE",
