@@ -28,6 +28,7 @@ _OTHER_NAMES = (
     "format",
     "output_dir",
     "overwrite",
+    "ignore_events",
     "quoting",
     "serve",
     "split",

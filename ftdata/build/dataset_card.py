@@ -84,7 +84,7 @@ def _fence(text: str, min_length: int) -> str:
 def _command(report: Report, recipe: Recipe) -> str:
     """Return the `ftdata build` command that repeats the build, or a note if no command supports the options."""
     options, template = report.options, recipe.template
-    cli_options = {"encoding", "quoting", "split", "path"}
+    cli_options = {"encoding", "ignore_events", "quoting", "split", "path"}
     items = [{"path": item} if isinstance(item, str) else item for item in options["data"] or ()]
     item_options = [{name: value for name, value in item.items() if name != "path"} for item in items]
     have_same_options = all(choices == item_options[0] and set(choices) <= cli_options for choices in item_options)
@@ -92,7 +92,7 @@ def _command(report: Report, recipe: Recipe) -> str:
     if not items or not have_same_options or uses_objects:
         return "none: this build needs Python or a configuration file"
     words = ["ftdata", "build", *(str(item["path"]) for item in items), "--tokenizer", recipe.tokenizer.name]
-    words += [word for name, value in item_options[0].items() for word in (f"--{name}", str(value))]
+    words += [word for name, value in item_options[0].items() for word in (f"--{name.replace('_', '-')}", str(value))]
     if template.name != "tokenizer":
         words += ["--template", template.name]
     if template.uses_date:

@@ -326,6 +326,8 @@ def _loss_notes(ledgers: Sequence[Ledger], overlong_policy: str) -> Iterator[str
 def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
     """Yield sentences about how the rows were read, e.g. which columns were ignored and which roles were renamed."""
     notes = sum((ledger.notes for ledger in ledgers), Counter[str]())
+    if notes["column trace"] == notes["trace"]:
+        del notes["column trace"]  # the column that describes the session of a row
     for kind, title in (
         ("column", "columns that are not read"),
         ("label", "labels"),
@@ -334,6 +336,7 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
         ("text", "columns that contain messages as text, and are used as text"),
         ("message key", "message keys that only some templates read"),
         ("trained", "messages with train: true whose role is not assistant, which are not trained"),
+        ("trace ", "agent sessions with records that became no message, or with irregularities"),
     ):
         items = [(note.removeprefix(kind).strip(), rows) for note, rows in notes.most_common() if note.startswith(kind)]
         if items:
@@ -345,6 +348,7 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
             "long quotes",
             "rows with a quoted cell of many lines that look like rows of the file (override: quoting='none')",
         ),
+        ("trace", "conversations from agent sessions"),
         ("ranking", "pairs from ranked lists of answers (one for each two answers of different rank)"),
         (
             "served turns",

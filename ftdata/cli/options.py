@@ -42,6 +42,7 @@ _READER_OPTIONS = {
     "format": f"Format of the data if its name has another suffix: {', '.join(FORMATS)}",
     "encoding": "Text encoding of all files, if not UTF-8/16/32, e.g. cp1252",
     "quoting": "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
+    "ignore_events": "Unknown types of records in agent sessions to ignore, e.g. new-type,other-type",
     "split": "Name of the split to read, if the data has several splits",
 }
 """Options that apply to each source of a command -> help text."""
@@ -227,7 +228,7 @@ def read_request(data: list[str], tokenizer: str | None, options: dict[str, Any]
     source_options = {name: value for name, value in source_options.items() if value is not None}
     config = None
     if any(map(is_config_file, data)):
-        conflicts = [*data[1:], *(f"--{name}" for name in source_options)]
+        conflicts = [*data[1:], *(f"--{name.replace('_', '-')}" for name in source_options)]
         if conflicts:
             problem = f"{data[0]} cannot be combined with {conflicts[0]}: one of the arguments is a configuration file"
             raise UsageError("config_alone", problem, hint="set the field data of the configuration instead")

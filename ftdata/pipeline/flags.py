@@ -218,6 +218,11 @@ FLAGS = {
         "",
         "the texts of messages are passed as lists with a text part, because the template accepts only lists",
     ),
+    "content_parts_merged": Flag(
+        "note",
+        "the text parts of a message are joined with line breaks, because the template accepts only text (as in vLLM)",
+        "to use another separator, join the parts in the data",
+    ),
     "pretokenized": Flag("", "the row contains tokens and labels, which are checked and used unchanged"),
 }
 """Map each code to its flag. Audit findings of equal severity are printed in this order."""

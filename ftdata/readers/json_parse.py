@@ -238,9 +238,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Fault(
-            "duplicate_key", f"an object contains the key {repeated!r} more than once", "remove one of the keys"
-        )
+        raise _Fault("duplicate_key", f"an object contains the duplicate key {repeated!r}", "remove one of the keys")
     return value
 
 

@@ -21,6 +21,7 @@ from ftdata.errors import InputRefused
 from ftdata.readers.json_parse import RAW_BYTES, parse_each_line, parse_lines, parse_row, raw_text
 from ftdata.readers.json_scan import COLUMNS, scan_json, scan_outline
 from ftdata.readers.streams import CHUNK, MAX_LINE, Input, prepend, prepend_to_file, read_chunks
+from ftdata.readers.traces import is_session_line
 from ftdata.types import Reject, Row, Source
 
 _BOM = b"\xef\xbb\xbf"
@@ -66,7 +67,10 @@ def is_line_format(file: Input, reader: str) -> bool:
     with file.open() as stream:
         if not stream.seekable() or not file.is_plain(stream.peek(8)[:8]):
             return False
-        return reader in ("jsonl", "ndjson") or (reader == "json" and _looks_like_lines(_read_head(stream)))
+        head = _read_head(stream)
+        if is_session_line(head.removeprefix(_BOM).lstrip().split(b"\n", 1)[0]):
+            return False
+        return reader in ("jsonl", "ndjson") or (reader == "json" and _looks_like_lines(head))
 
 
 def read_json(file: Input) -> Rows:
@@ -334,4 +338,4 @@ def _find_strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
 
 
 def _too_long_reject(source: Source, size: int) -> Reject:
-    return Reject(source, "line_too_long", "", f"has {size:,} bytes, expected at most {MAX_LINE:,}")
+    return Reject(source, "line_too_long", "", f"the row is too long: {size:,} bytes, expected at most {MAX_LINE:,}")

@@ -10,6 +10,7 @@ import orjson
 
 from ftdata.errors import InputRefused
 from ftdata.readers.streams import MAX_VALUES
+from ftdata.traces.formats import has_trace_columns
 
 _STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
 _OUTSIDE = rb'(?:[^"{}\[\]]++|"' + _STRING + rb'")*+'
@@ -109,6 +110,8 @@ class Outline:
         """
         first_elements = {name: _parse_object(text) for name, text in self.lists.items()}
         if any(_MESSAGE_KEYS & set(element) for element in first_elements.values()):
+            return None
+        if has_trace_columns(self.keys):
             return None
         row_keys = [name for name, element in first_elements.items() if element]
         if not row_keys:

@@ -17,6 +17,7 @@ from ftdata.readers.formats import Reader, readers
 from ftdata.readers.remote_files import remote_version
 from ftdata.readers.resolve_paths import resolve_files
 from ftdata.readers.streams import STDIN, Input, detect_compression, is_object_store
+from ftdata.readers.traces import read_traces
 from ftdata.registry import is_built_in
 from ftdata.types import WHOLE, Reject, Row, Source, SourceShare
 
@@ -42,6 +43,7 @@ class FileSource:
         length: bytes of the part, or of a remote file.
         version: version of the file when its parts were planned, which all parts must have.
         quoting: how quotes are read in CSV and TSV files, `csv` or `none`.
+        ignore_events: names of unknown types of records of agent sessions to ignore.
     """
 
     path: str
@@ -57,6 +59,7 @@ class FileSource:
     length: int | None = None
     version: Any = None
     quoting: str | None = None
+    ignore_events: tuple[str, ...] = ()
 
     @property
     def input(self) -> Input:
@@ -74,7 +77,8 @@ class FileSource:
         before, lines = self.version if self.version is not None else _local_version(self.path), None
         self._check_version(before)
         reader = readers.get(self.reader)
-        rows = reader(self.input) if is_built_in(reader) else _run_user_reader(reader, self)
+        items = reader(self.input) if is_built_in(reader) else _run_user_reader(reader, self)
+        rows = read_traces(items, frozenset(self.ignore_events))
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
@@ -181,6 +185,9 @@ class MemorySource:
 
     def rows(self) -> Iterator[Row | Reject]:
         """Yield each item as a row with a row number."""
+        return read_traces(self._items())
+
+    def _items(self) -> Iterator[Row | Reject]:
         from ftdata.readers.in_memory import ValueFault, arrays_to_lists
 
         for index, item in enumerate(self.items):
@@ -295,12 +302,18 @@ def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource
     quoting = spec.get("quoting")
     if quoting is not None:
         check_choice("quoting", quoting, ("csv", "none"))
+    ignore_events = spec.get("ignore_events")
+    if not isinstance(ignore_events, str | None):
+        problem = f"ignore_events is {ignore_events!r:.60}, expected a text with names, separated by commas"
+        raise UsageError("ignore_events", problem)
+    names = tuple(name.strip() for name in (ignore_events or "").split(",") if name.strip())
     Input(str(path), encoding)
     if reader is not None:
         readers.get(reader)
     files = _file_sources(str(path), reader, {key: spec[key] for key in HUB_KEYS if spec.get(key) is not None})
+    streaming = bool(spec.get("streaming"))
     return tuple(
-        replace(file, encoding=encoding, quoting=quoting, streaming=bool(spec.get("streaming"))) for file in files
+        replace(file, encoding=encoding, quoting=quoting, streaming=streaming, ignore_events=names) for file in files
     )
 
 

@@ -187,7 +187,7 @@ def parse_json(text: str, field: str) -> Any:
         keys = dict(pairs)
         if len(keys) < len(pairs):
             repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise BadRow("duplicate_key", f"an object contains the key {repeated!r} more than once", field=field)
+            raise BadRow("duplicate_key", f"an object contains the duplicate key {repeated!r}", field=field)
         return keys
 
     try:

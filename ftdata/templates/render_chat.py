@@ -124,12 +124,26 @@ def join_text_parts(conversation: Conversation) -> Conversation:
 def _join_text_part(message: Message) -> Message:
     """Convert a message's content to a string if it is a list of exactly one text part.
 
-    Return the message unchanged if it has several parts, since the separator between them is unknown.
+    Return the message unchanged if it has several parts, since the separator between them is a choice.
     """
     content = message.get("content")
     if not isinstance(content, list) or len(content) != 1 or content[0].keys() != {"type", "text"}:
         return message
     return {**message, "content": content[0]["text"]} if content[0]["type"] == "text" else message
+
+
+def merge_text_parts(conversation: Conversation) -> Conversation:
+    """Copy a conversation. If a content is a list of several text parts, join them with line breaks, as vLLM does."""
+    return replace(conversation, messages=tuple(map(_merge_text_parts, conversation.messages)))
+
+
+def _merge_text_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, list) or any(part.keys() != {"type", "text"} for part in content):
+        return message
+    if any(part["type"] != "text" for part in content):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def divide_texts(conversation: Conversation) -> Conversation:
@@ -145,6 +159,7 @@ def _divide_text(message: Message) -> Message:
 CONTENT_FORMATS: dict[str, Callable[[Conversation], Conversation]] = {
     "content_parts_joined": join_text_parts,
     "content_as_parts": divide_texts,
+    "content_parts_merged": merge_text_parts,
 }
 """Flag of an example -> the change with which its template accepts the contents of the messages."""
 

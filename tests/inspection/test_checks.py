@@ -60,6 +60,11 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def with_parts(count):
+    parts = [{"type": "text", "text": f"part {number}"} for number in range(count)]
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "an answer"}]}
+
+
 # code -> (what makes it fire, what nearly does)
 CASES = {
     "stop_on_one_side": (
@@ -191,6 +196,7 @@ CASES = {
         rows(PLAIN, talk("a question", "another answer")),
         rows(PLAIN, PLAIN, talk("a second question", "another answer")),
     ),
+    "content_parts_merged": (rows(with_parts(2)), rows(with_parts(1))),
     "default_system": (rows(PLAIN, template=DEFAULT), rows(talk("q", "a", system="s"), template=DEFAULT)),
     "mojibake": (rows(talk("itâ€™s", "a")), rows(talk("it’s “CAFÉ”, été…” à São Paulo", "«MANHÃ» Â l’aide"))),
     "pii": (

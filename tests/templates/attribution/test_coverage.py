@@ -64,7 +64,9 @@ def test_r12_missing_text_is_rejected_or_flagged():
     )
     assert trained(only_lists, TALK) == (["a1<|im_end|>", "a2<|im_end|>"], {"content_as_parts"})
     parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}] * 2}]
-    assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), parts).code == "content_stringified"
+    assert trained(template(), parts) == (["a1\na1<|im_end|>"], {"content_parts_merged"})
+    image = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}, {"type": "image"}]}]
+    assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), image).code == "content_stringified"
     thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
     assert trained(template(), thought) == (["a1<|im_end|>"], {"reasoning_dropped"})
     cut = template(HEAD + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n")

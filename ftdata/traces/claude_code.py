@@ -1,0 +1,362 @@
+"""Convert sessions of Claude Code: files in `~/.claude/projects`, and the output with `--output-format stream-json`.
+
+The format has no official description. The types of records and fields are those of versions 1.0 to 2.1. Records form
+a tree by `parentUuid`. A response of the API is written as one record per content block, all with the same message id,
+and the results of parallel tool calls lie between these records.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftdata.traces.content_blocks import BlockReader
+from ftdata.traces.rows import Session
+from ftdata.traces.steps import BadRecord, Context, Step, reading_record, unknown_record
+from ftdata.traces.tree import Node, chain_injected, connect_nodes, is_abandoned, leaf_paths, path_steps, remove_retried
+
+_METADATA = {
+    "agent-color", "agent-name", "agent-setting", "ai-title", "atis-latch", "attribution-snapshot", "bridge-session",
+    "cost-state", "custom-title", "file-history-delta", "file-history-snapshot", "frame-link", "isolation-latch",
+    "last-prompt", "mode", "permission-mode", "pr-link", "progress", "queue-operation", "rate_limit_event", "relocated",
+    "result", "speculation-accept", "summary", "tag", "task-summary", "worktree-state",
+}  # fmt: skip
+"""Types of records without content of the conversation."""
+
+_EDITS = {"content-replacement", "marble-origami-commit", "marble-origami-reset", "marble-origami-snapshot"}
+"""Types of records after which the model saw earlier content in a shorter form, which the log does not contain."""
+
+_SYSTEM = {
+    None, "agents_killed", "api_metrics", "away_summary", "bridge_status", "compact_boundary", "file_snapshot", "hook",
+    "informational", "init", "local_command", "memory_saved", "model_refusal_no_fallback", "permission_retry",
+    "scheduled_task_fire", "status", "stop_hook_summary", "thinking", "turn_duration",
+}  # fmt: skip
+"""Subtypes of system records without content of the conversation. The system prompt is not logged."""
+
+_CONVERSATION = {"user", "assistant", "attachment", "system"}
+CLAUDE_CODE_TYPES = {*_METADATA, *_EDITS, *_CONVERSATION, "fork-context-ref", "stream_event"}
+"""All known types of records."""
+
+_QUEUED_PROMPT = "queued_command"
+_NO_MODEL = "<synthetic>"
+
+
+def is_claude_code_record(record: Mapping[str, Any]) -> bool:
+    """Return whether an object is a record of a Claude Code session."""
+    kind, ids = str(record.get("type")), ("sessionId", "session_id", "leafUuid", "messageId", "uuid")
+    has_id = any(isinstance(record.get(key), str) for key in ids)
+    return has_id and kind in CLAUDE_CODE_TYPES and ("message" in record or kind not in ("user", "assistant"))
+
+
+@dataclass
+class _Scope:
+    """The main conversation, or the conversation of a sub-agent.
+
+    Attributes:
+        nodes: the nodes, in the order of their first records.
+        response: the response that more records may belong to.
+        calls: the node of each tool call.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    response: tuple[str, Node] | None = None
+    calls: dict[str, Node] = field(default_factory=dict)
+
+
+class _Reader:
+    """Reads the records of a session in order, and builds the nodes of each scope."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
+        self.records, self.ignored = records, ignored
+        self.categories = dict[int, str]()
+        self.anomalies = Counter[str]()
+        self.scopes = defaultdict[str, _Scope](_Scope)
+        self.owners = dict[str, tuple[str, Node]]()
+        self.links = dict[str, str | None]()
+        self.seen = dict[str, Mapping[str, Any]]()
+        self.preserved = dict[str, list[str]]()
+        self.retracted = {uuid for record in records for uuid in record.get("retractedMessageUuids") or ()}
+        self.texts = {_prompt_text(record) for record in records} - {None}
+        self.is_linear = not any(isinstance(record.get("parentUuid"), str) for record in records)
+
+    def read(self) -> None:
+        for number, record in enumerate(self.records):
+            with reading_record(number):
+                category = self._read_record(number, record)
+            if category is not None:
+                self.categories[number] = category
+                if isinstance(uuid := record.get("uuid"), str) and uuid not in self.owners:
+                    self.links.setdefault(uuid, _parent_of(record))
+
+    def _read_record(self, number: int, record: Mapping[str, Any]) -> str | None:
+        """Read a record. Return its category, or `None` if it became part of a node."""
+        kind, uuid = record.get("type"), record.get("uuid")
+        if isinstance(uuid, str) and uuid in self.seen and kind in _CONVERSATION:
+            if record.get("message") != self.seen[uuid].get("message"):
+                problem = f"the record has the same uuid as an earlier record, but another message: {uuid}"
+                raise BadRecord(number, "conflicting_records", problem, hint="remove one of the records")
+            return "duplicates"
+        if isinstance(uuid, str):
+            self.seen[uuid] = record
+        if kind == "attachment":
+            return self._read_attachment(number, record)
+        if kind == "system":
+            return self._read_system(number, record)
+        if kind in ("user", "assistant"):
+            if not isinstance(record.get("message"), Mapping):
+                raise BadRecord(number, "record_type", "the record has no message", field="message")
+            category = self._hide_message(record)
+            return category or (self._read_user if kind == "user" else self._read_assistant)(number, record)
+        return self._read_other(number, record)
+
+    def _read_other(self, number: int, record: Mapping[str, Any]) -> str:
+        kind = record.get("type")
+        if kind == "fork-context-ref":
+            problem = f"the session continues session {record.get('parentSessionId')}, which is in another file"
+            raise BadRecord(number, "missing_context", problem, hint="leave the session out")
+        if kind in _EDITS:
+            self.anomalies["edited_context"] += 1
+        if kind == "queue-operation" and record.get("operation") == "enqueue":
+            text = record.get("content")
+            return "metadata" if not text or not isinstance(text, str) or text in self.texts else "unlogged"
+        if kind == "stream_event":
+            return "duplicates"
+        return "metadata" if kind in _METADATA or kind in _EDITS else self._check_unknown(number, str(kind), record)
+
+    def _check_unknown(self, number: int, name: str, record: Mapping[str, Any]) -> str:
+        if name in self.ignored:
+            return "ignored"
+        version = record.get("version") or next((r["version"] for r in self.records if r.get("version")), "unknown")
+        raise unknown_record(number, name, f"Claude Code {version}")
+
+    def _hide_message(self, record: Mapping[str, Any]) -> str | None:
+        """Return the category of a message that the model neither saw nor wrote; `None` for other messages."""
+        if record.get("uuid") in self.retracted:
+            return "retracted"
+        if record.get("isApiErrorMessage") or record["message"].get("model") == _NO_MODEL:
+            return "errors"
+        return "metadata" if record.get("isVisibleInTranscriptOnly") and not record.get("isCompactSummary") else None
+
+    def _read_system(self, number: int, record: Mapping[str, Any]) -> str:
+        subtype = record.get("subtype")
+        if subtype == "compact_boundary":
+            self._read_boundary(record)
+        elif subtype == "microcompact_boundary":
+            self.anomalies["edited_context"] += 1
+        elif subtype == "api_error":
+            return "errors"
+        elif subtype not in _SYSTEM and subtype != "model_refusal_fallback":
+            prefix = str(subtype).partition("_")[0]
+            return (
+                "metadata" if prefix in ("task", "hook") else self._check_unknown(number, f"system/{subtype}", record)
+            )
+        return "metadata"
+
+    def _read_boundary(self, record: Mapping[str, Any]) -> None:
+        details = record.get("compactMetadata") or {}
+        uuids = (details.get("preservedMessages") or {}).get("uuids") or []
+        segment = details.get("preservedSegment") or {}
+        uuid = segment.get("tailUuid")
+        while not uuids and isinstance(uuid, str) and uuid in self.seen:
+            uuids = [uuid, *uuids] if uuid == segment.get("headUuid") else uuids
+            if uuid == segment.get("headUuid"):
+                uuids = self._chain(segment["headUuid"], segment["tailUuid"])
+            uuid = _parent_of(self.seen[uuid])
+        if isinstance(record.get("uuid"), str):
+            self.preserved[record["uuid"]] = uuids
+
+    def _chain(self, head: str, tail: str) -> list[str]:
+        chain, uuid = [tail], tail
+        while uuid != head:
+            uuid = str(_parent_of(self.seen[uuid]))
+            chain.append(uuid)
+        return chain[::-1]
+
+    def _read_attachment(self, number: int, record: Mapping[str, Any]) -> str | None:
+        attachment = record.get("attachment")
+        if not isinstance(attachment, Mapping) or attachment.get("type") != _QUEUED_PROMPT:
+            return "unlogged"
+        content = self._blocks(number, record).read_parts(attachment.get("prompt"))
+        message = {"role": "user", "content": content}
+        self._add_message(number, record, [Step("message", message, number)], is_injected=True)
+        return None
+
+    def _read_user(self, number: int, record: Mapping[str, Any]) -> str | None:
+        scope_name = self._scope_of(record)
+        scope = self.scopes[scope_name]
+        steps = self._blocks(number, record).read_user(record["message"].get("content"))
+        node = next((scope.calls[step.value["tool_call_id"]] for step in steps if step.kind == "result"
+                     and step.value["tool_call_id"] in scope.calls), None)  # fmt: skip
+        if node is None:
+            self._add_message(number, record, steps, is_injected=bool(record.get("isMeta")))
+            return None
+        node.later_steps += steps
+        self._own(number, record, scope_name, node)
+        if any(step.kind == "message" for step in steps):
+            scope.response = None
+        return None
+
+    def _blocks(self, number: int, record: Mapping[str, Any]) -> BlockReader:
+        return BlockReader(number, self.anomalies, lambda name: self._check_unknown(number, name, record))
+
+    def _add_message(
+        self, number: int, record: Mapping[str, Any], steps: list[Step], *, is_injected: bool = False
+    ) -> None:
+        name = self._scope_of(record)
+        scope = self.scopes[name]
+        node = Node(self._parent_node(number, record, name), is_response=False, is_injected=is_injected, steps=steps)
+        scope.nodes.append(node)
+        if not is_injected:
+            scope.response = None
+        self._own(number, record, name, node)
+
+    def _read_assistant(self, number: int, record: Mapping[str, Any]) -> str | None:
+        name = self._scope_of(record)
+        scope = self.scopes[name]
+        message_id = record["message"].get("id")
+        is_same = scope.response is not None and message_id and scope.response[0] == message_id
+        node = scope.response[1] if is_same and scope.response else None
+        steps, has_hidden = self._blocks(number, record).read_response(record["message"].get("content"))
+        call_ids = {step.value["id"] for step in steps if step.kind == "call"}
+        if node is not None and call_ids and call_ids <= scope.calls.keys():
+            return "duplicates"
+        if node is None:
+            if not steps:
+                return "unlogged" if has_hidden else "metadata"
+            node = Node(self._parent_node(number, record, name), is_response=True)
+            scope.nodes.append(node)
+            scope.response = (str(message_id or f"record {number}"), node)
+        elif node.later_steps and steps:
+            self.anomalies["interleaved_results"] += 1
+        node.steps += [step._replace(response=id(node)) for step in steps]
+        scope.calls.update(dict.fromkeys(call_ids, node))
+        self._own(number, record, name, node)
+        if steps:
+            return None
+        node.records.pop()
+        return "unlogged" if has_hidden else "metadata"
+
+    def _scope_of(self, record: Mapping[str, Any]) -> str:
+        """Return the name of the conversation that a record belongs to."""
+        if record.get("parent_tool_use_id"):
+            return f"agent {record['parent_tool_use_id']}"
+        if not record.get("isSidechain"):
+            return "main"
+        if record.get("agentId"):
+            return f"agent {record['agentId']}"
+        uuid, root = _parent_of(record), record
+        while isinstance(uuid, str) and (self.seen.get(uuid) or {}).get("isSidechain"):
+            root = self.seen[uuid]
+            uuid = _parent_of(root)
+        return f"agent {root.get('uuid')}"
+
+    def _parent_node(self, number: int, record: Mapping[str, Any], name: str) -> Node | None:
+        """Return the node before a record.
+
+        Raises:
+            BadRecord: `missing_parent` or `parent_cycle`.
+        """
+        nodes = self.scopes[name].nodes
+        if self.is_linear or "parentUuid" not in record:
+            return nodes[-1] if nodes else None
+        uuid, passed = record["parentUuid"], set[str]()
+        while isinstance(uuid, str):
+            if uuid in passed:
+                raise BadRecord(number, "parent_cycle", f"the parents of the record form a cycle: {uuid}")
+            passed.add(uuid)
+            if uuid in self.owners:
+                scope_name, node = self.owners[uuid]
+                return node if scope_name == name else None
+            if uuid not in self.links:
+                if record.get("isSidechain") and not nodes:
+                    return None
+                problem = f"the session does not contain the record {uuid} that the record continues"
+                hint = "add the missing records, or leave the session out"
+                raise BadRecord(number, "missing_parent", problem, field="parentUuid", hint=hint)
+            uuid = self.links[uuid]
+        return None
+
+    def _own(self, number: int, record: Mapping[str, Any], name: str, node: Node) -> None:
+        node.records.append(number)
+        if isinstance(record.get("uuid"), str):
+            self.owners[record["uuid"]] = name, node
+
+    def contexts(self) -> Iterator[tuple[int, Context]]:
+        """Yield the last record and the context of each path."""
+        for name, scope in self.scopes.items():
+            nodes = scope.nodes
+            connect_nodes(nodes)
+            chain_injected(nodes)
+            removed = remove_retried(nodes)
+            for node in removed:
+                self.categories.update(dict.fromkeys(node.records, "retracted"))
+            paths = leaf_paths(node for node in nodes if not any(node is other for other in removed))
+            for index, path in enumerate(paths):
+                steps = path_steps(path, self._preserved_steps)
+                records = [self.records[number] for node in path for number in node.records]
+                label = name if len(paths) == 1 else f"{name}/{index + 1}"
+                steps = _exclude_copies(steps, self.records)
+                context = Context(label, steps, (), _metadata(records), abandoned=is_abandoned(path))
+                yield path[-1].records[-1], context
+
+    def _preserved_steps(self, node: Node) -> Iterator[Step]:
+        """Yield the steps of the messages that a compaction kept after the summary in this node."""
+        record = self.records[node.records[0]]
+        uuids = self.preserved.get(str(record.get("parentUuid")), []) if record.get("isCompactSummary") else []
+        for preserved in dict.fromkeys(self.owners[uuid][1] for uuid in uuids if uuid in self.owners):
+            yield from (*preserved.steps, *preserved.later_steps)
+
+
+def read_claude_code_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
+    """Convert the records of a session file.
+
+    Args:
+        records: the records, in the order of the file.
+        ignored: names of unknown types of records to ignore.
+
+    Raises:
+        BadRecord: `unknown_event`, `record_type`, `conflicting_records`, `missing_parent`, `missing_context` or
+            `parent_cycle`.
+    """
+    reader = _Reader(records, ignored)
+    reader.read()
+    contexts = [context for _, context in sorted(reader.contexts(), key=lambda item: item[0])]
+    session_ids = (record.get("sessionId") or record.get("session_id") for record in records)
+    metadata = {"session": next(filter(None, session_ids), "")}
+    return Session("claude_code", len(records), contexts, reader.categories, metadata, reader.anomalies)
+
+
+def _exclude_copies(steps: Sequence[Step], records: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """Exclude responses from training that were copied from another session, which trains them."""
+    return [step._replace(trained=not records[step.record].get("forkedFrom")) for step in steps]
+
+
+def _metadata(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    models = dict.fromkeys((record.get("message") or {}).get("model") for record in records)
+    values: dict[str, Any] = {"models": [model for model in models if model]}
+    for name, key in (("version", "version"), ("cwd", "cwd"), ("git_branch", "gitBranch")):
+        if value := next((record[key] for record in records if record.get(key)), None):
+            values[name] = value
+    return values
+
+
+def _parent_of(record: Mapping[str, Any]) -> str | None:
+    """Return the uuid of the record before a record. A conversation begins anew after a compaction."""
+    if record.get("type") == "system" and record.get("subtype") == "compact_boundary":
+        return None
+    parent = record.get("parentUuid")
+    return parent if isinstance(parent, str) else None
+
+
+def _prompt_text(record: Mapping[str, Any]) -> str | None:
+    """Return the text of a prompt of the user, with which queued prompts are compared."""
+    message, attachment = record.get("message"), record.get("attachment")
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(attachment, Mapping):
+        content = attachment.get("prompt")
+    if isinstance(content, list):
+        texts = [block.get("text") for block in content if isinstance(block, Mapping) and block.get("type") == "text"]
+        content = texts[-1] if texts else None
+    return content if isinstance(content, str) else None

@@ -1,0 +1,353 @@
+"""Convert OpenTelemetry spans and logs with the semantic conventions for generative AI.
+
+The spans are those of an OTLP exporter (`resourceSpans`), or flat objects with `attributes`. Only spans of model calls
+contain the conversation. Each call repeats the messages before it, so the calls are joined (`join_calls`). The
+conventions are those from version 1.37, the events of earlier versions, and the numbered attributes of OpenLLMetry.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ftdata.traces.calls import Call, join_calls
+from ftdata.traces.response_items import read_tool
+from ftdata.traces.rows import Session
+from ftdata.traces.steps import (
+    BadRecord,
+    Context,
+    Step,
+    make_call,
+    make_content,
+    make_result,
+    mapping_at,
+    reading_record,
+    unknown_record,
+)
+
+_CONTAINERS = {
+    "resourceSpans": "scopeSpans", "resource_spans": "scope_spans", "resourceLogs": "scopeLogs",
+    "resource_logs": "scope_logs", "scopeSpans": "spans", "scope_spans": "spans", "scopeLogs": "logRecords",
+    "scope_logs": "log_records",
+}  # fmt: skip
+_ITEMS = ("spans", "logRecords", "log_records")
+
+_VALUE_KEYS = {
+    "arrayValue", "boolValue", "bytesValue", "doubleValue", "intValue", "kvlistValue", "stringValue",
+}  # fmt: skip
+"""Keys of an `AnyValue`, which has at most one of them."""
+
+_INFERENCE = ("chat", "generate_content", "text_completion")
+_PREFIX = "gen_ai."
+_NUMBERED = re.compile(r"gen_ai\.(prompt|completion)\.(\d+)\.(.+)")
+_NUMBERED_CALL = re.compile(r"tool_calls\.(\d+)\.(.+)")
+_OLD_EVENTS = {
+    "gen_ai.system.message": "system", "gen_ai.user.message": "user", "gen_ai.assistant.message": "assistant",
+    "gen_ai.tool.message": "tool", "gen_ai.choice": "assistant",
+}  # fmt: skip
+_TOOL_ATTRIBUTES = ("gen_ai.tool.definitions", "gen_ai.request.tools", "gen_ai.tool_definitions")
+
+
+def is_otel_record(record: Mapping[str, Any]) -> bool:
+    """Return whether an object contains spans or logs of generative AI."""
+    if any(isinstance(record.get(key), list) for key in _CONTAINERS):
+        return True
+    attributes = record.get("attributes")
+    names = [item.get("key") for item in attributes if isinstance(item, Mapping)] if isinstance(attributes, list) else (
+        [*attributes] if isinstance(attributes, Mapping) else []
+    )  # fmt: skip
+    return any(str(name).startswith(_PREFIX) for name in names) or str(record.get("eventName")).startswith(_PREFIX)
+
+
+def flatten_otel(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the spans and logs of a record."""
+    lists = [record[key] for key in (*_CONTAINERS, *_ITEMS) if isinstance(record.get(key), list)]
+    if not lists:
+        return [record]
+    return [span for items in lists for item in items if isinstance(item, Mapping) for span in flatten_otel(item)]
+
+
+class _Span(NamedTuple):
+    """A span or log with plain attributes.
+
+    Attributes:
+        number: index of its record.
+        ids: ids of the trace and of the span.
+        parent: id of the parent span.
+        start: start time, for sorting.
+        attributes: the attributes, with parsed JSON texts.
+        event: name of the event, for a log.
+        body: body of a log.
+        events: name and attributes of each event of a span.
+        failed: whether the span reports an error.
+    """
+
+    number: int
+    ids: tuple[str, str]
+    parent: str
+    start: tuple[float, str]
+    attributes: dict[str, Any]
+    event: str
+    body: Any
+    events: Sequence[tuple[str, dict[str, Any]]]
+    failed: bool
+
+
+def read_otel_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
+    """Convert spans and logs.
+
+    Raises:
+        BadRecord: `unknown_event`, for a message part of an unknown type; `missing_context`, if a call contains only
+            the messages since the call before.
+    """
+    reader = _Reader(ignored)
+    spans = [_read_span(number, record) for number, record in enumerate(records)]
+    groups = defaultdict[str, list[Call]](list)
+    models = dict[str, None]()
+    for span, logs in reader.merge_logs(spans):
+        with reading_record(span.number):
+            call = reader.read_call(span, logs)
+        if call is not None:
+            groups[str(span.attributes.get("gen_ai.conversation.id") or span.ids[0])].append(call)
+            for name in ("gen_ai.response.model", "gen_ai.request.model"):
+                models |= {span.attributes[name]: None} if isinstance(span.attributes.get(name), str) else {}
+    results = _tool_results(spans)
+    contexts = [context for name, calls in groups.items() for context in _make_contexts(name, calls, results)]
+    for step in (step for context in contexts for step in context.steps):
+        reader.categories.pop(step.record, None)
+    contexts.sort(key=lambda context: max(step.record for step in context.steps))
+    return Session("otel", len(records), contexts, reader.categories, {"models": [*models]}, reader.anomalies)
+
+
+def _make_contexts(name: str, calls: Sequence[Call], results: Mapping[str, Step]) -> Iterator[Context]:
+    conversations = [*join_calls(calls)]
+    for index, conversation in enumerate(conversations):
+        label = name if len(conversations) == 1 else f"{name}/{index + 1}"
+        last_calls = {call["id"] for message in conversation.last.output for call in message.get("tool_calls", ())}
+        # No later call of the model repeats these results.
+        last_results = [step for call_id, step in results.items() if call_id in last_calls]
+        yield Context(label, [*conversation.steps, *last_results], conversation.last.tools)
+
+
+def _tool_results(spans: Sequence[_Span]) -> dict[str, Step]:
+    """Return the results in the spans of tool calls by the id of the call, in the order of their start."""
+    results = dict[str, Step]()
+    for span in sorted(spans, key=lambda span: span.start):
+        call_id, value = (span.attributes.get(f"gen_ai.tool.call.{name}") for name in ("id", "result"))
+        if isinstance(call_id, str) and value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            results[call_id] = Step("result", make_result(call_id, text), span.number)
+    return results
+
+
+class _Reader:
+    def __init__(self, ignored: frozenset[str]) -> None:
+        self.ignored = ignored
+        self.categories = dict[int, str]()
+        self.anomalies = Counter[str]()
+
+    def merge_logs(self, spans: Sequence[_Span]) -> Iterator[tuple[_Span, Sequence[_Span]]]:
+        """Yield each span, in the order of start times, with the logs that belong to it."""
+        logs = defaultdict[tuple[str, str], list[_Span]](list)
+        seen = set[tuple[str, str]]()
+        unique = list[_Span]()
+        for span in spans:
+            if span.event in _OLD_EVENTS:
+                logs[span.ids].append(span)
+            elif span.ids[1] and span.ids in seen:
+                self.categories[span.number] = "duplicates"
+            else:
+                unique.append(span)
+                seen |= {span.ids}
+        for span in sorted(unique, key=lambda span: span.start):
+            yield span, sorted(logs.pop(span.ids, ()), key=lambda log: log.start)
+        for ids, items in logs.items():
+            if ids[1] or ids[0]:
+                items.sort(key=lambda log: log.start)
+                yield items[0]._replace(event="", attributes={"gen_ai.operation.name": "chat"}), items
+
+    def read_call(self, span: _Span, logs: Sequence[_Span]) -> Call | None:
+        """Convert a span of a model call. Record the category of any other span."""
+        self.categories.setdefault(span.number, "metadata")
+        operation = span.attributes.get("gen_ai.operation.name")
+        sent = span.attributes.get("gen_ai.input.messages")
+        generated = span.attributes.get("gen_ai.output.messages")
+        if operation not in _INFERENCE and not (operation is None and (generated or _is_numbered(span.attributes))):
+            return None
+        inputs = self._read_messages(sent, span.number)
+        outputs = self._read_messages(generated, span.number)
+        for name, values in (*((log.event, _log_body(log)) for log in logs), *span.events):
+            if name in _OLD_EVENTS:
+                (outputs if name == "gen_ai.choice" else inputs).append(_read_old_event(name, values, span.number))
+        inputs += _read_numbered(span.attributes, "prompt", span.number)
+        outputs += _read_numbered(span.attributes, "completion", span.number)
+        for log in logs:
+            self.categories[log.number] = "duplicates" if log.number != span.number else "metadata"
+        outputs = [message for message in outputs if message["content"] or message.get("tool_calls")]
+        if not outputs or not inputs:
+            self.categories[span.number] = "errors" if span.failed else "unlogged"
+            return None
+        if inputs[0]["role"] in ("tool", "assistant"):
+            problem = "the call contains only the messages since an earlier call, so its context is unknown"
+            raise BadRecord(span.number, "missing_context", problem, hint="log the whole input of each call")
+        system = span.attributes.get("gen_ai.system_instructions")
+        text = system if isinstance(system, str) else make_content([part.get("content", "") for part in system or ()])
+        tools = next((span.attributes[name] for name in _TOOL_ATTRIBUTES if span.attributes.get(name)), ())
+        del self.categories[span.number]
+        definitions = [read_tool(tool) for tool in tools if isinstance(tool, Mapping)]
+        return Call(
+            span.number, text if isinstance(text, str) else "\n".join(map(str, text)), inputs, outputs, definitions
+        )
+
+    def _read_messages(self, messages: Any, number: int) -> list[dict[str, Any]]:
+        return [
+            standard
+            for message in messages or ()
+            if isinstance(message, Mapping)
+            for standard in self._read_message(message, number)
+        ]
+
+    def _read_message(self, message: Mapping[str, Any], number: int) -> Iterator[dict[str, Any]]:
+        """Convert a message with parts. Its results of tool calls become messages before it."""
+        texts, reasoning, calls = list[Any](), list[str](), list[dict[str, Any]]()
+        parts = message.get("parts")
+        for part in parts if isinstance(parts, list) else [{"type": "text", "content": message.get("content") or ""}]:
+            kind = str(part.get("type"))
+            if kind == "text":
+                texts.append(str(part.get("content", "")))
+            elif kind == "reasoning":
+                reasoning.append(str(part.get("content", "")))
+            elif kind == "tool_call":
+                arguments = part.get("arguments")
+                call_id = str(part.get("id") or f"call_{number}_{len(calls)}")
+                calls.append(make_call(str(part.get("name")), {} if arguments is None else arguments, call_id))
+            elif kind == "tool_call_response":
+                value = part.get("response", part.get("result"))
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                yield {"role": "tool", "tool_call_id": str(part.get("id") or ""), "content": text}
+            elif kind in ("blob", "uri") and part.get("modality") == "image":
+                url = part.get("uri") or f"data:{part.get('mime_type')};base64,{part.get('content')}"
+                texts.append({"type": "image_url", "image_url": {"url": url}})
+            elif f"content/{kind}" not in self.ignored:
+                raise unknown_record(number, f"content/{kind}", "OpenTelemetry")
+        if texts or reasoning or calls:
+            standard = {"role": str(message.get("role", "user")), "content": make_content(texts)}
+            standard |= {"reasoning_content": "\n".join(reasoning)} if reasoning else {}
+            yield standard | ({"tool_calls": calls} if calls else {})
+
+
+def _read_span(number: int, record: Mapping[str, Any]) -> _Span:
+    context = mapping_at(record, "context") or record
+    ids = tuple(str(_first(context, *names) or "") for names in (("traceId", "trace_id"), ("spanId", "span_id")))
+    start = _first(record, "startTimeUnixNano", "start_time_unix_nano", "timeUnixNano", "start_time", "timestamp") or 0
+    try:
+        order = float(start), ""
+    except (TypeError, ValueError):
+        order = 0.0, str(start)
+    attributes = _read_attributes(record.get("attributes"))
+    event = record.get("eventName") or record.get("event_name") or attributes.get("event.name") or ""
+    status = mapping_at(record, "status")
+    failed = bool(attributes.get("error.type")) or _first(status, "code", "status_code") in (
+        2, "ERROR", "STATUS_CODE_ERROR",
+    )  # fmt: skip
+    events = [(str(item.get("name")), _read_attributes(item.get("attributes"))) for item in record.get("events") or ()]
+    parent = str(_first(record, "parentSpanId", "parent_span_id", "parent_id") or "")
+    return _Span(number, (ids[0], ids[1]), parent, order, attributes, str(event), record.get("body"), events, failed)
+
+
+def _first(values: Mapping[str, Any], *names: str) -> Any:
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _read_attributes(attributes: Any) -> dict[str, Any]:
+    """Return attributes as a dict, from a list of keys and values or from an object."""
+    if isinstance(attributes, Mapping):
+        return {key: _parse_text(key, value) for key, value in attributes.items()}
+    pairs = [item for item in attributes or () if isinstance(item, Mapping)]
+    return {item["key"]: _parse_text(item["key"], _plain_value(item.get("value"))) for item in pairs}
+
+
+def _plain_value(value: Any) -> Any:
+    """Convert an `AnyValue` of OTLP to a plain value."""
+    if not isinstance(value, Mapping) or not value.keys() <= _VALUE_KEYS:
+        return value
+    if "arrayValue" in value:
+        return [_plain_value(item) for item in (value["arrayValue"] or {}).get("values") or ()]
+    if "kvlistValue" in value:
+        pairs = (value["kvlistValue"] or {}).get("values") or ()
+        return {item["key"]: _plain_value(item.get("value")) for item in pairs}
+    return next(iter(value.values()), None)
+
+
+def _parse_text(name: str, value: Any) -> Any:
+    """Parse the JSON text of an attribute with messages or tools."""
+    if not isinstance(value, str) or not name.endswith(("messages", "instructions", "definitions", "tools")):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return value
+    return parsed if isinstance(parsed, list | dict) else value
+
+
+def _log_body(log: _Span) -> dict[str, Any]:
+    body = _plain_value(log.body)
+    return {**log.attributes, **body} if isinstance(body, Mapping) else log.attributes
+
+
+def _read_old_event(name: str, values: Mapping[str, Any], number: int) -> dict[str, Any]:
+    message = values["message"] if isinstance(values.get("message"), Mapping) else values
+    calls = message.get("tool_calls") or values.get("tool_calls") or ()
+    calls = json.loads(calls) if isinstance(calls, str) else calls
+    content = message.get("content") or ""
+    standard: dict[str, Any] = {
+        "role": str(message.get("role") or _OLD_EVENTS[name]),
+        "content": content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
+    }
+    if calls:
+        functions = [call.get("function") or call for call in calls]
+        standard["tool_calls"] = [
+            make_call(
+                str(function.get("name")), function.get("arguments") or {}, str(call.get("id") or f"call_{number}")
+            )
+            for call, function in zip(calls, functions, strict=True)
+        ]
+    if name == "gen_ai.tool.message":
+        standard["tool_call_id"] = str(message.get("id") or "")
+    return standard
+
+
+def _is_numbered(attributes: Mapping[str, Any]) -> bool:
+    return any(_NUMBERED.match(name) for name in attributes)
+
+
+def _read_numbered(attributes: Mapping[str, Any], side: str, number: int) -> list[dict[str, Any]]:
+    """Read the messages in the numbered attributes of OpenLLMetry, such as `gen_ai.prompt.0.content`."""
+    messages = defaultdict[int, dict[str, Any]](dict)
+    calls = defaultdict[int, dict[int, dict[str, Any]]](lambda: defaultdict(dict))
+    for name, value in attributes.items():
+        match = _NUMBERED.match(name)
+        if match and match[1] == side:
+            if call := _NUMBERED_CALL.fullmatch(match[3]):
+                calls[int(match[2])][int(call[1])][call[2]] = value
+            else:
+                messages[int(match[2])][match[3]] = value
+    standard = list[dict[str, Any]]()
+    for position in sorted({*messages, *calls}):
+        fields = messages[position]
+        message = {
+            "role": str(fields.get("role", "assistant" if side == "completion" else "user")),
+            "content": fields.get("content") or "",
+        }
+        message |= {key: fields[key] for key in ("tool_call_id",) if fields.get(key)}
+        message |= {"reasoning_content": fields["reasoning"]} if fields.get("reasoning") else {}
+        if items := calls.get(position):
+            message["tool_calls"] = [
+                make_call(str(call.get("name")), call.get("arguments") or {}, str(call.get("id") or f"call_{number}"))
+                for _, call in sorted(items.items())
+            ]
+        standard.append(message)
+    return standard

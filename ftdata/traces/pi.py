@@ -1,0 +1,256 @@
+"""Convert sessions of pi and OpenClaw, and the output of `pi --mode json`.
+
+Records form a tree by `parentId`, and the session continues from the last record of the file. After a compaction, the
+model sees a summary and the last messages. The texts that pi adds to summaries and commands are those of version 0.58.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ftdata.traces.content_blocks import BlockReader
+from ftdata.traces.response_items import read_tool
+from ftdata.traces.rows import Session
+from ftdata.traces.steps import BadRecord, Context, Step, make_result, reading_record, unknown_record
+from ftdata.traces.tree import Node, connect_nodes, is_abandoned, leaf_paths
+
+_METADATA = {"custom", "label", "model_change", "session", "session_info", "thinking_level_change", "usage"}
+_BOUNDARIES = {"compaction", "context_edit"}
+_STREAM_COPIES = {"agent_end", "entry_appended", "message_start", "message_update", "turn_end"}
+_STREAM = {
+    "agent_start", "auto_retry_end", "auto_retry_start", "compaction_end", "compaction_start", "message_end",
+    "queue_update", "tool_execution_end", "tool_execution_start", "tool_execution_update", "turn_start",
+}  # fmt: skip
+"""Types of records in the output of `pi --mode json`. The messages are in `message_end`."""
+
+_SUMMARY = (
+    "The conversation history before this point was compacted into the following summary:\n\n<summary>\n",
+    "\n</summary>",
+)
+_BRANCH_SUMMARY = (
+    "The following is a summary of a branch that this conversation came back from:\n\n<summary>\n",
+    "</summary>",
+)
+
+
+def is_pi_record(record: Mapping[str, Any]) -> bool:
+    """Return whether an object is the first record of a pi session."""
+    return record.get("type") == "session" and isinstance(record.get("id"), str) and "cwd" in record
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A record with its steps.
+
+    Attributes:
+        number: index of the record.
+        record: the record.
+        steps: the steps of the record itself.
+    """
+
+    number: int
+    record: Mapping[str, Any]
+    steps: Sequence[Step]
+
+
+class _Reader:
+    def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
+        self.records, self.ignored = records, ignored
+        self.categories = dict[int, str]()
+        self.anomalies = Counter[str]()
+        self.entries = dict[int, _Entry]()
+        self.nodes = list[Node]()
+        self.tools = list[dict[str, Any]]()
+        self.models = list[str]()
+
+    def read(self) -> None:
+        owners, previous = dict[str, Node](), None
+        for number, record in enumerate(self.records):
+            kind = str(record.get("type"))
+            if number == 0 or kind in _STREAM_COPIES or (kind in _STREAM and kind != "message_end"):
+                self.categories[number] = "duplicates" if kind in _STREAM_COPIES else "metadata"
+                continue
+            if (entry_id := record.get("id")) in owners:
+                self.categories[number] = "duplicates"
+                continue
+            with reading_record(number):
+                steps, category = self._read_entry(number, record, kind)
+            if category is not None:
+                self.categories[number] = category
+            parent = previous if "parentId" not in record else self._find_parent(number, record, owners)
+            node = Node(parent, is_response=False, steps=list(steps), records=[number])
+            self.nodes.append(node)
+            self.entries[number] = _Entry(number, record, steps)
+            previous = node
+            if isinstance(entry_id, str):
+                owners[entry_id] = node
+
+    def _find_parent(self, number: int, record: Mapping[str, Any], owners: Mapping[str, Node]) -> Node | None:
+        parent = record["parentId"]
+        if parent is None:
+            return None
+        if parent not in owners:
+            problem = f"the session does not contain the record {parent} that the record continues"
+            hint = "add the missing records, or leave the session out"
+            raise BadRecord(number, "missing_parent", problem, field="parentId", hint=hint)
+        return owners[parent]
+
+    def _read_entry(self, number: int, record: Mapping[str, Any], kind: str) -> tuple[Sequence[Step], str | None]:
+        """Return the steps of a record, and its category if it has no steps."""
+        if kind in ("message", "message_end") and isinstance(record.get("message"), Mapping):
+            return self._read_message(number, record["message"])
+        if kind == "custom_message":
+            content = BlockReader(number, self.anomalies, self._unknown_at(number)).read_parts(record.get("content"))
+            return _user_step(number, content), None
+        if kind == "compaction":
+            return _user_step(number, str(record.get("summary", "")).join(_SUMMARY)), None
+        if kind == "branch_summary":
+            summary = str(record.get("summary") or "")
+            return (_user_step(number, summary.join(_BRANCH_SUMMARY)), None) if summary else ((), "metadata")
+        if kind not in _METADATA | _BOUNDARIES:
+            return (), self._check_unknown(number, kind)
+        return (), "metadata"
+
+    def _read_message(self, number: int, message: Mapping[str, Any]) -> tuple[Sequence[Step], str | None]:
+        role, blocks = message.get("role"), BlockReader(number, self.anomalies, self._unknown_at(number))
+        if role == "assistant":
+            return self._read_response(number, message, blocks)
+        if role == "toolResult":
+            name, call_id = str(message.get("toolName", "")), str(message.get("toolCallId", ""))
+            content = blocks.read_parts(message.get("content"))
+            is_error = bool(message.get("isError"))
+            return [Step("result", make_result(call_id, content, name=name, is_error=is_error), number)], None
+        if role == "bashExecution":
+            is_hidden = bool(message.get("excludeFromContext"))
+            return ((), "metadata") if is_hidden else (_user_step(number, _describe_command(message)), None)
+        if role == "system":
+            return self._read_system(number, message)
+        if role not in ("user", "custom", "hookMessage"):
+            return (), self._check_unknown(number, f"message/{role}")
+        return _user_step(number, blocks.read_parts(message.get("content"))), None
+
+    def _read_response(
+        self, number: int, message: Mapping[str, Any], blocks: BlockReader
+    ) -> tuple[Sequence[Step], str | None]:
+        if message.get("stopReason") in ("error", "aborted"):
+            return (), "errors"
+        if message.get("model") == "delivery-mirror":
+            return (), "duplicates"
+        self.models += [message["model"]] if isinstance(message.get("model"), str) else []
+        steps, has_hidden = blocks.read_response(message.get("content"))
+        category = None if steps else "unlogged" if has_hidden else "metadata"
+        return [step._replace(response=number) for step in steps], category
+
+    def _read_system(self, number: int, message: Mapping[str, Any]) -> tuple[Sequence[Step], None]:
+        sections = message.get("sections") or {}
+        texts = [message.get("content"), *sections.values()]
+        self.anomalies["rebuilt_context"] += bool(sections)
+        self.tools += [read_tool(tool) for tool in message.get("toolsAdded") or ()]
+        content = "\n\n".join(text for text in texts if isinstance(text, str) and text)
+        return [Step("message", {"role": "system", "content": content}, number)], None
+
+    def _unknown_at(self, number: int) -> Any:
+        return lambda name: self._check_unknown(number, name)
+
+    def _check_unknown(self, number: int, name: str) -> str:
+        if name in self.ignored:
+            return "ignored"
+        raise unknown_record(number, name, f"pi (session version {self.records[0].get('version', 1)})")
+
+    def contexts(self) -> Iterator[Context]:
+        """Yield a context for each leaf, and for each compaction or edit on the path to it."""
+        connect_nodes(self.nodes)
+        number = 0
+        for path in leaf_paths(self.nodes):
+            entries = [self.entries[node.records[0]] for node in path]
+            abandoned = is_abandoned(path)
+            ends = [index for index, entry in enumerate(entries) if entry.record.get("type") in _BOUNDARIES]
+            for end in (*ends, len(entries)):
+                number += 1
+                steps = self._visible_steps(entries[:end])
+                yield Context(f"main/{number}", steps, self.tools, {}, abandoned=abandoned and end == len(entries))
+
+    def _visible_steps(self, entries: Sequence[_Entry]) -> list[Step]:
+        """Return the steps that the model sees after the entries of a path."""
+        last = max((i for i, entry in enumerate(entries) if entry.record.get("type") == "compaction"), default=None)
+        selected = list(entries)
+        if last is not None:
+            first = self._first_kept(entries, last)
+            selected = [entries[last], *entries[first:last], *entries[last + 1 :]]
+        edits = {
+            entry.record.get("targetId"): entry for entry in selected if entry.record.get("type") == "context_edit"
+        }
+        visible = [
+            entry
+            for index, entry in enumerate(selected)
+            if entry.record.get("type") != "compaction" or (last is not None and index == 0)
+        ]
+        return [step for entry in visible for step in self._edited_steps(entry, edits)]
+
+    def _first_kept(self, entries: Sequence[_Entry], last: int) -> int:
+        """Return the index of the first entry before a compaction that the model sees after it."""
+        record = entries[last].record
+        index = record.get("firstKeptEntryIndex")
+        if "firstKeptEntryId" not in record and isinstance(index, int):
+            return next((i for i, entry in enumerate(entries[:last]) if entry.number >= index), last)
+        first_id = record.get("firstKeptEntryId")
+        return next((i for i, entry in enumerate(entries[:last]) if entry.record.get("id") == first_id), last)
+
+    def _edited_steps(self, entry: _Entry, edits: Mapping[Any, _Entry]) -> Sequence[Step]:
+        edit = edits.get(entry.record.get("id"))
+        if edit is None or not entry.steps:
+            return entry.steps
+        replacement = edit.record.get("replacement")
+        if replacement is None:
+            return ()
+        content = BlockReader(entry.number, Counter(), self._unknown_at(edit.number)).read_parts(
+            replacement.get("content")
+        )
+        step = entry.steps[0]
+        if step.kind in ("message", "result"):
+            return [step._replace(value={**step.value, "content": content})]
+        calls = [step for step in entry.steps if step.kind == "call"]
+        return [Step("text", content, entry.number, entry.number, trained=False), *calls]
+
+
+def read_pi_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
+    """Convert the records of a session file.
+
+    Args:
+        records: the records, in the order of the file.
+        ignored: names of unknown types of records to ignore.
+
+    Raises:
+        BadRecord: `unknown_event` or `missing_parent`.
+    """
+    reader = _Reader(records, ignored)
+    reader.read()
+    contexts = _name_contexts([*reader.contexts()])
+    header = records[0]
+    metadata = {"session": header.get("id", ""), "cwd": header.get("cwd", ""), "version": header.get("version", 1)}
+    metadata["models"] = list(dict.fromkeys(reader.models))
+    return Session("pi", len(records), contexts, reader.categories, metadata, reader.anomalies)
+
+
+def _name_contexts(contexts: list[Context]) -> list[Context]:
+    return [replace(contexts[0], name="main")] if len(contexts) == 1 else contexts
+
+
+def _user_step(number: int, content: Any) -> list[Step]:
+    return [Step("message", {"role": "user", "content": content}, number)]
+
+
+def _describe_command(message: Mapping[str, Any]) -> str:
+    """Return the text that pi sends to the model for a command that the user ran."""
+    output = message.get("output")
+    text = f"Ran `{message.get('command')}`\n" + (f"```\n{output}\n```" if output else "(no output)")
+    if message.get("cancelled"):
+        text += "\n\n(command cancelled)"
+    elif message.get("exitCode"):
+        text += f"\n\nCommand exited with code {message['exitCode']}"
+    if message.get("truncated") and message.get("fullOutputPath"):
+        text += f"\n\n[Output truncated. Full output: {message['fullOutputPath']}]"
+    return text

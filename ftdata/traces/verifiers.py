@@ -1,0 +1,153 @@
+"""Convert rollouts that verifiers saved: rows of `results.jsonl`, and traces and episodes of `traces.jsonl`.
+
+Rows contain a prompt and a completion. Traces contain the messages as nodes of a tree, and each path from the root to a
+leaf is a conversation. Only messages that the model sampled are trained.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ftdata.errors import BadRow
+from ftdata.traces.calls import Call, join_calls, message_steps, standard_call
+from ftdata.traces.response_items import read_tool
+from ftdata.traces.rows import Session
+from ftdata.traces.steps import Context, Step, mapping_at
+from ftdata.traces.tree import Node, connect_nodes, leaf_paths, path_steps
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+def is_verifiers_document(data: Mapping[str, Any]) -> bool:
+    """Return whether an object is a rollout, a trace or an episode of verifiers."""
+    if isinstance(data.get("nodes"), list):
+        return "task" in data
+    if isinstance(data.get("traces"), list):
+        return "task" in data or "env" in data
+    is_rollout = isinstance(data.get("prompt"), list) and isinstance(data.get("completion"), list)
+    return (is_rollout and "example_id" in data) or (isinstance(data.get("trajectory"), list) and "task" in data)
+
+
+def read_verifiers_document(
+    data: Mapping[str, Any],
+    ignored: frozenset[str] = frozenset(),  # noqa: ARG001  (the format has no unknown types)
+) -> Iterator[Session]:
+    """Yield the session of a rollout or a trace, or the sessions of the traces of an episode.
+
+    Raises:
+        BadRow: `trace_step`, if a message is invalid.
+    """
+    if isinstance(data.get("traces"), list):
+        for trace in data["traces"]:
+            yield _read_trace({"task": data.get("task"), **trace})
+    elif isinstance(data.get("nodes"), list):
+        yield _read_trace(data)
+    elif isinstance(data.get("trajectory"), list) and data["trajectory"]:
+        yield _read_calls(data)
+    else:
+        yield _read_rollout(data)
+
+
+def _metadata(data: Mapping[str, Any]) -> dict[str, Any]:
+    rewards = mapping_at(data, "rewards")
+    scores = [reward for reward in rewards.values() if reward is not None]
+    total = sum(score["score"] * score.get("weight", 1) if isinstance(score, Mapping) else score for score in scores)
+    error = data.get("error") or data.get("errors")
+    values = {
+        "session": str(data.get("id") or data.get("example_id") or ""),
+        "reward": data.get("reward", total if scores else None),
+        "failed": bool(error),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_message(message: Any, number: int, field: str) -> dict[str, Any]:
+    """Convert a message, whose tool calls can be JSON texts."""
+    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+        value = message.get("role") if isinstance(message, Mapping) else message
+        raise BadRow("trace_step", f"the role is {value!r:.60}, expected one of {', '.join(_ROLES)}", field=field)
+    keys = ("role", "content", "reasoning_content", "tool_call_id", "name")
+    standard = {key: message[key] for key in keys if message.get(key) is not None}
+    standard.setdefault("content", "")
+    if calls := message.get("tool_calls"):
+        standard["tool_calls"] = [standard_call(call, number) for call in calls]
+    return standard
+
+
+def _pair_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the ids of calls to results without an id, which old versions did not save. Results are in call order."""
+    paired, pending = list[dict[str, Any]](), list[str]()
+    for message in messages:
+        if message["role"] == "assistant":
+            pending = [call["id"] for call in message.get("tool_calls", ())]
+        elif message["role"] == "tool":
+            call_id = message.get("tool_call_id") or (pending[0] if pending else "")
+            pending = [pending_id for pending_id in pending if pending_id != call_id]
+            paired.append({**message, "tool_call_id": call_id})
+            continue
+        paired.append(message)
+    return paired
+
+
+def _read_tools(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    tools = data.get("tool_defs") or data.get("tools") or mapping_at(data, "info").get("oai_tools")
+    return [read_tool(tool) for tool in tools or () if isinstance(tool, Mapping)]
+
+
+def _read_rollout(data: Mapping[str, Any]) -> Session:
+    fields = [("prompt", message) for message in data["prompt"]]
+    fields += [("completion", message) for message in data["completion"]]
+    messages = _pair_results(
+        [_read_message(message, number, f"{name}[{number}]") for number, (name, message) in enumerate(fields)]
+    )
+    steps, categories = list[Step](), dict[int, str]()
+    for number, message in enumerate(messages):
+        parts = message_steps(message, number, number, trained=number >= len(data["prompt"]))
+        steps += parts
+        if not parts:
+            categories[number] = "metadata"
+    context = Context("main", steps, _read_tools(data))
+    return Session("verifiers", len(messages), [context], categories, _metadata(data), Counter())
+
+
+def _read_calls(data: Mapping[str, Any]) -> Session:
+    """Read a rollout that saved each call of the model."""
+    calls = list[Call]()
+    for number, turn in enumerate(data["trajectory"]):
+        field = f"trajectory[{number}]"
+        prompt = [_read_message(message, number, f"{field}.prompt") for message in turn["prompt"]]
+        answers = turn.get("completion") or [turn["response"]["message"]]
+        output = [_read_message(message, number, f"{field}.completion") for message in answers]
+        calls.append(Call(number, "", _pair_results(prompt), output))
+    conversations = [*join_calls(calls)]
+    contexts = [
+        Context("main" if len(conversations) == 1 else f"main/{index + 1}", conversation.steps, _read_tools(data))
+        for index, conversation in enumerate(conversations)
+    ]
+    return Session("verifiers", len(calls), contexts, {}, _metadata(data), Counter())
+
+
+def _read_trace(data: Mapping[str, Any]) -> Session:
+    nodes = list[Node]()
+    categories = dict[int, str]()
+    for number, item in enumerate(data["nodes"]):
+        message = _read_message(item.get("message"), number, f"nodes[{number}].message")
+        parent = item.get("parent")
+        if parent is not None and not 0 <= parent < number:
+            raise BadRow("trace_step", f"is {parent}, expected an earlier node", field=f"nodes[{number}].parent")
+        node = Node(None if parent is None else nodes[parent], is_response=False, records=[number])
+        node.steps = message_steps(message, number, number, trained=bool(item.get("sampled")))
+        if not node.steps:
+            categories[number] = "metadata"
+        nodes.append(node)
+    connect_nodes(nodes)
+    agent = mapping_at(data, "agent")
+    label, paths = str(agent.get("name") or "main"), leaf_paths(nodes)
+    contexts = []
+    for index, path in enumerate(paths):
+        root = data["nodes"][path[0].records[0]]
+        name = label if len(paths) == 1 else f"{label}/{index + 1}"
+        contexts.append(Context(name, path_steps(path), _read_tools(root if root.get("tools") else data)))
+    return Session("verifiers", len(nodes), contexts, categories, _metadata(data), Counter())
