@@ -50,7 +50,7 @@ replaces `auto` by the kind of the first row; rows that no task was resolved for
 
 _OPTIONS = (
     Option("rendering", "template", str | None, None,
-           "Template: name, .jinja file or Jinja source (default: the tokenizer's)"),
+           "Template: name, .jinja file, file.py:function or Jinja source (default: the tokenizer's)"),
     Option("task", "task", str, "auto",
            "Data: auto (detect), sft, kto (labeled answers), or preference, dpo or reward (pairs)", tuple(TASKS)),
     Option("rows", "schema", str, "auto",

@@ -27,10 +27,7 @@ IGNORE_INDEX = -100
 
 
 class Function(TypedDict):
-    """The function name and the arguments of a tool call.
-
-    `arguments` is an object in Hugging Face data and a JSON string in OpenAI data.
-    """
+    """The name and arguments of a tool call: an object in Hugging Face data, and a JSON string in OpenAI data."""
 
     name: str
     arguments: str | dict[str, Any]
@@ -383,8 +380,8 @@ class Rendered(NamedTuple):
         keep_control: whether control tokens in the text are intended, regardless of the `control_tokens` option; for
             text that was formatted before it was read.
         images: the images of the text, in the order of its spans with the part `Part.MEDIA`.
-        repeats: how often each token in these spans that stands for a feature of an image is repeated. The text
-            contains it once.
+        repeats: how often each token of an image, which the text contains once, is repeated.
+        ids: the token ids that the template rendered; empty for a template that renders text.
     """
 
     text: str
@@ -395,6 +392,7 @@ class Rendered(NamedTuple):
     keep_control: bool = False
     images: tuple[ImageReference, ...] = ()
     repeats: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 class RenderedRow(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, first_difference
 from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.tokenizing.token_text import token_texts
 from ftdata.tokenizing.tokenizer import Tokenizer
@@ -302,3 +302,18 @@ def _decode_tokens(
         for number, (start, end) in enumerate(pairwise(runs.tolist()))
     )
     return "".join(texts), offsets, spans
+
+
+def compare_template_ids(batch: RenderedBatch, tokens: Encodings) -> Iterator[tuple[int, BadRow]]:
+    """Yield the number and an error of each text whose tokens differ from the token ids that its template rendered."""
+    for number, text in enumerate(batch):
+        if not text.ids:
+            continue
+        ids = tokens.ids[tokens.token_bounds[number] : tokens.token_bounds[number + 1]].tolist()
+        if ids != [*text.ids]:
+            position = first_difference(ids, text.ids)
+            values = [sequence[position] if position < len(sequence) else "nothing" for sequence in (text.ids, ids)]
+            problem = f"token {position} of the function of the template is {values[0]}, but the tokenizer encodes "
+            problem += f"its text as {values[1]}"
+            hint = "use the tokenizer of the function, or remove control tokens from the text of the row"
+            yield number, BadRow("template_ids", problem, hint=hint)

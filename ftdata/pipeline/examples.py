@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, UsageError, count_noun
 from ftdata.options import select_options
-from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
+from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens, compare_template_ids
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, drop_untrained_flags, trained_tokens
 from ftdata.pipeline.recipe import Recipe, make_recipe, policy_name
@@ -262,6 +262,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Ba
     built = [row for row in rows if isinstance(row, RenderedRow)]
     batch = RenderedBatch([text for row in built for text in row.texts])
     tokens, errors = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
+    errors |= dict(compare_template_ids(batch, tokens))
     tokens = _repeat_image_tokens(recipe, batch, _add_bos(recipe, batch, tokens), errors)
     trained_spans = [*_trained_spans(recipe, built, errors)]
     trained, crosses_boundary = trained_tokens(tokens, batch, trained_spans)

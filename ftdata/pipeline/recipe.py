@@ -32,6 +32,7 @@ from ftdata.templates import (
     start_template_worker,
     templates,
 )
+from ftdata.templates.python_template import is_python_template, load_template, make_template
 from ftdata.templates.verification.probe import TemplateReport
 from ftdata.templates.worker.client import require_verified, verify_template
 from ftdata.tokenizing.load import load_tokenizer
@@ -241,11 +242,28 @@ class Recipe(Options):
         }
         return make_recipe(
             options["tokenizer"]["name"] if tokenizer is None else tokenizer,
-            None if template["name"] == "tokenizer" else template["source"],
+            _recorded_template(template),
             date=template["date"],
             template_kwargs=template["kwargs"],
             **copied_options,
         )
+
+
+def _recorded_template(template: Mapping[str, Any]) -> str | None:
+    """Return the template of a manifest. The code of a function is read from its file, never from the manifest.
+
+    Raises:
+        UsageError: `template_changed`; as in `load_template`.
+    """
+    name: str = template["name"]
+    if name == "tokenizer":
+        return None
+    if not is_python_template(name):
+        return str(template["source"])
+    if load_template(name)[1] != template["source"]:
+        problem = f"the file of the template {name} has changed since the build"
+        raise UsageError("template_changed", problem, hint="restore the file, or build the data again")
+    return name
 
 
 def make_recipe(
@@ -272,7 +290,7 @@ def make_recipe(
     start_template_worker()
     loaded = load_tokenizer(tokenizer)
     check_kwargs(template_kwargs)
-    name, source = ("tokenizer", loaded.chat_template or "") if template is None else find_template(template)
+    name, source = ("tokenizer", loaded.chat_template or "") if template is None else load_template(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
     bound, control = _bind_template(loaded, name, source, template is not None, parse_date(date), kwargs)
     _check_variables(bound)
@@ -303,9 +321,9 @@ def load_bare_template(
         TemplateRefused: the template does not compile, or marks no text as trained.
     """
     check_kwargs(kwargs)
-    name, source = find_template(template)
+    name, source = load_template(template)
     control = re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>")
-    bare = Template(
+    bare = make_template(
         name, source, special_tokens=PLACEHOLDER_TOKENS, control=control, date=parse_date(date), kwargs=kwargs or {}
     )
     # Verify the template in the worker process first: merely parsing a hostile template can run forever.
@@ -356,7 +374,7 @@ def resolve_template(target: Any) -> Template:
         problem = f"the argument is {target!r:.60}, expected a template, a tokenizer, or a name"
         raise UsageError("template_type", problem)
     is_template = is_text and (str(target) in templates or "{" in str(target) or Path(target).suffix == ".jinja")
-    if is_template or (is_text and Path(target).is_file()):
+    if is_template or is_python_template(str(target)) or (is_text and Path(target).is_file()):
         return load_bare_template(target)
     is_name = is_text and "/" not in str(target) and not Path(target).is_dir()
     if is_name and get_close_matches(str(target), templates.names()):
@@ -398,7 +416,7 @@ def _bind_template(
     tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
 ) -> tuple[Template, ControlTokens]:
     """Verify a template with the special tokens of a tokenizer. Return the template, and the control tokens of both."""
-    unbound = Template(
+    unbound = make_template(
         name, source, strict=strict, special_tokens=tokenizer.special_tokens, date=date, kwargs=json.loads(kwargs)
     )
     # The template must be verified before it runs, so its text around messages is read only in the second step.

@@ -133,7 +133,8 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     regions, region_flags = _locate_regions(chat, text, pieces, turns)
     spans = make_spans(split_thinking(text, pieces, regions, assistants), regions)
     region_flags |= _flag_empty_thinking(text, pieces, regions)
-    return Rendered(text, spans, flags | region_flags, messages=len(chat.messages))
+    ids = chat.template.ids_of(text)
+    return Rendered(text, spans, flags | region_flags, messages=len(chat.messages), ids=ids)
 
 
 def _flag_empty_thinking(text: str, pieces: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
@@ -177,13 +178,13 @@ def _locate_regions(
         return (regions, flags) if tagged == nonempty else (tagged, flags | {"generation_tags_unconfirmed"})
     if chat.template.has_generation_tags and (marked := _read_tags(pieces, assistants, turns)) != nonempty:
         # If a template has no generation prompt, only its tags indicate that the model does not generate the header.
-        if marked and "add_generation_prompt" not in chat.template.variables and _has_later_starts(marked, nonempty):
+        if marked and not chat.template.has_generation_prompt and _has_later_starts(marked, nonempty):
             return marked, flags | {"generation_tags_unconfirmed"}
         flags |= {
             "generation_tags_overruled",
             *(["stop_outside_generation_tags"] if marked and _has_earlier_ends(marked, nonempty) else []),
         }
-    if "add_generation_prompt" not in chat.template.variables:
+    if not chat.template.has_generation_prompt:
         flags |= _flag_trained_headers(text, pieces, regions)
     return regions, flags
 

@@ -222,7 +222,10 @@ def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
     )
     # Stop tokens that earlier turns lack are detected from the tokens later.
     return rendered._replace(
-        text=text, spans=spans, flags=rendered.flags - {"missing_final_stop", "no_trained_stop"} | {"eos_appended"}
+        text=text,
+        spans=spans,
+        flags=rendered.flags - {"missing_final_stop", "no_trained_stop"} | {"eos_appended"},
+        ids=(),
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -90,6 +90,9 @@ class Template:
     date: datetime.datetime = DEFAULT_DATE
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    cpu_factor: ClassVar[int] = 1
+    """Factor of the CPU limits of the worker process."""
+
     @cached_property
     def description(self) -> str:
         """All attributes of the template, serialized as a JSON object."""
@@ -124,6 +127,11 @@ class Template:
     def is_chat(self) -> bool:
         """Whether the template is a chat template, which means that it reads the variable `messages`."""
         return "messages" in self.variables
+
+    @cached_property
+    def has_generation_prompt(self) -> bool:
+        """Whether the template prints the beginning of an answer after a conversation that ends with a question."""
+        return "add_generation_prompt" in self.variables
 
     @cached_property
     def has_generation_tags(self) -> bool:
@@ -207,6 +215,18 @@ class Template:
                     return False
         has_constant_divisors = all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
         return has_constant_divisors and not any(_uses_length(node) for node in syntax.find_all(nodes.Node))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables that the template needs in the worker process."""
+        return {}
+
+    def prepare(self) -> None:
+        """Prepare the template in the worker process, outside the limits of requests."""
+
+    def ids_of(self, text: str) -> tuple[int, ...]:  # noqa: ARG002  (Jinja renders text)
+        """Return the token ids of a rendered text, if the template renders token ids; otherwise an empty tuple."""
+        return ()
 
     def render(self, variables: Mapping[str, Any]) -> TrackedString:
         """Render the template with the given variables. The text is the same as in transformers.

@@ -35,6 +35,7 @@ ALLOWED = {
     ("exporters/formats.py", "import_module"): "modules of this package, in a table",
     ("yaml12.py", "yaml.load"): "with a SafeLoader, and the result is looked through",
     ("registry.py", "exec_module"): "a plug-in file that the user names on the command line",
+    ("templates/python_template.py", "exec_module"): "a template file that the user names, in the worker process",
     ("templates/sandbox/environment.py", "exec"): "what Jinja's sandbox generated, as Jinja itself runs it",
     ("templates/worker/process.py", "subprocess"): "our own interpreter, with a list of arguments",
     ("templates/engines.py", "subprocess"): "Node.js with a constant script, if the user asks for it",

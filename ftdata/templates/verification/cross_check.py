@@ -21,8 +21,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ftdata.errors import BadRow
 from ftdata.templates.attribution.agreement import common_prefix_length
 from ftdata.templates.chat import ChatRendering
+from ftdata.templates.python_template import PythonTemplate
 from ftdata.templates.sandbox.constant_folding import UnfoldedCodeGenerator
 from ftdata.templates.template import TEMPLATE_ERRORS
 from ftdata.types import Rendered
@@ -162,6 +164,8 @@ _Render = Callable[[Sequence[Mapping[str, Any]], bool], str | None]
 
 def _make_renderer(chat: ChatRendering) -> _Render:
     template = chat.template
+    if isinstance(template, PythonTemplate):
+        return _make_function_renderer(template, _untrack(chat.tools))
     constants = {**template.special_tokens, **template.kwargs, "documents": None}
     tools = _untrack(chat.tools) or None
     program = _compile(template.source, template.date)
@@ -171,6 +175,17 @@ def _make_renderer(chat: ChatRendering) -> _Render:
         try:
             return program.render({**constants, **variables})
         except TEMPLATE_ERRORS:
+            return None
+
+    return render
+
+
+def _make_function_renderer(template: PythonTemplate, tools: Any) -> _Render:
+    def render(messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str | None:
+        variables = {"messages": messages, "tools": tools, "add_generation_prompt": generation_prompt}
+        try:
+            return template.render_plain(variables)
+        except BadRow:
             return None
 
     return render

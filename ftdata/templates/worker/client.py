@@ -15,6 +15,7 @@ from ftdata.errors import BadRow, TemplateRefused
 from ftdata.storage import disk
 from ftdata.templates import render_chat
 from ftdata.templates import template as templates
+from ftdata.templates.python_template import read_description
 from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template
 from ftdata.templates.verification.probe import TemplateReport, describe_contradiction
@@ -220,7 +221,7 @@ def _examine(description: str) -> TemplateReport:
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
         return _make_report(_check_cached(json.loads(disk.read_regular_file(file))))
-    template = Template.from_description(description)
+    template = read_description(description)
     try:
         report = _request_report(template)
     except LimitExceeded:
@@ -260,10 +261,11 @@ def _request_report(template: Template) -> Mapping[str, Any]:
 
 
 def _make_template_error(template: Template) -> TemplateRefused:
+    seconds = EXAMINE_CPU_SECONDS * template.cpu_factor
     return TemplateRefused(
         "template_limits",
-        f"template {template.name!r} needs more than {EXAMINE_CPU_SECONDS:.3g} s of CPU time, or more than "
-        f"{MEGABYTES} MB, for small conversations",
+        f"template {template.name!r} needs more than {seconds:.3g} s of CPU time, or more than {MEGABYTES} MB, for "
+        "small conversations",
         hint="use another template: this template may loop forever, or is malicious",
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import render_chat
+from ftdata.templates.python_template import read_description
 from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template, render_or_none, render_scaffold
 from ftdata.templates.verification.probe import describe_contradiction, probe_template
@@ -79,8 +80,11 @@ def main(connection: Connection) -> None:
         while True:
             answers = list[bytes]()
             for action, key, body, cpu_seconds in protocol.decode_values(connection.recv_bytes()):
-                if action == "define_template":
-                    templates[key] = Template.from_description(body.decode())
+                if action == "set_environment":
+                    os.environ.update(protocol.decode_values(body))
+                elif action == "define_template":
+                    templates[key] = read_description(body.decode())
+                    templates[key].prepare()
                 elif action == "examine":
                     answers.append(_answer_in_fork(templates[key], action, body))
                 else:
@@ -94,7 +98,7 @@ def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
     child = os.fork()
     if child == 0:
         try:
-            sender.send_bytes(_answer(template, action, body, EXAMINE_CPU_SECONDS))
+            sender.send_bytes(_answer(template, action, body, EXAMINE_CPU_SECONDS * template.cpu_factor))
         finally:
             os._exit(0)
     sender.close()

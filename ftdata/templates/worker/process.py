@@ -93,7 +93,7 @@ def submit_request(action: str, template: Template, steps: int = 0, **arguments:
         arguments: arguments of the action, JSON values.
     """
     body = protocol.encode_values(arguments)
-    limit = CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP
+    limit = (CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP) * template.cpu_factor
     request = Request(action, template, body, limit)
     if template.key in _exceeding:
         # The template is likely to exceed its limits again, so only the last attempt is made, alone.
@@ -211,7 +211,10 @@ class _Worker:
         """
         if request.template.key not in self.known_templates:
             self.known_templates.add(request.template.key)
-            self.unsent.append(["define_template", request.template.key, request.template.description.encode(), 0.0])
+            template = request.template
+            if environment := template.environment:
+                self.unsent.append(["set_environment", template.key, protocol.encode_values(environment), 0.0])
+            self.unsent.append(["define_template", template.key, template.description.encode(), 0.0])
         self.unsent.append(request.frame)
         self.pending.append(request)
         if flush or sum(len(body) for _, _, body, _ in self.unsent) >= _MIN_FRAME:

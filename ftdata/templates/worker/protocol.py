@@ -73,13 +73,15 @@ def encode_rendered_row(rendered: Rendered) -> dict[str, Any]:
         "kinds": _encode_kinds(spans.kinds),
         "flags": sorted(rendered.flags),
         "options": (rendered.messages, rendered.add_bos, rendered.keep_control),
+        **({"ids": rendered.ids} if rendered.ids else {}),
     }
 
 
 def decode_rendered_row(values: Mapping[str, Any]) -> Rendered:
     """Create a rendered row from the result of `encode_rendered_row`."""
     spans = Spans(values["sizes"], _decode_kinds(values["kinds"]))
-    return Rendered(values["text"], spans, frozenset(values["flags"]), *values["options"])
+    ids = tuple(values.get("ids", ()))
+    return Rendered(values["text"], spans, frozenset(values["flags"]), *values["options"])._replace(ids=ids)
 
 
 def _encode_kinds(kinds: SpanKinds) -> list[Any]:

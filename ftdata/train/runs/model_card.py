@@ -12,6 +12,7 @@ from typing import Any
 from ftdata._version import __version__
 from ftdata.config import Config, Lora, to_yaml
 from ftdata.redaction import redact_text
+from ftdata.templates.python_template import is_python_template
 
 
 def render_model_card(config: Config, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -84,6 +85,9 @@ def _serving(config: Config, options: Mapping[str, Any], *, adapter: bool) -> st
     """Return the section on serving the model with vLLM, with the template and the stop tokens of the training."""
     if config.task == "reward":
         return ""
+    if is_python_template(options["template"]["name"]):
+        name = Path(options["template"]["name"]).name
+        return f"\n## Serving\n\nRender prompts with the function `{name}`: the model has no chat template.\n"
     folder = shlex.quote(f"{config.output_dir}/model")
     command = f"vllm serve {folder}"
     if adapter:

@@ -29,6 +29,7 @@ from ftdata.pipeline.recipe import Options, resolve_task
 from ftdata.readers import resolve_sources
 from ftdata.spelling import spell_options
 from ftdata.templates import Template
+from ftdata.templates.python_template import is_python_template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
 from ftdata.train.dataset import TrainingData, find_rows_with_images, open_training_data
@@ -431,7 +432,11 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
         note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
         console.print(note, highlight=False, markup=False)
     template = data.manifest["options"]["template"]
-    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).is_chat:
+    if is_python_template(template["name"]):
+        trainer.processing_class.chat_template = None
+        note = f"the template is a function, so the saved model has no chat template: serve it with {template['name']}"
+        console.print(note, highlight=False, markup=False)
+    elif template["name"] != "tokenizer" and Template(template["name"], template["source"]).is_chat:
         # The saved model must be prompted with the template that it was trained with.
         trainer.processing_class.chat_template = template["source"]
     if config.task == "reward":
