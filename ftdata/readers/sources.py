@@ -78,7 +78,8 @@ class FileSource:
         self._check_version(before)
         reader = readers.get(self.reader)
         items = reader(self.input) if is_built_in(reader) else _run_user_reader(reader, self)
-        rows = read_traces(items, frozenset(self.ignore_events))
+        is_start = self.span is None or self.span[0] == 0
+        rows = read_traces(items, frozenset(self.ignore_events), may_be_session=is_start)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from ftdata.errors import BadRow, InputRefused
 from ftdata.traces.formats import (
@@ -15,6 +15,7 @@ from ftdata.traces.formats import (
     convert_session,
     find_document_format,
     find_session_format,
+    is_row,
 )
 from ftdata.traces.rows import TraceRow, trace_notes
 from ftdata.traces.steps import BadRecord
@@ -23,13 +24,18 @@ from ftdata.types import Reject, Row, Source
 MAX_SESSION = 512 << 20
 """Maximum size in bytes of a session file, whose records are in memory together."""
 
+FIRST_RECORDS = 50
+"""Maximum number of records that are examined to recognize a session, which can begin with unknown records."""
+
 _RAW_CHARACTERS = 4096
 """Number of characters of a rejected row that are stored."""
 
 Rows = Generator[Row | Reject, None, int | None]
 
 
-def read_traces(rows: Iterable[Row | Reject], ignored: frozenset[str] = frozenset()) -> Rows:
+def read_traces(
+    rows: Iterable[Row | Reject], ignored: frozenset[str] = frozenset(), *, may_be_session: bool = True
+) -> Rows:
     """Yield the rows of a source. If the source is a session, or a row contains one, yield the rows of the session.
 
     The generator returns the value that `rows` returns.
@@ -37,30 +43,36 @@ def read_traces(rows: Iterable[Row | Reject], ignored: frozenset[str] = frozense
     Args:
         rows: the rows that a reader yields.
         ignored: names of unknown types of records to ignore.
+        may_be_session: whether the rows can be the records of a session: false for a part of a file.
 
     Raises:
         InputRefused: `session_too_large`.
     """
-    rows = iter(rows)
-    try:
-        first = next(rows)
-    except StopIteration as end:
-        return cast("int | None", end.value)
-    is_row = isinstance(first, Row) and not first.flat
-    session_format = find_session_format(first.data) if is_row and isinstance(first, Row) else None
-    if session_format is not None:
-        yield from _read_session(session_format, chain([first], rows), ignored)
-        return None
-    return (yield from _expand_documents(first, rows, ignored))
+    iterator, first_rows = iter(rows), list[Row | Reject]()
+    lines: int | None = None
+    while len(first_rows) < FIRST_RECORDS:
+        try:
+            row = next(iterator)
+        except StopIteration as end:
+            lines = end.value
+            break
+        first_rows.append(row)
+        if not may_be_session or not isinstance(row, Row) or row.flat or is_row(row.data):
+            break
+        if (session_format := find_session_format(row.data)) is not None:
+            yield from _read_session(session_format, chain(first_rows, iterator), ignored)
+            return None
+    rest = yield from _expand_documents(first_rows, iterator, ignored)
+    return rest if lines is None else lines
 
 
-def _expand_documents(first: Row | Reject, rows: Iterator[Row | Reject], ignored: frozenset[str]) -> Rows:
+def _expand_documents(first_rows: list[Row | Reject], rows: Iterator[Row | Reject], ignored: frozenset[str]) -> Rows:
     lines: int | None = None
     added = 0
 
     def all_rows() -> Iterator[Row | Reject]:
         nonlocal lines
-        yield first
+        yield from first_rows
         if isinstance(rows, Generator):
             lines = yield from rows
         else:
@@ -107,7 +119,9 @@ def _read_session(
 ) -> Iterator[Row | Reject]:
     """Yield the rows of a session. If a record is invalid, reject the whole session, because its order is lost."""
     records, sources, rejects = list[Mapping[str, Any]](), list[Source](), list[Reject]()
-    for row in rows:
+    for number, row in enumerate(rows):
+        if number == 0:
+            first = row.source
         if isinstance(row, Reject):
             rejects.append(row)
         elif not isinstance(row.data, Mapping):
@@ -117,31 +131,45 @@ def _read_session(
             items = session_format.flatten(row.data) if session_format.flatten else [row.data]
             records += items
             sources += [row.source] * len(items)
-            _check_size(sources)
+            _check_size(first, row.source)
     if rejects:
         yield from rejects
         return
     try:
         converted = convert_session(session_format, records, ignored)
     except BadRow as error:
-        number = min(error.record if isinstance(error, BadRecord) else 0, len(records) - 1)
-        yield _make_reject(error, sources[number]._replace(row=0), records[number])
+        number = error.record if isinstance(error, BadRecord) else 0
+        is_known = number < len(records)
+        source = sources[number] if is_known else first
+        yield _make_reject(error, source._replace(row=0), records[number] if is_known else {})
         return
     for index, item in enumerate(converted):
         yield _make_row(item, sources[item.record]._replace(row=index))
 
 
-def _check_size(sources: list[Source]) -> None:
-    first, last = sources[0], sources[-1]
+def _check_size(first: Source, last: Source) -> None:
     if first.offset is not None and last.offset is not None and last.offset - first.offset > MAX_SESSION:
         problem = f"the session has more than {MAX_SESSION >> 20:,} MB, and all its records must be in memory"
         hint = "divide the file by sessions or traces"
         raise InputRefused("session_too_large", problem, where=first.path, hint=hint)
 
 
-def is_session_line(line: bytes) -> bool:
-    """Return whether a line is the first record of a session file, which cannot be divided into parts."""
-    try:
-        return find_session_format(json.loads(line)) is not None
-    except ValueError:
-        return False
+def may_be_session(head: bytes) -> bool:
+    """Return whether the beginning of a file can belong to a session, which cannot be divided into parts.
+
+    Args:
+        head: the first lines of the file; the last line can be incomplete.
+    """
+    lines = head.split(b"\n")
+    if len(lines) == 1:
+        return True
+    for line in lines[:-1][:FIRST_RECORDS]:
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError:
+            return False
+        if record is not None and is_row(record):
+            return False
+        if find_session_format(record) is not None:
+            return True
+    return False

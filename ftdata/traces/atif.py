@@ -25,6 +25,9 @@ from ftdata.traces.steps import (
 )
 
 _VERSION = re.compile(r"ATIF-v1\.([0-8])")
+_HANDOFF = "Performed context summarization and handoff"
+"""The beginning of the step with which Terminus replaces the context, in files without `context_management`."""
+
 _STEP_KEYS = {
     "step_id", "timestamp", "source", "message", "model_name", "reasoning_effort", "reasoning_content", "tool_calls",
     "metrics", "observation", "is_copied_context", "llm_call_count", "extra",
@@ -80,6 +83,7 @@ class _Trajectory:
             steps = self._read_step(number, step)
             if not steps:
                 self.categories[number] = "metadata"
+            self.anomalies["edited_context"] += _boundary_of(step) in ("truncate", "prune")
             if _replaces_context(step):
                 windows.append(window)
                 window = []
@@ -170,7 +174,12 @@ class _Trajectory:
 
 def _replaces_context(step: Mapping[str, Any]) -> bool:
     """Return whether the model no longer saw the steps before a step."""
-    return mapping_at(mapping_at(step, "extra"), "context_management").get("boundary") == "replace"
+    is_handoff = step.get("source") == "system" and str(step.get("message")).startswith(_HANDOFF)
+    return _boundary_of(step) == "replace" or is_handoff
+
+
+def _boundary_of(step: Mapping[str, Any]) -> Any:
+    return mapping_at(mapping_at(step, "extra"), "context_management").get("boundary")
 
 
 def served_tokens(data: Mapping[str, Any], steps: Sequence[int]) -> Mapping[str, Any]:

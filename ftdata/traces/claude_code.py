@@ -7,6 +7,7 @@ and the results of parallel tool calls lie between these records.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,16 @@ from typing import Any
 
 from ftdata.traces.content_blocks import BlockReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, reading_record, unknown_record
-from ftdata.traces.tree import Node, chain_injected, connect_nodes, is_abandoned, leaf_paths, path_steps, remove_retried
+from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, reading_record, unknown_record
+from ftdata.traces.tree import (
+    Node,
+    chain_injected,
+    connect_nodes,
+    find_abandoned,
+    leaf_paths,
+    remove_leaves,
+    remove_retried,
+)
 
 _METADATA = {
     "agent-color", "agent-name", "agent-setting", "ai-title", "atis-latch", "attribution-snapshot", "bridge-session",
@@ -58,11 +67,15 @@ class _Scope:
         nodes: the nodes, in the order of their first records.
         response: the response that more records may belong to.
         calls: the node of each tool call.
+        contents: the contents of the responses so far, by message id.
+        summary: the summary of the last compaction.
     """
 
     nodes: list[Node] = field(default_factory=list)
     response: tuple[str, Node] | None = None
     calls: dict[str, Node] = field(default_factory=dict)
+    contents: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    summary: Node | None = None
 
 
 class _Reader:
@@ -76,7 +89,13 @@ class _Reader:
         self.owners = dict[str, tuple[str, Node]]()
         self.links = dict[str, str | None]()
         self.seen = dict[str, Mapping[str, Any]]()
-        self.preserved = dict[str, list[str]]()
+        self.preserved = dict[str, tuple[list[str], bool]]()
+        self.kept = dict[Node, Node]()
+        self.kept_after = defaultdict[Node, list[Node]](list)
+        self.kept_before = defaultdict[Node, list[Node]](list)
+        self.failed = set[Node]()
+        self.truncated = set[int]()
+        self.scope_names = dict[str, str]()
         self.retracted = {uuid for record in records for uuid in record.get("retractedMessageUuids") or ()}
         self.texts = {_prompt_text(record) for record in records} - {None}
         self.is_linear = not any(isinstance(record.get("parentUuid"), str) for record in records)
@@ -94,9 +113,10 @@ class _Reader:
         """Read a record. Return its category, or `None` if it became part of a node."""
         kind, uuid = record.get("type"), record.get("uuid")
         if isinstance(uuid, str) and uuid in self.seen and kind in _CONVERSATION:
-            if record.get("message") != self.seen[uuid].get("message"):
+            if mapping_at(record, "message").get("content") != mapping_at(self.seen[uuid], "message").get("content"):
                 problem = f"the record has the same uuid as an earlier record, but another message: {uuid}"
                 raise BadRecord(number, "conflicting_records", problem, hint="remove one of the records")
+            self._keep_repeated(uuid)
             return "duplicates"
         if isinstance(uuid, str):
             self.seen[uuid] = record
@@ -111,6 +131,15 @@ class _Reader:
             return category or (self._read_user if kind == "user" else self._read_assistant)(number, record)
         return self._read_other(number, record)
 
+    def _keep_repeated(self, uuid: str) -> None:
+        """Add a message to the context after a compaction, if the program wrote it again behind the summary."""
+        name, node = self.owners.get(uuid, ("", None))
+        summary = self.scopes[name].summary if node is not None else None
+        if node is not None and summary is not None and node.root is not summary.root:
+            self.kept[node] = summary
+            if node not in self.kept_after[summary]:
+                self.kept_after[summary].append(node)
+
     def _read_other(self, number: int, record: Mapping[str, Any]) -> str:
         kind = record.get("type")
         if kind == "fork-context-ref":
@@ -118,7 +147,7 @@ class _Reader:
             raise BadRecord(number, "missing_context", problem, hint="leave the session out")
         if kind in _EDITS:
             self.anomalies["edited_context"] += 1
-        if kind == "queue-operation" and record.get("operation") == "enqueue":
+        if kind == "queue-operation" and record.get("operation") in ("enqueue", "remove"):
             text = record.get("content")
             return "metadata" if not text or not isinstance(text, str) or text in self.texts else "unlogged"
         if kind == "stream_event":
@@ -146,6 +175,7 @@ class _Reader:
         elif subtype == "microcompact_boundary":
             self.anomalies["edited_context"] += 1
         elif subtype == "api_error":
+            self._retract_partial(record)
             return "errors"
         elif subtype not in _SYSTEM and subtype != "model_refusal_fallback":
             prefix = str(subtype).partition("_")[0]
@@ -154,25 +184,31 @@ class _Reader:
             )
         return "metadata"
 
-    def _read_boundary(self, record: Mapping[str, Any]) -> None:
-        details = record.get("compactMetadata") or {}
-        uuids = (details.get("preservedMessages") or {}).get("uuids") or []
-        segment = details.get("preservedSegment") or {}
-        uuid = segment.get("tailUuid")
-        while not uuids and isinstance(uuid, str) and uuid in self.seen:
-            uuids = [uuid, *uuids] if uuid == segment.get("headUuid") else uuids
-            if uuid == segment.get("headUuid"):
-                uuids = self._chain(segment["headUuid"], segment["tailUuid"])
-            uuid = _parent_of(self.seen[uuid])
-        if isinstance(record.get("uuid"), str):
-            self.preserved[record["uuid"]] = uuids
+    def _retract_partial(self, record: Mapping[str, Any]) -> None:
+        """Retract the part of a response that was received before its request failed."""
+        _, node = self.owners.get(str(record.get("parentUuid")), ("", None))
+        if node is not None and node.is_response and not node.later_steps:
+            self.failed.add(node)
 
-    def _chain(self, head: str, tail: str) -> list[str]:
-        chain, uuid = [tail], tail
-        while uuid != head:
-            uuid = str(_parent_of(self.seen[uuid]))
-            chain.append(uuid)
-        return chain[::-1]
+    def _read_boundary(self, record: Mapping[str, Any]) -> None:
+        """Record which messages a compaction kept, and whether the summary follows them."""
+        if not isinstance(uuid := record.get("uuid"), str):
+            return
+        details = mapping_at(record, "compactMetadata")
+        messages, segment = mapping_at(details, "preservedMessages"), mapping_at(details, "preservedSegment")
+        uuids = [str(item) for item in messages.get("uuids") or ()]
+        uuids = uuids or self._chain(segment.get("headUuid"), segment.get("tailUuid"))
+        self.preserved[uuid] = uuids, uuid in (messages.get("anchorUuid"), segment.get("anchorUuid"))
+
+    def _chain(self, head: Any, tail: Any) -> list[str]:
+        """Return the records from one record to another; an empty list if they are not in one conversation."""
+        chain, uuid = dict[str, None](), tail
+        while isinstance(uuid, str) and uuid in self.seen and uuid not in chain:
+            chain[uuid] = None
+            if uuid == head:
+                return [*chain][::-1]
+            uuid = _parent_of(self.seen[uuid])
+        return []
 
     def _read_attachment(self, number: int, record: Mapping[str, Any]) -> str | None:
         attachment = record.get("attachment")
@@ -189,6 +225,10 @@ class _Reader:
         steps = self._blocks(number, record).read_user(record["message"].get("content"))
         node = next((scope.calls[step.value["tool_call_id"]] for step in steps if step.kind == "result"
                      and step.value["tool_call_id"] in scope.calls), None)  # fmt: skip
+        if node is not None and scope.summary is not None:
+            parent = self._parent_node(number, record, scope_name)
+            # After a compaction between a call and its result, the model does not see the call.
+            node = None if parent is not None and parent.root is not node.root else node
         if node is None:
             self._add_message(number, record, steps, is_injected=bool(record.get("isMeta")))
             return None
@@ -211,6 +251,12 @@ class _Reader:
         if not is_injected:
             scope.response = None
         self._own(number, record, name, node)
+        if record.get("isCompactSummary"):
+            scope.summary = node
+            uuids, is_before = self.preserved.get(str(record.get("parentUuid")), ([], False))
+            nodes = dict.fromkeys(self.owners[uuid][1] for uuid in uuids if uuid in self.owners)
+            self.kept.update(dict.fromkeys(nodes, node))
+            (self.kept_before if is_before else self.kept_after)[node] += nodes
 
     def _read_assistant(self, number: int, record: Mapping[str, Any]) -> str | None:
         name = self._scope_of(record)
@@ -230,7 +276,16 @@ class _Reader:
             scope.response = (str(message_id or f"record {number}"), node)
         elif node.later_steps and steps:
             self.anomalies["interleaved_results"] += 1
-        node.steps += [step._replace(response=id(node)) for step in steps]
+        content = json.dumps(record["message"].get("content"), sort_keys=True)
+        contents = scope.contents[str(message_id)] if message_id else set[str]()
+        # A compaction can write kept messages again with new uuids.
+        is_replay = not is_same and content in contents and scope.summary is not None
+        self.anomalies["replayed_messages"] += is_replay
+        contents.add(content)
+        if record["message"].get("stop_reason") == "max_tokens":
+            self.truncated.add(id(node))
+            self.anomalies["truncated_responses"] += 1
+        node.steps += [step._replace(response=id(node), trained=not is_replay) for step in steps]
         scope.calls.update(dict.fromkeys(call_ids, node))
         self._own(number, record, name, node)
         if steps:
@@ -246,11 +301,20 @@ class _Reader:
             return "main"
         if record.get("agentId"):
             return f"agent {record['agentId']}"
-        uuid, root = _parent_of(record), record
-        while isinstance(uuid, str) and (self.seen.get(uuid) or {}).get("isSidechain"):
-            root = self.seen[uuid]
-            uuid = _parent_of(root)
-        return f"agent {root.get('uuid')}"
+        path = list[str]()
+        name = f"agent {record.get('uuid')}"
+        item: Mapping[str, Any] | None = record
+        while item is not None and item.get("isSidechain"):
+            if (uuid := str(item.get("uuid"))) in self.scope_names:
+                name = self.scope_names[uuid]
+                break
+            if uuid in path:
+                break
+            path.append(uuid)
+            name = f"agent {uuid}"
+            item = self.seen.get(str(_parent_of(item)))
+        self.scope_names.update(dict.fromkeys(path, name))
+        return name
 
     def _parent_node(self, number: int, record: Mapping[str, Any], name: str) -> Node | None:
         """Return the node before a record.
@@ -267,7 +331,10 @@ class _Reader:
                 raise BadRecord(number, "parent_cycle", f"the parents of the record form a cycle: {uuid}")
             passed.add(uuid)
             if uuid in self.owners:
-                scope_name, node = self.owners[uuid]
+                scope_name, owner = self.owners[uuid]
+                node: Node | None = self.kept.get(owner, owner)
+                while node is not None and node in self.failed:
+                    node = node.parent
                 return node if scope_name == name else None
             if uuid not in self.links:
                 if record.get("isSidechain") and not nodes:
@@ -289,24 +356,30 @@ class _Reader:
             nodes = scope.nodes
             connect_nodes(nodes)
             chain_injected(nodes)
-            removed = remove_retried(nodes)
+            removed = remove_retried(nodes) | remove_leaves(node for node in nodes if node in self.failed)
             for node in removed:
                 self.categories.update(dict.fromkeys(node.records, "retracted"))
-            paths = leaf_paths(node for node in nodes if not any(node is other for other in removed))
+            nodes = [node for node in nodes if node not in removed]
+            abandoned = find_abandoned(nodes)
+            paths = leaf_paths(nodes)
             for index, path in enumerate(paths):
-                steps = path_steps(path, self._preserved_steps)
-                records = [self.records[number] for node in path for number in node.records]
                 label = name if len(paths) == 1 else f"{name}/{index + 1}"
-                steps = _exclude_copies(steps, self.records)
-                context = Context(label, steps, (), _metadata(records), abandoned=is_abandoned(path))
+                records = [self.records[number] for node in path for number in node.records]
+                is_abandoned = path[-1] in abandoned
+                context = Context(label, self._path_steps(path), (), _metadata(records), abandoned=is_abandoned)
                 yield path[-1].records[-1], context
 
-    def _preserved_steps(self, node: Node) -> Iterator[Step]:
-        """Yield the steps of the messages that a compaction kept after the summary in this node."""
-        record = self.records[node.records[0]]
-        uuids = self.preserved.get(str(record.get("parentUuid")), []) if record.get("isCompactSummary") else []
-        for preserved in dict.fromkeys(self.owners[uuid][1] for uuid in uuids if uuid in self.owners):
-            yield from (*preserved.steps, *preserved.later_steps)
+    def _path_steps(self, path: Sequence[Node]) -> list[Step]:
+        """Return the steps of a path, with the messages that compactions kept."""
+        steps = list[Step]()
+        for node in path:
+            for item in (*self.kept_before[node], node, *self.kept_after[node]):
+                steps += [*item.steps, *item.later_steps]
+        return [step._replace(trained=step.trained and not self._is_excluded(step)) for step in steps]
+
+    def _is_excluded(self, step: Step) -> bool:
+        """Return whether another session trains a response, because it was copied, or a limit cut it off."""
+        return bool(self.records[step.record].get("forkedFrom")) or step.response in self.truncated
 
 
 def read_claude_code_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
@@ -326,11 +399,6 @@ def read_claude_code_session(records: Sequence[Mapping[str, Any]], ignored: froz
     session_ids = (record.get("sessionId") or record.get("session_id") for record in records)
     metadata = {"session": next(filter(None, session_ids), "")}
     return Session("claude_code", len(records), contexts, reader.categories, metadata, reader.anomalies)
-
-
-def _exclude_copies(steps: Sequence[Step], records: Sequence[Mapping[str, Any]]) -> list[Step]:
-    """Exclude responses from training that were copied from another session, which trains them."""
-    return [step._replace(trained=not records[step.record].get("forkedFrom")) for step in steps]
 
 
 def _metadata(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ftdata.traces.response_items import ITEM_TYPES, ItemReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, reading_record, unknown_record
+from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, reading_record, unknown_record
 
 _TYPES = {
     "compacted", "event_msg", "inter_agent_communication", "inter_agent_communication_metadata", "realtime_item",
@@ -37,10 +37,15 @@ _ERRORS = ("error", "stream_error")
 
 _CONTEXT_TEXT = re.compile(
     r"\s*(?:<(environment_context|user_instructions|skill|user_shell_command|turn_aborted|subagent_notification|"
-    r"user_action|recommended_plugins|goal_context|hook_prompt)\b|# AGENTS\.md instructions for )",
+    r"user_action|recommended_plugins|goal_context|hook_prompt)\b|# AGENTS\.md instructions for |"
+    r"Another language model started to solve this problem and produced a summary)",
     re.IGNORECASE,
 )
 """The beginning of user messages that Codex wrote. A rollback does not count them as turns."""
+
+
+_OLD_META = {"instructions", "git", "originator", "cli_version"}
+"""Keys of the first record of a session from before September 2025."""
 
 
 def is_codex_record(record: Mapping[str, Any]) -> bool:
@@ -48,7 +53,8 @@ def is_codex_record(record: Mapping[str, Any]) -> bool:
     kind = record.get("type")
     if isinstance(kind, str) and kind in _TYPES:
         return isinstance(record.get("payload"), Mapping)
-    return "type" not in record and {"id", "timestamp", "instructions"} <= record.keys()
+    is_old = "type" not in record and {"id", "timestamp"} <= record.keys() and not _OLD_META.isdisjoint(record)
+    return is_old and record.keys() <= {"id", "timestamp", "cwd", "source", "model_provider", *_OLD_META}
 
 
 class _Item(NamedTuple):
@@ -72,7 +78,7 @@ class _Reader:
         self.records, self.ignored = records, ignored
         self.items = ItemReader()
         self.categories = dict[int, str]()
-        self.contexts = list[tuple[list[Step], bool]]()
+        self.contexts = list[tuple[list[Step], list[dict[str, Any]], bool]]()
         self.system = list[Step]()
         self.history = list[_Item]()
         self.copied = 0
@@ -80,6 +86,7 @@ class _Reader:
         self.metadata = dict[str, Any]()
         self.models = list[str]()
         self.first_own = 0
+        self.used_events = set[int]()
 
     def read(self) -> None:
         for number, record in enumerate(self.records):
@@ -157,7 +164,8 @@ class _Reader:
         if isinstance(steps, str):
             return steps
         ordinal = record.get("ordinal")
-        if isinstance(ordinal, int) and ordinal < self.first_own:
+        is_inherited = isinstance(ordinal, int) and ordinal < self.first_own
+        if is_inherited or mapping_at(record, "metadata").get("compaction_output"):
             steps = [step._replace(trained=False) for step in steps]
         self.history.append(_describe_item(item, steps))
         return None
@@ -169,17 +177,17 @@ class _Reader:
 
     def _raw_reasoning(self, number: int) -> list[str]:
         """Return the reasoning in the events next to an item, which can be its only copy."""
-        texts = list[str]()
         for direction in (-1, 1):
-            position = number + direction
+            texts, position = list[str](), number + direction
             while 0 <= position < len(self.records) and self.records[position].get("type") == "event_msg":
-                payload = self.records[position].get("payload") or {}
-                if payload.get("type") == "agent_reasoning_raw_content":
+                payload = mapping_at(self.records[position], "payload")
+                if payload.get("type") == "agent_reasoning_raw_content" and position not in self.used_events:
                     texts.append(str(payload.get("text", "")))
+                    self.used_events.add(position)
                 position += direction
             if texts:
-                break
-        return texts
+                return texts[::direction]
+        return []
 
     def _read_event(self, number: int, payload: Mapping[str, Any]) -> str:
         kind = str(payload.get("type"))
@@ -208,18 +216,34 @@ class _Reader:
 
     def _read_compaction(self, number: int, payload: Mapping[str, Any]) -> str | None:
         """Replace the history with the items that the model saw after a compaction."""
-        self._end_context(abandoned=False)
         replacement, message = payload.get("replacement_history"), payload.get("message")
+        self._exclude_summary(message)
+        self._end_context(abandoned=False)
         if isinstance(replacement, list):
             self.history = [self._copy_item(number, item) for item in replacement if isinstance(item, Mapping)]
         else:
             # Versions before replacement_history kept the messages of the user, and added the summary.
             self.anomalies["rebuilt_context"] += 1
             summary = {"type": "message", "role": "user", "content": message or "(no summary available)"}
-            self.history = [item for item in self.history if item.begins_turn] + [self._copy_item(number, summary)]
+            copy = self._copy_item(number, summary)._replace(begins_turn=False)
+            self.history = [item for item in self.history if item.begins_turn] + [copy]
         self.copied = len(self.history)
         self.items.end_response()
         return None if any(item.steps for item in self.history) else "metadata"
+
+    def _exclude_summary(self, message: Any) -> None:
+        """Exclude the summary from training: the log does not contain the request for it."""
+        steps = self.history[-1].steps if self.history else ()
+        is_summary = (
+            isinstance(message, str)
+            and steps
+            and all(
+                step.kind == "text" and isinstance(step.value, str) and message.endswith(step.value) for step in steps
+            )
+        )
+        if is_summary:
+            untrained = tuple(step._replace(trained=False) for step in steps)
+            self.history[-1] = self.history[-1]._replace(steps=untrained)
 
     def _copy_item(self, number: int, item: Mapping[str, Any]) -> _Item:
         steps = self._convert(number, item)
@@ -229,7 +253,7 @@ class _Reader:
     def _end_context(self, *, abandoned: bool) -> None:
         steps = [*self.system, *(step for item in self.history for step in item.steps)]
         if self.history:
-            self.contexts.append((steps, abandoned))
+            self.contexts.append((steps, [*self.items.tools], abandoned))
 
 
 def read_codex_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
@@ -247,8 +271,8 @@ def read_codex_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[
     metadata = reader.metadata | {"models": list(dict.fromkeys(reader.models))}
     names = ["main"] if len(reader.contexts) == 1 else [f"main/{index + 1}" for index in range(len(reader.contexts))]
     contexts = [
-        Context(name, steps, reader.items.tools, {}, abandoned=abandoned)
-        for name, (steps, abandoned) in zip(names, reader.contexts, strict=True)
+        Context(name, steps, tools, {}, abandoned=abandoned)
+        for name, (steps, tools, abandoned) in zip(names, reader.contexts, strict=True)
     ]
     anomalies = reader.anomalies + reader.items.anomalies
     return Session("codex", len(records), contexts, reader.categories, metadata, anomalies)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ftdata.traces.steps import Step, make_call, make_content, make_result
+from ftdata.traces.steps import BadRecord, Step, make_call, make_content, make_result
 
 _CALLS = ("tool_use", "server_tool_use", "mcp_tool_use", "toolCall")
 _REASONING = ("thinking", "reasoning", "thought")
@@ -30,7 +30,7 @@ class BlockReader:
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
         steps, has_hidden = list[Step](), False
         for block in blocks:
-            kind = str(block.get("type")) if isinstance(block, Mapping) else "None"
+            kind = self._kind_of(block)
             reasoning = "" if block.get("redacted") else block.get("thinking") or block.get("text")
             if kind in (*_REASONING, "redacted_thinking") and not reasoning:
                 has_hidden = True
@@ -65,12 +65,18 @@ class BlockReader:
         content, call_id = self.read_parts(block.get("content")), str(block.get("tool_use_id", ""))
         return Step("result", make_result(call_id, content, is_error=bool(block.get("is_error"))), self.record)
 
+    def _kind_of(self, block: Any) -> str:
+        if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
+            problem = f"the content has the part {block!r:.60}, expected an object with a type"
+            raise BadRecord(self.record, "trace_structure", problem, hint="leave the session out")
+        return str(block["type"])
+
     def read_parts(self, content: Any) -> Any:
         """Convert the content of a message or of a result: a text, or a list of texts and images."""
         parts = list[Any]()
         for block in content if isinstance(content, list) else [content]:
-            kind = block.get("type") if isinstance(block, Mapping) else None
-            if isinstance(block, str) or block is None:
+            kind = "" if isinstance(block, str) or block is None else self._kind_of(block)
+            if not kind:
                 parts.append(block or "")
             elif kind == "text":
                 parts.append(block.get("text", ""))

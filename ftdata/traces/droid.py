@@ -12,8 +12,8 @@ from typing import Any
 
 from ftdata.traces.content_blocks import BlockReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, reading_record, unknown_record
-from ftdata.traces.tree import Node, connect_nodes, is_abandoned, leaf_paths, path_steps
+from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, reading_record, unknown_record
+from ftdata.traces.tree import Node, connect_nodes, find_abandoned, leaf_paths, path_steps
 
 _METADATA = {"agent_turn_outcome", "session_end", "session_settings", "session_start", "todo_state"}
 
@@ -77,6 +77,10 @@ class _Reader:
             return [], self._check_unknown(number, f"message/{message.get('role')}")
         self.models += [message["modelId"]] if isinstance(message.get("modelId"), str) else []
         steps, has_hidden = blocks.read_response(message.get("content"))
+        summary = message.get("openaiReasoningSummary")
+        if isinstance(summary, str) and summary and not any(step.kind == "reasoning" for step in steps):
+            self.anomalies["summarized_reasoning"] += 1
+            steps.insert(0, Step("reasoning", summary, number))
         if not steps:
             return [], "unlogged" if has_hidden else "metadata"
         return [step._replace(response=number) for step in steps], None
@@ -89,12 +93,12 @@ class _Reader:
     def contexts(self) -> Iterator[Context]:
         """Yield a context for each leaf, and for each compaction on the path to it."""
         connect_nodes(self.nodes)
-        paths = leaf_paths(self.nodes)
-        for path in paths:
+        paths, abandoned_nodes = leaf_paths(self.nodes), find_abandoned(self.nodes)
+        for number, path in enumerate(paths):
             windows = [*self._split_windows(path)]
             for index, steps in enumerate(windows):
-                numbers = [str(paths.index(path) + 1)] * (len(paths) > 1) + [str(index + 1)] * (len(windows) > 1)
-                abandoned = is_abandoned(path) and index == len(windows) - 1
+                numbers = [str(number + 1)] * (len(paths) > 1) + [str(index + 1)] * (len(windows) > 1)
+                abandoned = path[-1] in abandoned_nodes and index == len(windows) - 1
                 yield Context("/".join(["main", *numbers]), steps, (), {}, abandoned=abandoned)
 
     def _split_windows(self, path: Sequence[Node]) -> Iterator[list[Step]]:
@@ -116,7 +120,8 @@ class _Reader:
         yield [*summary, *path_steps(window)]
 
     def _summary(self, number: int) -> Step:
-        text = str(self.records[number].get("summaryText") or "")
+        record = self.records[number]
+        text = str(record.get("summaryText") or mapping_at(record, "summary").get("body") or "")
         return Step("message", {"role": "user", "content": text}, number)
 
     def _after_anchor(self, window: Sequence[Node], number: int) -> list[Node]:

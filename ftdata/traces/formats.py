@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ftdata.errors import BadRow
 from ftdata.traces import atif, claude_code, codex, droid, hermes, otel, pi, responses, verifiers
 from ftdata.traces.rows import Session, TraceRow, make_rows
 from ftdata.traces.steps import BadRecord, reading_record
@@ -68,7 +69,7 @@ _DOCUMENTS = {
         frozenset({"output", "response"}), responses.is_responses_document, responses.read_responses_document
     ),
     "verifiers": DocumentFormat(
-        frozenset({"example_id", "nodes", "traces", "trajectory"}),
+        frozenset({"reward", "nodes", "traces", "trajectory"}),
         verifiers.is_verifiers_document,
         verifiers.read_verifiers_document,
     ),
@@ -78,9 +79,29 @@ _DOCUMENTS = {
 }
 
 
+_ROW_COLUMNS = {
+    "messages", "conversations", "conversation", "prompt", "completion", "text", "question", "instruction", "chosen",
+    "input_ids", "prompt_token_ids",
+}  # fmt: skip
+"""Columns of data sets, which no record of a session has."""
+
+
+_RECORD_KEYS = {"attributes", "eventName", "event_name", "role", "timestamp"}
+"""Keys of records without a type."""
+
+
+def is_row(data: Any) -> bool:
+    """Return whether an object is certainly a row of a data set, and not a record of a session."""
+    if not isinstance(data, Mapping) or not _ROW_COLUMNS.isdisjoint(data):
+        return True
+    if isinstance(data.get("type"), str) or not _RECORD_KEYS.isdisjoint(data):
+        return False
+    return not any(isinstance(data.get(key), list) for key in otel.CONTAINERS)
+
+
 def find_session_format(record: Any) -> SessionFormat | None:
-    """Return the format of a session file, by its first record. Return `None` for any other file."""
-    if not isinstance(record, Mapping):
+    """Return the format of a session file that contains a record. Return `None` for any other object."""
+    if is_row(record):
         return None
     return next((item for item in _SESSIONS.values() if item.is_record(record)), None)
 
@@ -133,8 +154,8 @@ def convert_document(
                 if failure.code != "no_answer":
                     raise
                 unanswered, error = unanswered + session.size, failure
-    if error is not None and not rows:
-        raise error
+    if not rows:
+        raise error or BadRow("no_answer", "the row contains no conversation", hint="leave the row out")
     if unanswered:
         records = rows[0].data["trace"]["records"]
         records["unanswered"] = records.get("unanswered", 0) + unanswered
@@ -144,4 +165,5 @@ def convert_document(
 def has_trace_columns(columns: Iterable[str]) -> bool:
     """Return whether an object with these keys may be a document, so its lists are not lists of rows."""
     names = set(columns)
-    return {"schema_version", "steps"} <= names or {"session_id", "session_start"} <= names or "nodes" in names
+    proofs = ({"schema_version", "steps"}, {"session_id", "session_start"}, {"nodes", "task"}, {"traces", "env"})
+    return any(proof <= names for proof in proofs)

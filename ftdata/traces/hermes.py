@@ -35,12 +35,23 @@ def is_hermes_record(record: Mapping[str, Any]) -> bool:
     return record.get("role") == "session_meta"
 
 
+_EXPORT, _FILE = {"id", "source", "started_at"}, {"session_id", "session_start"}
+_PROOFS = {"message_count", "model_config", "system_prompt", "tool_call_count"}
+"""Columns that every export or session file has, and columns of which it has at least one."""
+
+_IDENTITY = ("role", "content", "timestamp", "tool_call_id", "tool_calls")
+"""Keys of messages by which a copy is recognized."""
+
+
 def is_hermes_document(data: Mapping[str, Any]) -> bool:
     """Return whether an object is an export of a session, a session file or a trajectory."""
     if isinstance(data.get("messages"), list):
-        is_file = "session_id" in data and "session_start" in data
-        return is_file or ("started_at" in data and "source" in data)
-    return isinstance(data.get("conversations"), list) and isinstance(data.get("completed"), bool)
+        return data.keys() >= _EXPORT or data.keys() >= _FILE
+    turns = data.get("conversations")
+    is_trajectory = isinstance(data.get("completed"), bool) and ("prompt_index" in data or "timestamp" in data)
+    if not is_trajectory or not isinstance(turns, list) or not turns:
+        return False
+    return all(isinstance(turn, Mapping) and turn.keys() == {"from", "value"} for turn in turns)
 
 
 def read_hermes_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
@@ -73,20 +84,29 @@ def read_hermes_document(data: Mapping[str, Any], ignored: frozenset[str] = froz
         yield _read_trajectory(data)
         return
     reader, categories, steps = _MessageReader(ignored), dict[int, str](), list[Step]()
-    for number, message in enumerate(data["messages"]):
-        parts = reader.read(message, number)
-        steps += parts
-        if not parts:
-            categories[number] = reader.category
-    system = data.get("system_prompt")
-    has_system = any(step.kind == "message" and step.value["role"] == "system" for step in steps[:1])
-    if isinstance(system, str) and system and not has_system:
-        steps.insert(0, Step("message", {"role": "system", "content": system}, 0))
-    metadata = {"session": str(data.get("id") or data.get("session_id") or ""), "models": _models(data)}
+    contexts, size, seen = list[Context](), 0, set[str]()
     tools = [tool for tool in data.get("tools") or () if isinstance(tool, dict)]
-    yield Session(
-        "hermes", len(data["messages"]), [Context("main", steps, tools)], categories, metadata, reader.anomalies
-    )
+    # An export of a lineage repeats the messages of its segments, which begin with messages of the segment before.
+    segments = data.get("segments") if isinstance(data.get("segments"), list) else None
+    for index, segment in enumerate(segments or [data]):
+        steps, copied = list[Step](), frozenset(seen)
+        for message in segment["messages"]:
+            parts = reader.read(message, size)
+            key = json.dumps([message.get(name) for name in _IDENTITY], sort_keys=True, default=str)
+            if key in copied:
+                parts = [step._replace(trained=False) for step in parts]
+            seen.add(key)
+            steps += parts
+            if not parts:
+                categories[size] = reader.category
+            size += 1
+        system = segment.get("system_prompt") or data.get("system_prompt")
+        has_system = any(step.kind == "message" and step.value["role"] == "system" for step in steps[:1])
+        if isinstance(system, str) and system and steps and not has_system:
+            steps.insert(0, Step("message", {"role": "system", "content": system}, steps[0].record))
+        contexts.append(Context("main" if segments is None else f"main/{index + 1}", steps, tools))
+    metadata = {"session": str(data.get("id") or data.get("session_id") or ""), "models": _models(data)}
+    yield Session("hermes", size, contexts, categories, metadata, reader.anomalies)
 
 
 def _models(data: Mapping[str, Any]) -> list[str]:
@@ -98,6 +118,7 @@ class _MessageReader:
 
     def __init__(self, ignored: frozenset[str]) -> None:
         self.ignored, self.category = ignored, "metadata"
+        self.call_ids = set[str]()
         self.anomalies = Counter[str]()
 
     def read(self, message: Mapping[str, Any], number: int) -> list[Step]:
@@ -110,9 +131,15 @@ class _MessageReader:
             self.anomalies["rebuilt_context"] += 1
         content = _content_of(message)
         if role == "assistant":
-            return self._read_response(message, content, number)
+            steps = self._read_response(message, content, number)
+            self.call_ids |= {str(step.value["id"]) for step in steps if step.kind == "call"}
+            return steps
         if role == "tool":
             name, call_id = message.get("tool_name") or message.get("name"), str(message.get("tool_call_id") or "")
+            if call_id not in self.call_ids:
+                # Ids of OpenAI's Responses API have two parts, and newer versions log only the first one.
+                first = call_id.partition("|")[0]
+                call_id = next((id_ for id_ in self.call_ids if id_.partition("|")[0] == first), call_id)
             return [Step("result", make_result(call_id, content, name=name), number)]
         if role in ("user", "system", "developer"):
             return [Step("message", {"role": role, "content": content}, number)]
@@ -123,9 +150,14 @@ class _MessageReader:
 
     def _read_response(self, message: Mapping[str, Any], content: Any, number: int) -> list[Step]:
         parts = list[tuple[str, Any]]()
-        if reasoning := message.get("reasoning_content") or message.get("reasoning"):
+        details = _texts_of(message.get("reasoning_details"))
+        if reasoning := message.get("reasoning_content") or message.get("reasoning") or "\n".join(details):
             parts.append(("reasoning", reasoning))
-        parts += [("text", text) for text in ([content] if isinstance(content, str) else content) if text]
+        texts = [content] if isinstance(content, str) else content
+        parts += [("text", text) for text in texts if text]
+        if not any(texts) and not message.get("tool_calls"):
+            # The final answer can be only in the items of the Responses API.
+            parts += [("text", text) for text in _texts_of(message.get("codex_message_items")) if text]
         calls = message.get("tool_calls") or ()
         for position, call in enumerate(json.loads(calls) if isinstance(calls, str) else calls):
             function = call.get("function") if isinstance(call, Mapping) else None
@@ -135,7 +167,21 @@ class _MessageReader:
             arguments = function.get("arguments") or "{}"
             parts.append(("call", make_call(function["name"], arguments, str(call.get("id") or ""))))
         self.category = "metadata"
-        return [Step(kind, value, number, number) for kind, value in parts]
+        is_truncated = message.get("finish_reason") == "length"
+        self.anomalies["truncated_responses"] += is_truncated
+        trained = not is_truncated and not message.get("_compressed_summary")
+        return [Step(kind, value, number, number, trained) for kind, value in parts]
+
+
+def _texts_of(items: Any) -> list[str]:
+    """Return the texts in a list of items, or in its JSON text."""
+    items = json.loads(items) if isinstance(items, str) and items.strip() else items
+    texts = list[str]()
+    for item in items if isinstance(items, list) else ():
+        content = item.get("content") if isinstance(item, Mapping) else None
+        parts = content if isinstance(content, list) else [item]
+        texts += [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return texts
 
 
 def _content_of(message: Mapping[str, Any]) -> Any:
@@ -145,7 +191,7 @@ def _content_of(message: Mapping[str, Any]) -> Any:
     if isinstance(api_content, str) and content:
         return api_content
     if not isinstance(content, list):
-        return content or ""
+        return content if isinstance(content, str) else "" if content is None else json.dumps(content)
     return make_content(
         [part["text"] if part.get("type") == "text" and "text" in part else dict(part) for part in content]
     )
@@ -162,7 +208,12 @@ def _read_trajectory(data: Mapping[str, Any]) -> Session:
             raise BadRow("trace_step", "the value is not a text", field=field, hint="leave the row out")
         if speaker == "system":
             tools = _read_tools(value)
-            steps.append(Step("message", {"role": "system", "content": value}, number))
+            if tools:
+                # The program writes this text when it saves the trajectory. The model saw another system prompt.
+                categories[number] = "metadata"
+                anomalies["rebuilt_context"] += 1
+            else:
+                steps.append(Step("message", {"role": "system", "content": value}, number))
         elif speaker == "human":
             anomalies["rebuilt_context"] += value.startswith("[CONTEXT SUMMARY]:")
             steps.append(Step("message", {"role": "user", "content": value}, number))
@@ -212,29 +263,46 @@ def _read_results(value: str, number: int, calls: Sequence[dict[str, Any]]) -> l
         problem = f"the turn contains {len(results)} results for {len(calls)} tool calls"
         field = f"conversations[{number}].value"
         raise BadRow("trace_step", problem, field=field, hint="leave the row out")
-    steps = list[Step]()
-    for call, result in zip(calls, results, strict=False):
+    steps, open_calls = list[Step](), list(calls)
+    for result in results:
+        name = result.get("name")
+        matches = [call for call in open_calls if name in (None, "unknown", call["function"]["name"])]
+        if not matches:
+            problem = f"the turn contains a result of {name!r}, which the response before it does not call"
+            field = f"conversations[{number}].value"
+            raise BadRow("trace_step", problem, field=field, hint="leave the row out")
+        open_calls.remove(matches[0])
         content = result.get("content")
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        steps.append(Step("result", make_result(call["id"], text, name=call["function"]["name"]), number))
+        result_message = make_result(matches[0]["id"], text, name=matches[0]["function"]["name"])
+        steps.append(Step("result", result_message, number))
     return steps
 
 
 def _split_tags(value: str, tag: str) -> tuple[str, list[dict[str, Any]]]:
     """Separate the JSON objects in tags at the end of a text from the text before them."""
+    opening = f"<{tag}>\n"
+    start = value.find(opening)
+    while start >= 0:
+        # The text itself can contain the opening tag.
+        if (objects := _parse_tags(value, tag, start)) is not None:
+            return value[:start].removesuffix("\n"), objects
+        start = value.find(opening, start + 1)
+    return value, []
+
+
+def _parse_tags(value: str, tag: str, start: int) -> list[dict[str, Any]] | None:
+    """Return the objects from a position to the end; `None` if the text contains something else."""
     opening, closing = f"<{tag}>\n", f"\n</{tag}>"
-    start, objects = value.find(opening), list[dict[str, Any]]()
-    position = start
-    while position >= 0 and value.startswith(opening, position):
+    objects, position = list[dict[str, Any]](), start
+    while value.startswith(opening, position):
         try:
             parsed, end = json.JSONDecoder().raw_decode(value, position + len(opening))
         except ValueError:
-            break
+            return None
         if not isinstance(parsed, dict) or not value.startswith(closing, end):
-            break
+            return None
         objects.append(parsed)
         position = end + len(closing)
         position += value.startswith("\n", position)
-    if not objects or value[position:].strip():
-        return value, []
-    return value[:start].removesuffix("\n"), objects
+    return None if value[position:].strip() else objects

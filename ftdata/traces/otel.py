@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ftdata.traces.calls import Call, join_calls
+from ftdata.traces.calls import Call, conversation_key, join_calls
 from ftdata.traces.response_items import read_tool
 from ftdata.traces.rows import Session
 from ftdata.traces.steps import (
@@ -28,7 +28,7 @@ from ftdata.traces.steps import (
     unknown_record,
 )
 
-_CONTAINERS = {
+CONTAINERS = {
     "resourceSpans": "scopeSpans", "resource_spans": "scope_spans", "resourceLogs": "scopeLogs",
     "resource_logs": "scope_logs", "scopeSpans": "spans", "scope_spans": "spans", "scopeLogs": "logRecords",
     "scope_logs": "log_records",
@@ -44,16 +44,26 @@ _INFERENCE = ("chat", "generate_content", "text_completion")
 _PREFIX = "gen_ai."
 _NUMBERED = re.compile(r"gen_ai\.(prompt|completion)\.(\d+)\.(.+)")
 _NUMBERED_CALL = re.compile(r"tool_calls\.(\d+)\.(.+)")
+_UNLOGGED_PARTS = {
+    "server_tool_call": "server_calls",
+    "server_tool_call_response": "server_calls",
+    "compaction": "encrypted_summaries",
+}
+"""Parts of messages without a form in chat messages -> anomaly."""
+
 _OLD_EVENTS = {
     "gen_ai.system.message": "system", "gen_ai.user.message": "user", "gen_ai.assistant.message": "assistant",
     "gen_ai.tool.message": "tool", "gen_ai.choice": "assistant",
 }  # fmt: skip
+_DETAILS = "gen_ai.client.inference.operation.details"
+"""The event with the messages of a call, if its span does not contain them."""
+
 _TOOL_ATTRIBUTES = ("gen_ai.tool.definitions", "gen_ai.request.tools", "gen_ai.tool_definitions")
 
 
 def is_otel_record(record: Mapping[str, Any]) -> bool:
     """Return whether an object contains spans or logs of generative AI."""
-    if any(isinstance(record.get(key), list) for key in _CONTAINERS):
+    if any(isinstance(record.get(key), list) for key in CONTAINERS):
         return True
     attributes = record.get("attributes")
     names = [item.get("key") for item in attributes if isinstance(item, Mapping)] if isinstance(attributes, list) else (
@@ -64,7 +74,7 @@ def is_otel_record(record: Mapping[str, Any]) -> bool:
 
 def flatten_otel(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the spans and logs of a record."""
-    lists = [record[key] for key in (*_CONTAINERS, *_ITEMS) if isinstance(record.get(key), list)]
+    lists = [record[key] for key in (*CONTAINERS, *_ITEMS) if isinstance(record.get(key), list)]
     if not lists:
         return [record]
     return [span for items in lists for item in items if isinstance(item, Mapping) for span in flatten_otel(item)]
@@ -106,30 +116,38 @@ def read_otel_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[s
     reader = _Reader(ignored)
     spans = [_read_span(number, record) for number, record in enumerate(records)]
     groups = defaultdict[str, list[Call]](list)
-    models = dict[str, None]()
+    models, seen = dict[str, None](), set[tuple[str, int]]()
     for span, logs in reader.merge_logs(spans):
         with reading_record(span.number):
             call = reader.read_call(span, logs)
-        if call is not None:
+        if call is not None and (key := (span.ids[0], conversation_key(call))) in seen:
+            # Several instrumentations logged the same call.
+            reader.categories[span.number] = "duplicates"
+        elif call is not None:
+            seen.add(key)
             groups[str(span.attributes.get("gen_ai.conversation.id") or span.ids[0])].append(call)
             for name in ("gen_ai.response.model", "gen_ai.request.model"):
                 models |= {span.attributes[name]: None} if isinstance(span.attributes.get(name), str) else {}
     results = _tool_results(spans)
-    contexts = [context for name, calls in groups.items() for context in _make_contexts(name, calls, results)]
+    contexts = [
+        context for name, calls in groups.items() for context in _make_contexts(name, calls, results, reader.anomalies)
+    ]
     for step in (step for context in contexts for step in context.steps):
         reader.categories.pop(step.record, None)
     contexts.sort(key=lambda context: max(step.record for step in context.steps))
     return Session("otel", len(records), contexts, reader.categories, {"models": [*models]}, reader.anomalies)
 
 
-def _make_contexts(name: str, calls: Sequence[Call], results: Mapping[str, Step]) -> Iterator[Context]:
-    conversations = [*join_calls(calls)]
+def _make_contexts(
+    name: str, calls: Sequence[Call], results: Mapping[str, Step], anomalies: Counter[str]
+) -> Iterator[Context]:
+    conversations = [*join_calls(calls, anomalies)]
     for index, conversation in enumerate(conversations):
         label = name if len(conversations) == 1 else f"{name}/{index + 1}"
-        last_calls = {call["id"] for message in conversation.last.output for call in message.get("tool_calls", ())}
+        last_calls = {call["id"] for message in conversation.output for call in message.get("tool_calls", ())}
         # No later call of the model repeats these results.
         last_results = [step for call_id, step in results.items() if call_id in last_calls]
-        yield Context(label, [*conversation.steps, *last_results], conversation.last.tools)
+        yield Context(label, [*conversation.steps, *last_results], conversation.tools)
 
 
 def _tool_results(spans: Sequence[_Span]) -> dict[str, Step]:
@@ -154,9 +172,18 @@ class _Reader:
         logs = defaultdict[tuple[str, str], list[_Span]](list)
         seen = set[tuple[str, str]]()
         unique = list[_Span]()
-        for span in spans:
+        details = {span.ids: span for span in spans if span.event == _DETAILS and span.ids[1]}
+        with_span = {span.ids for span in spans if not span.event}
+        for original in spans:
+            span = original
             if span.event in _OLD_EVENTS:
                 logs[span.ids].append(span)
+            elif span.event == _DETAILS and span.ids in with_span:
+                self.categories[span.number] = "metadata"
+            elif not span.event and span.ids in details:
+                attributes = {**details[span.ids].attributes, **span.attributes}
+                unique.append(span._replace(attributes=attributes))
+                seen |= {span.ids}
             elif span.ids[1] and span.ids in seen:
                 self.categories[span.number] = "duplicates"
             else:
@@ -187,20 +214,20 @@ class _Reader:
         for log in logs:
             self.categories[log.number] = "duplicates" if log.number != span.number else "metadata"
         outputs = [message for message in outputs if message["content"] or message.get("tool_calls")]
-        if not outputs or not inputs:
+        if not outputs or not inputs or span.failed:
             self.categories[span.number] = "errors" if span.failed else "unlogged"
             return None
-        if inputs[0]["role"] in ("tool", "assistant"):
+        if inputs[0]["role"] == "tool":
             problem = "the call contains only the messages since an earlier call, so its context is unknown"
             raise BadRecord(span.number, "missing_context", problem, hint="log the whole input of each call")
         system = span.attributes.get("gen_ai.system_instructions")
         text = system if isinstance(system, str) else make_content([part.get("content", "") for part in system or ()])
-        tools = next((span.attributes[name] for name in _TOOL_ATTRIBUTES if span.attributes.get(name)), ())
+        tools = next((span.attributes[name] for name in _TOOL_ATTRIBUTES if span.attributes.get(name)), None)
+        tools = _read_numbered_tools(span.attributes) if tools is None else tools
         del self.categories[span.number]
         definitions = [read_tool(tool) for tool in tools if isinstance(tool, Mapping)]
-        return Call(
-            span.number, text if isinstance(text, str) else "\n".join(map(str, text)), inputs, outputs, definitions
-        )
+        instructions = text if isinstance(text, str) else "\n".join(map(str, text))
+        return Call(span.number, instructions, inputs, [[message] for message in outputs], definitions)
 
     def _read_messages(self, messages: Any, number: int) -> list[dict[str, Any]]:
         return [
@@ -212,31 +239,35 @@ class _Reader:
 
     def _read_message(self, message: Mapping[str, Any], number: int) -> Iterator[dict[str, Any]]:
         """Convert a message with parts. Its results of tool calls become messages before it."""
-        texts, reasoning, calls = list[Any](), list[str](), list[dict[str, Any]]()
         parts = message.get("parts")
+        ordered = list[tuple[str, Any]]()
         for part in parts if isinstance(parts, list) else [{"type": "text", "content": message.get("content") or ""}]:
             kind = str(part.get("type"))
             if kind == "text":
-                texts.append(str(part.get("content", "")))
+                ordered.append(("text", str(part.get("content", ""))))
             elif kind == "reasoning":
-                reasoning.append(str(part.get("content", "")))
+                ordered.append(("reasoning", str(part.get("content", ""))))
             elif kind == "tool_call":
                 arguments = part.get("arguments")
-                call_id = str(part.get("id") or f"call_{number}_{len(calls)}")
-                calls.append(make_call(str(part.get("name")), {} if arguments is None else arguments, call_id))
+                call_id = str(part.get("id") or f"call_{number}_{len(ordered)}")
+                call = make_call(str(part.get("name")), {} if arguments is None else arguments, call_id)
+                ordered.append(("call", call))
             elif kind == "tool_call_response":
                 value = part.get("response", part.get("result"))
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 yield {"role": "tool", "tool_call_id": str(part.get("id") or ""), "content": text}
             elif kind in ("blob", "uri") and part.get("modality") == "image":
                 url = part.get("uri") or f"data:{part.get('mime_type')};base64,{part.get('content')}"
-                texts.append({"type": "image_url", "image_url": {"url": url}})
+                ordered.append(("text", {"type": "image_url", "image_url": {"url": url}}))
+            elif kind in _UNLOGGED_PARTS:
+                self.anomalies[_UNLOGGED_PARTS[kind]] += 1
             elif f"content/{kind}" not in self.ignored:
                 raise unknown_record(number, f"content/{kind}", "OpenTelemetry")
-        if texts or reasoning or calls:
+        if ordered:
+            texts = [value for kind, value in ordered if kind == "text"]
+            calls = [value for kind, value in ordered if kind == "call"]
             standard = {"role": str(message.get("role", "user")), "content": make_content(texts)}
-            standard |= {"reasoning_content": "\n".join(reasoning)} if reasoning else {}
-            yield standard | ({"tool_calls": calls} if calls else {})
+            yield standard | ({"tool_calls": calls} if calls else {}) | {"parts": ordered}
 
 
 def _read_span(number: int, record: Mapping[str, Any]) -> _Span:
@@ -320,6 +351,19 @@ def _read_old_event(name: str, values: Mapping[str, Any], number: int) -> dict[s
     return standard
 
 
+_NUMBERED_TOOL = re.compile(r"llm\.request\.functions\.(\d+)\.(name|description|parameters)")
+
+
+def _read_numbered_tools(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the tools in the numbered attributes of OpenLLMetry."""
+    tools = defaultdict[int, dict[str, Any]](dict)
+    for name, value in attributes.items():
+        if match := _NUMBERED_TOOL.fullmatch(name):
+            is_schema = match[2] == "parameters" and isinstance(value, str)
+            tools[int(match[1])][match[2]] = json.loads(value) if is_schema else value
+    return [tool for _, tool in sorted(tools.items())]
+
+
 def _is_numbered(attributes: Mapping[str, Any]) -> bool:
     return any(_NUMBERED.match(name) for name in attributes)
 
@@ -346,8 +390,10 @@ def _read_numbered(attributes: Mapping[str, Any], side: str, number: int) -> lis
         message |= {"reasoning_content": fields["reasoning"]} if fields.get("reasoning") else {}
         if items := calls.get(position):
             message["tool_calls"] = [
-                make_call(str(call.get("name")), call.get("arguments") or {}, str(call.get("id") or f"call_{number}"))
-                for _, call in sorted(items.items())
+                make_call(
+                    str(call.get("name")), call.get("arguments") or {}, str(call.get("id") or f"call_{number}_{index}")
+                )
+                for index, call in sorted(items.items())
             ]
         standard.append(message)
     return standard

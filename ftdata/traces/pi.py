@@ -14,11 +14,21 @@ from typing import Any
 from ftdata.traces.content_blocks import BlockReader
 from ftdata.traces.response_items import read_tool
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, make_result, reading_record, unknown_record
-from ftdata.traces.tree import Node, connect_nodes, is_abandoned, leaf_paths
+from ftdata.traces.steps import (
+    BadRecord,
+    Context,
+    Step,
+    make_result,
+    mapping_at,
+    reading_record,
+    unknown_record,
+)
+from ftdata.traces.tree import Node, connect_nodes, find_abandoned, leaf_paths
 
 _METADATA = {"custom", "label", "model_change", "session", "session_info", "thinking_level_change", "usage"}
 _BOUNDARIES = {"compaction", "context_edit"}
+"""Types of records that change the context of the model."""
+
 _STREAM_COPIES = {"agent_end", "entry_appended", "message_start", "message_update", "turn_end"}
 _STREAM = {
     "agent_start", "auto_retry_end", "auto_retry_start", "compaction_end", "compaction_start", "message_end",
@@ -63,7 +73,6 @@ class _Reader:
         self.anomalies = Counter[str]()
         self.entries = dict[int, _Entry]()
         self.nodes = list[Node]()
-        self.tools = list[dict[str, Any]]()
         self.models = list[str]()
 
     def read(self) -> None:
@@ -127,7 +136,8 @@ class _Reader:
             is_hidden = bool(message.get("excludeFromContext"))
             return ((), "metadata") if is_hidden else (_user_step(number, _describe_command(message)), None)
         if role == "system":
-            return self._read_system(number, message)
+            # The text depends on the system messages before it (`_SystemState`).
+            return [Step("message", {"role": "system", "content": ""}, number)], None
         if role not in ("user", "custom", "hookMessage"):
             return (), self._check_unknown(number, f"message/{role}")
         return _user_step(number, blocks.read_parts(message.get("content"))), None
@@ -142,15 +152,9 @@ class _Reader:
         self.models += [message["model"]] if isinstance(message.get("model"), str) else []
         steps, has_hidden = blocks.read_response(message.get("content"))
         category = None if steps else "unlogged" if has_hidden else "metadata"
-        return [step._replace(response=number) for step in steps], category
-
-    def _read_system(self, number: int, message: Mapping[str, Any]) -> tuple[Sequence[Step], None]:
-        sections = message.get("sections") or {}
-        texts = [message.get("content"), *sections.values()]
-        self.anomalies["rebuilt_context"] += bool(sections)
-        self.tools += [read_tool(tool) for tool in message.get("toolsAdded") or ()]
-        content = "\n\n".join(text for text in texts if isinstance(text, str) and text)
-        return [Step("message", {"role": "system", "content": content}, number)], None
+        is_truncated = message.get("stopReason") == "length"
+        self.anomalies["truncated_responses"] += is_truncated
+        return [step._replace(response=number, trained=not is_truncated) for step in steps], category
 
     def _unknown_at(self, number: int) -> Any:
         return lambda name: self._check_unknown(number, name)
@@ -161,22 +165,32 @@ class _Reader:
         raise unknown_record(number, name, f"pi (session version {self.records[0].get('version', 1)})")
 
     def contexts(self) -> Iterator[Context]:
-        """Yield a context for each leaf, and for each compaction or edit on the path to it."""
+        """Yield a context for each leaf, and for each change of the context on the path to it."""
         connect_nodes(self.nodes)
-        number = 0
+        number, abandoned = 0, find_abandoned(self.nodes)
         for path in leaf_paths(self.nodes):
             entries = [self.entries[node.records[0]] for node in path]
-            abandoned = is_abandoned(path)
-            ends = [index for index, entry in enumerate(entries) if entry.record.get("type") in _BOUNDARIES]
+            ends = [index for index, entry in enumerate(entries) if self._changes_context(entry, index, entries)]
             for end in (*ends, len(entries)):
                 number += 1
-                steps = self._visible_steps(entries[:end])
-                yield Context(f"main/{number}", steps, self.tools, {}, abandoned=abandoned and end == len(entries))
+                steps, tools = self._visible_steps(entries[:end])
+                is_abandoned = path[-1] in abandoned and end == len(entries)
+                yield Context(f"main/{number}", steps, tools, {}, abandoned=is_abandoned)
 
-    def _visible_steps(self, entries: Sequence[_Entry]) -> list[Step]:
-        """Return the steps that the model sees after the entries of a path."""
+    def _changes_context(self, entry: _Entry, index: int, entries: Sequence[_Entry]) -> bool:
+        is_first = not any(before.steps for before in entries[:index])
+        return entry.record.get("type") in _BOUNDARIES or (_is_system(entry) and not is_first)
+
+    def _visible_steps(self, entries: Sequence[_Entry]) -> tuple[list[Step], list[dict[str, Any]]]:
+        """Return the steps and the tools that the model sees after the entries of a path."""
         last = max((i for i, entry in enumerate(entries) if entry.record.get("type") == "compaction"), default=None)
-        selected = list(entries)
+        selected, system = list(entries), _SystemState()
+        for index, entry in enumerate(entries):
+            if _is_system(entry):
+                system.apply(entry.record["message"], entry.number)
+            elif index == last and isinstance(entry.record.get("systemMessage"), Mapping):
+                system = _SystemState()
+                system.apply(entry.record["systemMessage"], entry.number)
         if last is not None:
             first = self._first_kept(entries, last)
             selected = [entries[last], *entries[first:last], *entries[last + 1 :]]
@@ -186,9 +200,10 @@ class _Reader:
         visible = [
             entry
             for index, entry in enumerate(selected)
-            if entry.record.get("type") != "compaction" or (last is not None and index == 0)
+            if not _is_system(entry) and (entry.record.get("type") != "compaction" or (last is not None and index == 0))
         ]
-        return [step for entry in visible for step in self._edited_steps(entry, edits)]
+        steps = [step for entry in visible for step in self._edited_steps(entry, edits)]
+        return [*system.steps(), *steps], [*system.tools.values()]
 
     def _first_kept(self, entries: Sequence[_Entry], last: int) -> int:
         """Return the index of the first entry before a compaction that the model sees after it."""
@@ -216,6 +231,45 @@ class _Reader:
         return [Step("text", content, entry.number, entry.number, trained=False), *calls]
 
 
+def _is_system(entry: _Entry) -> bool:
+    return mapping_at(entry.record, "message").get("role") == "system"
+
+
+class _SystemState:
+    """The system prompt and the tools, which system messages declare and change.
+
+    Attributes:
+        tools: the tool definitions by name.
+    """
+
+    def __init__(self) -> None:
+        self.tools = dict[str, dict[str, Any]]()
+        self._sections = dict[str, str]()
+        self._records = list[int]()
+
+    def apply(self, message: Mapping[str, Any], record: int) -> None:
+        """Apply a system message: it replaces the text, changes sections, and adds and removes tools."""
+        self._records.append(record)
+        content = message.get("content")
+        if isinstance(content, str) and content:
+            self._sections = {"": content}
+        for name, text in mapping_at(message, "sections").items():
+            if text is None:
+                self._sections.pop(name, None)
+            else:
+                self._sections[name] = str(text)
+        for tool in message.get("toolsRemoved") or ():
+            self.tools.pop(str(tool.get("name")), None)
+        self.tools |= {str(tool.get("name")): read_tool(tool) for tool in message.get("toolsAdded") or ()}
+
+    def steps(self) -> list[Step]:
+        """Return the system message, which has the record of the last change."""
+        content = "\n\n".join(self._sections.values())
+        if not self._records or not content:
+            return []
+        return [Step("message", {"role": "system", "content": content}, self._records[-1])]
+
+
 def read_pi_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
     """Convert the records of a session file.
 
@@ -230,9 +284,13 @@ def read_pi_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str
     reader.read()
     contexts = _name_contexts([*reader.contexts()])
     header = records[0]
+    reader.anomalies["forked_session"] += bool(header.get("parentSession"))
     metadata = {"session": header.get("id", ""), "cwd": header.get("cwd", ""), "version": header.get("version", 1)}
     metadata["models"] = list(dict.fromkeys(reader.models))
-    return Session("pi", len(records), contexts, reader.categories, metadata, reader.anomalies)
+    used = {step.record for context in contexts for step in context.steps}
+    systems = [number for number, entry in reader.entries.items() if _is_system(entry)]
+    unused = {number: "metadata" for number in systems if number not in used}
+    return Session("pi", len(records), contexts, reader.categories | unused, metadata, reader.anomalies)
 
 
 def _name_contexts(contexts: list[Context]) -> list[Context]:

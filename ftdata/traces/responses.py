@@ -6,18 +6,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.traces.response_items import ItemReader
+from ftdata.traces.response_items import ITEM_TYPES, ItemReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, unknown_record
+from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, unknown_record
 
 
 def is_responses_document(data: Mapping[str, Any]) -> bool:
     """Return whether an object is a logged response, or a request with its response."""
     response = _response_of(data)
     output = response.get("output")
-    if not isinstance(output, list) or not all(isinstance(item, Mapping) and "type" in item for item in output):
+    if not isinstance(output, list) or not all(isinstance(item, Mapping) for item in output):
         return False
-    return response.get("object") == "response" or "input" in data or "request" in data
+    if response.get("object") == "response" or str(response.get("id")).startswith("resp_"):
+        return True
+    has_items = bool(output) and all(str(item.get("type")) in ITEM_TYPES for item in output)
+    return has_items and ("input" in data or bool(_request_of(data)))
+
+
+def _request_of(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return mapping_at(data, "request") or mapping_at(data, "body")
 
 
 def read_responses_document(data: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> Iterator[Session]:
@@ -27,7 +34,7 @@ def read_responses_document(data: Mapping[str, Any], ignored: frozenset[str] = f
         BadRow: `missing_context`, if the log does not contain the input; `unknown_event`.
     """
     response = _response_of(data)
-    request = data["request"] if isinstance(data.get("request"), Mapping) else data
+    request = _request_of(data) or data
     values = {**response, **{key: value for key, value in request.items() if value is not None}}
     if values.get("previous_response_id") or values.get("conversation"):
         problem = "the request continues a conversation that the server stored, and the log contains only its last part"
@@ -38,6 +45,9 @@ def read_responses_document(data: Mapping[str, Any], ignored: frozenset[str] = f
     if response.get("status") in ("failed", "cancelled"):
         raise BadRow("no_answer", f"the request has the status {response['status']}", hint="leave the row out")
     steps, reader, categories = _read_items(values["input"], response["output"], ignored)
+    if response.get("status") == "incomplete":
+        reader.anomalies["truncated_responses"] += 1
+        steps = [step._replace(trained=False) for step in steps]
     reader.add_tools(values.get("tools"))
     system = _read_instructions(values.get("instructions"))
     metadata = {"session": str(response.get("id", "")), "models": [values["model"]] if values.get("model") else []}

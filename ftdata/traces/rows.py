@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftdata.traces.steps import BadRecord, Context, Step, assemble_messages, count_unpaired
+from ftdata.traces.steps import (
+    BadRecord,
+    Context,
+    Step,
+    assemble_messages,
+    count_split_responses,
+    count_unpaired,
+)
 
 CATEGORIES = {
     "messages": "records with messages of the row",
@@ -64,7 +71,7 @@ def make_rows(session: Session) -> list[TraceRow]:
     contexts come last, so that users can filter them out without losing the responses that they share.
 
     Raises:
-        BadRecord: `no_answer`, if no context has a response of the model.
+        BadRecord: `no_answer`, if no context has a complete response of the model.
     """
     covered, rows = set[int](), list[TraceRow]()
     for context in sorted(session.contexts, key=lambda context: context.abandoned):
@@ -77,7 +84,7 @@ def make_rows(session: Session) -> list[TraceRow]:
         rows.append(_make_row(session, context, steps, counts, min(new)))
         covered.update(new)
     if not rows:
-        problem = "the session contains no answer of the model"
+        problem = "the session contains no complete answer of the model"
         raise BadRecord(0, "no_answer", problem, hint="leave the session out")
     remaining = Counter(_categorize(session, covered))
     trace = rows[0].data["trace"]
@@ -95,6 +102,7 @@ def _make_row(
     session: Session, context: Context, steps: Sequence[Step], counts: Mapping[str, int], first: int
 ) -> TraceRow:
     anomalies = Counter(session.anomalies) + count_unpaired(steps)
+    anomalies += Counter(split_responses=count_split_responses(steps))
     trace = {
         "format": session.format,
         **session.metadata,

@@ -50,7 +50,7 @@ def mapping_at(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def unknown_record(number: int, name: str, program: str) -> BadRecord:
     """Return the error for a record whose type is unknown."""
     problem = f"the type {name!r} of {program} is unknown, so the record could contain messages"
-    hint = f"if it does not, ignore it: ignore_events={name!r}; otherwise update ftdata"
+    hint = f"if it does not, pass ignore_events={name!r} with the data; otherwise update ftdata"
     return BadRecord(number, "unknown_event", problem, field="type", hint=hint)
 
 
@@ -174,20 +174,37 @@ def make_result(call_id: str, content: Any, *, name: str | None = None, is_error
 
 
 def count_unpaired(steps: Iterable[Step]) -> Counter[str]:
-    """Count the tool calls without a result, and the results without a call before them.
+    """Count the tool calls without a result, and the results that follow another message or no call.
 
     >>> count_unpaired([Step("result", {"role": "tool", "tool_call_id": "x", "content": ""}, 0)])
     Counter({'results_without_call': 1})
     """
-    open_calls, counts = Counter[str](), Counter[str]()
+    open_calls, counts, interrupted = Counter[str](), Counter[str](), set[str]()
     for step in steps:
         if step.kind == "call":
             open_calls[step.value.get("id", "")] += 1
         elif step.kind == "result":
-            if open_calls[step.value["tool_call_id"]]:
-                open_calls[step.value["tool_call_id"]] -= 1
+            call_id = step.value["tool_call_id"]
+            if open_calls[call_id]:
+                open_calls[call_id] -= 1
+                counts["late_results"] += call_id in interrupted
             else:
                 counts["results_without_call"] += 1
-    if unanswered := sum(open_calls.values()):
-        counts["calls_without_result"] = unanswered
-    return counts
+        elif step.kind == "message":
+            interrupted.update(call_id for call_id, number in open_calls.items() if number)
+    counts["calls_without_result"] = sum(open_calls.values())
+    return +counts
+
+
+def count_split_responses(steps: Iterable[Step]) -> int:
+    """Count how often a response continues in another message, because its parts are not in the order of templates."""
+    count, response = 0, None
+    for step in steps:
+        if step.kind not in _ORDER:
+            continue
+        is_continued = response is not None and step.response is not None and response.key == step.response
+        if response is None or not response.accepts(step):
+            count += is_continued
+            response = _Response(step)
+        response.parts[step.kind].append(step.value)
+    return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ftdata.traces.steps import Step
@@ -20,6 +20,7 @@ class Node:
         later_steps: the results of the response's calls, and messages that were recorded together with them.
         records: indices of all records of the node, in order.
         children: the nodes after this node; more than one if the conversation branches.
+        root: the first node of the conversation.
     """
 
     parent: Node | None
@@ -29,6 +30,10 @@ class Node:
     later_steps: list[Step] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     children: list[Node] = field(default_factory=list)
+    root: Node = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = self if self.parent is None else self.parent.root
 
     def path(self) -> list[Node]:
         """Return the nodes from the root to this node."""
@@ -49,30 +54,58 @@ def connect_nodes(nodes: Iterable[Node]) -> None:
 def chain_injected(nodes: Sequence[Node]) -> None:
     """Insert messages that the program added into the path of the next node.
 
-    Such a message has the same parent as the node after it. It is not a branch, because no response follows it.
+    Such messages have the same parent as the node after them. They are not branches, because no response follows them.
     """
-    for node in nodes:
-        if node.parent is None or node.children or not node.is_injected:
-            continue
-        siblings = node.parent.children
-        following = siblings[siblings.index(node) + 1 :]
-        if following:
-            siblings.remove(following[0])
-            node.children.append(following[0])
-            following[0].parent = node
+    for parent in nodes:
+        children, parent.children = parent.children, []
+        last: Node | None = None
+        for child in children:
+            is_leaf = not child.children
+            owner = parent if last is None else last
+            owner.children.append(child)
+            child.parent = owner
+            last = child if child.is_injected and is_leaf else None
 
 
-def remove_retried(nodes: Sequence[Node]) -> list[Node]:
+def remove_retried(nodes: Sequence[Node]) -> set[Node]:
     """Remove responses that were generated again before anything continued them. Return the removed nodes."""
-    removed = list[Node]()
+    removed = set[Node]()
     for node in nodes:
         if not node.is_response or node.children or node.later_steps or node.parent is None:
             continue
         siblings = node.parent.children
         if any(sibling.is_response for sibling in siblings[siblings.index(node) + 1 :]):
             siblings.remove(node)
-            removed.append(node)
+            removed.add(node)
     return removed
+
+
+def remove_leaves(nodes: Iterable[Node]) -> set[Node]:
+    """Remove the nodes that nothing follows from the tree, and return them."""
+    removed = set[Node]()
+    for node in nodes:
+        if not node.children:
+            removed.add(node)
+            if node.parent is not None and node in node.parent.children:
+                node.parent.children.remove(node)
+    return removed
+
+
+def find_abandoned(nodes: Sequence[Node]) -> set[Node]:
+    """Return the nodes after which the session went on from an earlier message, in another branch.
+
+    Args:
+        nodes: all nodes, each after its parent.
+    """
+    last = dict[Node, int]()
+    for node in reversed(nodes):
+        own = -1 if node.is_injected and not node.children else node.records[-1]
+        last[node] = max([own, *(last[child] for child in node.children)])
+    abandoned = set[Node]()
+    for node in nodes:
+        latest = max((last[child] for child in node.children), default=-1)
+        abandoned.update(child for child in node.children if last[child] < latest or node in abandoned)
+    return abandoned
 
 
 def leaf_paths(nodes: Iterable[Node]) -> list[list[Node]]:
@@ -81,24 +114,6 @@ def leaf_paths(nodes: Iterable[Node]) -> list[list[Node]]:
     return [leaf.path() for leaf in sorted(leaves, key=lambda leaf: leaf.records[-1])]
 
 
-def is_abandoned(path: Sequence[Node]) -> bool:
-    """Return whether the session went on from an earlier node of the path, in another branch."""
-    return any(node.parent is not None and _last_record(node) < _last_record(node.parent) for node in path)
-
-
-def _last_record(root: Node) -> int:
-    """Return the last record of a node and all nodes after it."""
-    last, nodes = root.records[-1], [root]
-    while nodes:
-        node = nodes.pop()
-        last = max(last, node.records[-1])
-        nodes += node.children
-    return last
-
-
-def path_steps(path: Iterable[Node], insert: Callable[[Node], Iterable[Step]] = lambda _: ()) -> list[Step]:
-    """Return the steps of a path. After each node, add the steps that `insert` returns for it."""
-    steps = list[Step]()
-    for node in path:
-        steps += [*node.steps, *node.later_steps, *insert(node)]
-    return steps
+def path_steps(path: Iterable[Node]) -> list[Step]:
+    """Return the steps of a path."""
+    return [step for node in path for step in (*node.steps, *node.later_steps)]

@@ -20,14 +20,31 @@ from ftdata.traces.tree import Node, connect_nodes, leaf_paths, path_steps
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
+_COMPACTED = "--- context compacted ---"
+"""The message between two context windows of a rollout."""
+
+_PROOFS = {"generation_ms", "is_completed", "timing", "stop_condition", "token_usage", "tool_defs"}
+"""Columns of a saved rollout, one of which each version writes."""
+
+
 def is_verifiers_document(data: Mapping[str, Any]) -> bool:
     """Return whether an object is a rollout, a trace or an episode of verifiers."""
-    if isinstance(data.get("nodes"), list):
-        return "task" in data
-    if isinstance(data.get("traces"), list):
-        return "task" in data or "env" in data
+    if "messages" in data:
+        return False
+    if "task" in data and _has_objects(data.get("nodes"), "message"):
+        return True
+    if "env" in data and isinstance(data.get("traces"), list):
+        return not data["traces"] or _has_objects(data["traces"], "nodes")
+    if "task" in data and _has_objects(data.get("trajectory"), "prompt"):
+        return True
     is_rollout = isinstance(data.get("prompt"), list) and isinstance(data.get("completion"), list)
-    return (is_rollout and "example_id" in data) or (isinstance(data.get("trajectory"), list) and "task" in data)
+    has_proof = not _PROOFS.isdisjoint(data) or {"example_id", "error"} <= data.keys()
+    return is_rollout and "reward" in data and has_proof
+
+
+def _has_objects(value: Any, key: str) -> bool:
+    """Return whether a value is a list of objects with a key."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) and key in item for item in value)
 
 
 def read_verifiers_document(
@@ -40,6 +57,8 @@ def read_verifiers_document(
         BadRow: `trace_step`, if a message is invalid.
     """
     if isinstance(data.get("traces"), list):
+        if not data["traces"]:
+            raise BadRow("no_answer", "the episode contains no trace", field="traces", hint="leave the row out")
         for trace in data["traces"]:
             yield _read_trace({"task": data.get("task"), **trace})
     elif isinstance(data.get("nodes"), list):
@@ -84,7 +103,8 @@ def _pair_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             pending = [call["id"] for call in message.get("tool_calls", ())]
         elif message["role"] == "tool":
             call_id = message.get("tool_call_id") or (pending[0] if pending else "")
-            pending = [pending_id for pending_id in pending if pending_id != call_id]
+            if call_id in pending:
+                pending.remove(call_id)
             paired.append({**message, "tool_call_id": call_id})
             continue
         paired.append(message)
@@ -102,14 +122,22 @@ def _read_rollout(data: Mapping[str, Any]) -> Session:
     messages = _pair_results(
         [_read_message(message, number, f"{name}[{number}]") for number, (name, message) in enumerate(fields)]
     )
-    steps, categories = list[Step](), dict[int, str]()
+    windows, categories = [list[Step]()], dict[int, str]()
     for number, message in enumerate(messages):
-        parts = message_steps(message, number, number, trained=number >= len(data["prompt"]))
-        steps += parts
+        if message["role"] == "system" and message["content"] == _COMPACTED:
+            windows.append([])
+            categories[number] = "metadata"
+            continue
+        is_truncated = bool(data.get("is_truncated")) and number == len(messages) - 1
+        trained = number >= len(data["prompt"]) and not is_truncated
+        parts = message_steps(message, number, number, trained=trained)
+        windows[-1] += parts
         if not parts:
             categories[number] = "metadata"
-    context = Context("main", steps, _read_tools(data))
-    return Session("verifiers", len(messages), [context], categories, _metadata(data), Counter())
+    tools = _read_tools(data)
+    names = ["main"] if len(windows) == 1 else [f"main/{index + 1}" for index in range(len(windows))]
+    contexts = [Context(name, steps, tools) for name, steps in zip(names, windows, strict=True)]
+    return Session("verifiers", len(messages), contexts, categories, _metadata(data), Counter())
 
 
 def _read_calls(data: Mapping[str, Any]) -> Session:
@@ -120,8 +148,8 @@ def _read_calls(data: Mapping[str, Any]) -> Session:
         prompt = [_read_message(message, number, f"{field}.prompt") for message in turn["prompt"]]
         answers = turn.get("completion") or [turn["response"]["message"]]
         output = [_read_message(message, number, f"{field}.completion") for message in answers]
-        calls.append(Call(number, "", _pair_results(prompt), output))
-    conversations = [*join_calls(calls)]
+        calls.append(Call(number, "", _pair_results(prompt), [output]))
+    conversations = [*join_calls(calls, Counter())]
     contexts = [
         Context("main" if len(conversations) == 1 else f"main/{index + 1}", conversation.steps, _read_tools(data))
         for index, conversation in enumerate(conversations)
@@ -130,7 +158,7 @@ def _read_calls(data: Mapping[str, Any]) -> Session:
 
 
 def _read_trace(data: Mapping[str, Any]) -> Session:
-    nodes = list[Node]()
+    nodes, untrained = list[Node](), _untrained_nodes(data)
     categories = dict[int, str]()
     for number, item in enumerate(data["nodes"]):
         message = _read_message(item.get("message"), number, f"nodes[{number}].message")
@@ -138,7 +166,8 @@ def _read_trace(data: Mapping[str, Any]) -> Session:
         if parent is not None and not 0 <= parent < number:
             raise BadRow("trace_step", f"is {parent}, expected an earlier node", field=f"nodes[{number}].parent")
         node = Node(None if parent is None else nodes[parent], is_response=False, records=[number])
-        node.steps = message_steps(message, number, number, trained=bool(item.get("sampled")))
+        trained = bool(item.get("sampled")) and number not in untrained
+        node.steps = message_steps(message, number, number, trained=trained)
         if not node.steps:
             categories[number] = "metadata"
         nodes.append(node)
@@ -151,3 +180,16 @@ def _read_trace(data: Mapping[str, Any]) -> Session:
         name = label if len(paths) == 1 else f"{label}/{index + 1}"
         contexts.append(Context(name, path_steps(path), _read_tools(root if root.get("tools") else data)))
     return Session("verifiers", len(nodes), contexts, categories, _metadata(data), Counter())
+
+
+def _untrained_nodes(data: Mapping[str, Any]) -> set[int]:
+    """Return the nodes of agents that are not trained, and of attempts at a compaction that were not used."""
+    if mapping_at(data, "agent").get("trainable") is False:
+        return set(range(len(data["nodes"])))
+    links = [
+        (number, link.get("node"), link.get("type"))
+        for number, item in enumerate(data["nodes"])
+        for link in item.get("semantic_parents") or ()
+    ]
+    used = {source for _, source, kind in links if kind == "compaction"}
+    return {number for number, _, kind in links if kind == "compaction_attempt" and number not in used}

@@ -112,6 +112,50 @@ def test_old_compaction_keeps_the_messages_of_the_user():
     assert after.data["trace"]["anomalies"]["rebuilt_context"] == 1
 
 
+def test_several_events_with_reasoning_keep_their_order():
+    def raw(text):
+        return line("event_msg", type="agent_reasoning_raw_content", text=text)
+
+    item_of_reasoning = line("response_item", type="reasoning", summary=[])
+    for events in ([raw("1"), raw("2"), item_of_reasoning], [item_of_reasoning, raw("1"), item_of_reasoning, raw("2")]):
+        (row,) = convert(META, item("user", "q"), *events, item("assistant", "a"))
+        assert row.data["messages"][2]["reasoning_content"] == "1\n2"
+
+
+def test_summaries_are_not_trained_and_do_not_accumulate():
+    flagged = {**item("assistant", "written for the compaction"), "metadata": {"compaction_output": True}}
+    *_, last = rows = convert(
+        META,
+        item("user", "q1"),
+        item("assistant", "a1"),
+        item("assistant", "Done: A."),
+        line("compacted", message="Another language model ...\nDone: A."),
+        item("user", "q2"),
+        item("assistant", "a2"),
+        flagged,
+        line("compacted", message="Done: B."),
+        item("user", "q3"),
+        item("assistant", "a3"),
+    )
+    assert brief(rows[0])[-1] == ("assistant", "Done: A.", "untrained")
+    assert brief(rows[1])[-1] == ("assistant", "written for the compaction", "untrained")
+    assert [text for _, text, _ in brief(last)][1:] == ["q1", "q2", "Done: B.", "q3", "a3"]
+
+
+def test_tools_of_a_context_are_those_that_it_contains():
+    late = line("response_item", type="tool_search_output", call_id="s", tools=[{"type": "function", "name": "late"}])
+    before, after = convert(
+        META,
+        item("user", "q1"),
+        item("assistant", "a1"),
+        line("compacted", replacement_history=[message("user", "sum")]),
+        late,
+        item("assistant", "a2"),
+    )
+    assert "tools" not in before.data
+    assert after.data["tools"][0]["function"]["name"] == "late"
+
+
 def test_inherited_and_delivered_messages_are_not_trained():
     meta = line("session_meta", id="c", history_mode="paginated", subagent_history_start_ordinal=3)
     delivered = {
@@ -208,9 +252,9 @@ def test_items_of_servers_and_references():
         ({"object": "response", "output": [ANSWER]}, "missing_context"),
         ({"input": "q", "previous_response_id": "r", "output": [ANSWER]}, "missing_context"),
         ({"input": [{"type": "item_reference", "id": "x"}], "output": [ANSWER]}, "missing_context"),
-        ({"input": "q", "output": [{"type": "brand_new"}]}, "unknown_event"),
+        ({"object": "response", "input": "q", "output": [{"type": "brand_new"}]}, "unknown_event"),
         ({"input": "q", "status": "failed", "output": [ANSWER]}, "no_answer"),
-        ({"input": "q", "output": []}, "no_answer"),
+        ({"object": "response", "input": "q", "output": []}, "no_answer"),
         ({"input": 3, "output": [ANSWER]}, "record_type"),
     ],
 )
@@ -218,3 +262,8 @@ def test_responses_that_cannot_be_converted_are_rejected(data, code):
     (reject,) = convert(data)
     assert isinstance(reject, Reject)
     assert reject.code == code
+
+
+def test_truncated_response_is_not_trained():
+    (reject,) = convert({"object": "response", "status": "incomplete", "input": "q", "output": [ANSWER]})
+    assert "no complete answer" in reject.reason

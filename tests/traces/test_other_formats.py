@@ -138,13 +138,17 @@ def test_hermes_export_and_trajectory():
     answer = '<think>\nhm\n</think>\nI look.\n<tool_call>\n{"name": "terminal", "arguments": {"a": "</tool_call>"}}\n</tool_call>'
     result = '<tool_response>\n{"tool_call_id": "c", "name": "terminal", "content": {"exit": 0}}\n</tool_response>'
     turns = [("system", tools), ("human", "q"), ("gpt", answer), ("tool", result), ("gpt", "<think>\n</think>\ndone")]
-    trajectory = {"conversations": [{"from": who, "value": text} for who, text in turns], "completed": True}
+    trajectory = {
+        "conversations": [{"from": who, "value": text} for who, text in turns],
+        "completed": True,
+        "timestamp": "t",
+    }
     first, second = convert(export, trajectory)
     assert brief(first) == ["system: S", "user: q", "assistant: ", "tool: a.txt", "assistant: done"]
     assert first.data["messages"][2]["reasoning_content"] == "hm"
     assert first.data["trace"]["records"] == {"messages": 4, "retracted": 1}
-    assert brief(second)[1:] == ["user: q", "assistant: I look.", 'tool: {"exit": 0}', "assistant: done"]
-    assert second.data["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"a": "</tool_call>"}
+    assert brief(second) == ["user: q", "assistant: I look.", 'tool: {"exit": 0}', "assistant: done"]
+    assert second.data["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": "</tool_call>"}
     assert second.data["tools"][0]["function"]["name"] == "terminal"
     assert (first.source.row, second.source.row) == (0, 1)
 
@@ -194,6 +198,7 @@ def test_verifiers_rollouts():
         ],
         "reward": 1.0,
         "error": None,
+        "is_completed": True,
         "tool_defs": [{"name": "calc", "description": "d", "parameters": {}}],
     }
     (row,) = convert(rollout)
@@ -274,9 +279,103 @@ def test_events_of_older_conventions_and_numbered_attributes():
     assert row.data["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
 
 
+def test_pi_system_messages_change_the_prompt_and_the_tools_of_later_contexts():
+    add = {"role": "system", "sections": {"A": "a", "B": "b"}, "toolsAdded": [{"name": "x"}, {"name": "y"}]}
+    patch = {"role": "system", "sections": {"A": None, "C": "c"}, "toolsRemoved": [{"name": "x"}]}
+    first, second, third = convert(
+        PI,
+        entry("0", None, message=add),
+        entry("1", "0", **said("user", "q1")),
+        entry("2", "1", **said("assistant", "a1")),
+        entry("3", "2", message=patch),
+        entry("4", "3", **said("assistant", "a2")),
+        {"type": "compaction", "id": "5", "parentId": "4", "summary": "S", "systemMessage": {"content": "new"}},
+        entry("6", "5", **said("assistant", "a3")),
+    )
+    assert [brief(row)[0] for row in (first, second, third)] == ["system: a\n\nb", "system: b\n\nc", "system: new"]
+    names = [[tool["function"]["name"] for tool in row.data.get("tools", ())] for row in (first, second, third)]
+    assert names == [["x", "y"], ["y"], []]
+
+
+def test_hermes_segments_items_and_summaries():
+    tail = {"role": "assistant", "content": "tail", "timestamp": 2.0}
+    segments = [
+        {"messages": [{"role": "user", "content": "q"}, tail]},
+        {"messages": [{"role": "assistant", "content": "sum", "_compressed_summary": True}, tail,
+                      {"role": "user", "content": "q2"},
+                      {"role": "assistant", "content": "", "codex_message_items": '[{"content": [{"text": "final"}]}]',
+                       "reasoning_details": '[{"text": "hm"}]'}]},
+    ]  # fmt: skip
+    export = {"id": "h", "source": "cli", "started_at": 1.0, "message_count": 6, "segments": segments, "messages": []}
+    first, second = convert(export)
+    assert brief(first) == ["user: q", "assistant: tail"]
+    assert brief(second) == [
+        "assistant: sum (untrained)",
+        "assistant: tail (untrained)",
+        "user: q2",
+        "assistant: final",
+    ]
+    assert second.data["messages"][3]["reasoning_content"] == "hm"
+
+
+def test_hermes_trajectory_with_fewer_results_and_quoted_tags():
+    answer = 'Use <tool_call>\nlike this.\n<tool_call>\n{"name": "a"}\n</tool_call>\n<tool_call>\n{"name": "b"}\n</tool_call>'
+    result = '<tool_response>\n{"name": "b", "content": "x"}\n</tool_response>'
+    turns = [("human", "q"), ("gpt", answer), ("tool", result), ("gpt", "done")]
+    trajectory = {"conversations": [{"from": who, "value": text} for who, text in turns], "completed": True,
+                  "prompt_index": 0}  # fmt: skip
+    (row,) = convert(trajectory)
+    assert brief(row)[1] == "assistant: Use <tool_call>\nlike this."
+    assert row.data["messages"][2]["name"] == "b"
+    turns[2] = ("tool", result.replace('"b"', '"c"'))
+    (reject,) = convert({**trajectory, "conversations": [{"from": who, "value": text} for who, text in turns]})
+    assert isinstance(reject, Reject)
+
+
+def test_verifiers_windows_agents_and_attempts():
+    compacted = {"role": "system", "content": "--- context compacted ---"}
+    completion = [{"role": "assistant", "content": "a"}, compacted, {"role": "user", "content": "sum"},
+                  {"role": "assistant", "content": "b"}]  # fmt: skip
+    rows = convert({**ROLLOUT, "prompt": [{"role": "user", "content": "q"}], "completion": completion})
+    assert [brief(row) for row in rows] == [["user: q", "assistant: a"], ["user: sum", "assistant: b"]]
+    nodes = [
+        {"message": {"role": "user", "content": "q"}},
+        {"parent": 0, "sampled": True, "message": {"role": "assistant", "content": "a"}},
+        {"parent": 1, "sampled": True, "message": {"role": "assistant", "content": "unused"},
+         "semantic_parents": [{"node": 1, "type": "compaction_attempt"}]},
+    ]  # fmt: skip
+    judge = {"agent": {"name": "judge", "trainable": False}, "nodes": nodes[:2]}
+    (row,) = convert({"env": {}, "task": {}, "traces": [{"agent": {"name": "main"}, "nodes": nodes}, judge]})
+    assert brief(row) == ["user: q", "assistant: a", "assistant: unused (untrained)"]
+    assert row.data["trace"]["records"] == {"messages": 3, "unanswered": 2}
+    (reject,) = convert({"env": {}, "task": {}, "traces": []})
+    assert reject.code == "no_answer"
+
+
+def test_spans_that_repeat_fail_or_offer_choices():
+    question, answers = part("user", "q"), [part("assistant", "a"), part("assistant", "b")]
+    follow = span(3, [question, answers[1], part("user", "q2")], [part("assistant", "c")])
+    failed = span(4, [question], [part("assistant", "half")], **{"error.type": "timeout"})
+    (row,) = convert(span(1, [question], answers), span(2, [question], answers), follow, failed)
+    assert brief(row) == ["user: q", "assistant: b", "user: q2", "assistant: c"]
+    assert row.data["trace"]["records"] == {"messages": 2, "duplicates": 1, "errors": 1}
+    assert row.data["trace"]["anomalies"] == {"unused_choices": 1}
+
+
+def test_order_of_parts_of_spans_is_kept_and_unconnected_calls_are_counted():
+    parts = [{"type": "reasoning", "content": "r"}, {"type": "text", "content": "t"},
+             {"type": "reasoning", "content": "s"}, {"type": "tool_call", "id": "c", "name": "f"}]  # fmt: skip
+    rows = convert(
+        span(1, [part("user", "q")], [{"role": "assistant", "parts": parts}]),
+        span(2, [part("user", "only new")], [part("assistant", "a")]),
+    )
+    assert [message.get("reasoning_content") for message in rows[0].data["messages"]] == [None, "r", "s"]
+    assert rows[1].data["trace"]["anomalies"]["unconnected_calls"] == 1
+
+
 QUESTION = {"source": "user", "message": "q"}
 ANSWER = {"source": "agent", "message": "a"}
-ROLLOUT = {"example_id": 1, "completion": [{"role": "assistant", "content": "a"}]}
+ROLLOUT = {"reward": 1.0, "timing": {}, "completion": [{"role": "assistant", "content": "a"}]}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +394,7 @@ ROLLOUT = {"example_id": 1, "completion": [{"role": "assistant", "content": "a"}
         ([{**ROLLOUT, "prompt": [{"role": "robot", "content": "x"}]}], "trace_step", "prompt[0]"),
         ([{"task": {}, "nodes": [{"message": {"role": "user", "content": "q"}, "parent": 5}]}], "trace_step",
          "nodes[0].parent"),
-        ([span(1, [part("assistant", "x")], [part("assistant", "a")])], "missing_context", ""),
+        ([span(1, [part("tool", "x")], [part("assistant", "a")])], "missing_context", ""),
         ([span(1, [{"role": "user", "parts": [{"type": "brand_new"}]}], [part("assistant", "a")])], "unknown_event",
          "type"),
     ],

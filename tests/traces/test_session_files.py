@@ -75,6 +75,57 @@ def test_unknown_records_can_be_ignored(tmp_path):
         list(read({"path": str(path), "ignore_events": ["brand-new"]}))
 
 
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"type": "summary", "uuid": "1", "messages": CHAT},
+        {"type": "result", "session_id": "1", "prompt": "q", "completion": "a"},
+        {"id": "1", "timestamp": "t", "instructions": "i", "input": "x", "output": "y"},
+        {"example_id": 1, "prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"source": "web", "started_at": 1, "messages": CHAT},
+        {"completed": True, "system": "s", "conversations": [{"from": "human", "value": "q", "weight": 0}]},
+        {"task": "t", "trajectory": CHAT},
+        {"task": "t", "nodes": [{"id": 1}], "messages": CHAT},
+        {"task": "t", "traces": ["a"], "messages": CHAT},
+        {"input": "q", "output": [{"type": "text", "text": "a"}]},
+        {"input": "q", "output": []},
+        {"attributes": {"gen_ai.x": 1}, "messages": CHAT},
+        {"type": "chat", "text": "t"},
+        {"question": "q", "answer": "a"},
+    ],
+)
+def test_rows_of_data_sets_are_not_sessions(tmp_path, row):
+    path = write(tmp_path / "rows.jsonl", [row] * 2)
+    assert [item.data for item in read(path)] == [row] * 2
+    assert file_parts.is_line_format(resolve_sources(path)[0].input, "jsonl")
+
+
+def test_parts_of_a_file_are_never_sessions(tmp_path, monkeypatch):
+    records = [{"type": "summary", "uuid": str(number), "sessionId": "s", "text": "x"} for number in range(40)]
+    path = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, *records])
+    monkeypatch.setattr(file_parts, "PART", 300)
+    parts = file_parts.split_into_parts(resolve_sources(path))
+    assert len(parts) > 2
+    assert [row.data for part in parts for row in part.rows()] == [row.data for row in read(path)]
+
+
+def test_sessions_can_begin_with_records_without_an_id(tmp_path):
+    first = {"type": "mode", "mode": "plan"}
+    (row,) = read(write(tmp_path / "a.jsonl", [first, *SESSION]))
+    assert row.data["trace"]["records"] == {"messages": 2, "metadata": 2}
+    (reject,) = (item for source in resolve_sources(write(tmp_path / "b.jsonl", [{"type": "odd"}, *SESSION]))
+                 for item in source.rows())  # fmt: skip
+    assert isinstance(reject, Reject)
+    assert (reject.code, reject.source.line) == ("unknown_event", 1)
+    (reject,) = (item for source in resolve_sources(write(tmp_path / "c.jsonl", [{"resourceSpans": []}]))
+                 for item in source.rows())  # fmt: skip
+    assert isinstance(reject, Reject)
+    assert reject.code == "no_answer"
+
+
 def test_invalid_line_rejects_the_session(tmp_path):
     path = write(tmp_path / "a.jsonl", SESSION)
     path.write_text(path.read_text() + '{"type": "user", "mess')
