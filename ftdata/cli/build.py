@@ -228,19 +228,29 @@ def templates_show(
 
 @templates_app.command("check", cls=CompactCommand)
 def templates_check(
-    template: Annotated[str, typer.Argument(help="Template to check: name, .jinja file, or tokenizer")],
+    template: Annotated[
+        str, typer.Argument(help="Template to check: name, .jinja file, file.py:function or tokenizer")
+    ],
     engines: Annotated[
         bool, typer.Option("--engines", help="Also compare the template engines of inference servers with Jinja2")
     ] = False,
+    functions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--function", help="Also compare a function, e.g. of mistral-common: file.py:function (repeatable)"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check whether a template prints stop tokens, changes earlier messages, or leaves out fields."""
     from ftdata.pipeline.recipe import check_template, resolve_template
-    from ftdata.templates.engines import compare_engines
+    from ftdata.templates.engines import EngineReport, compare_engines
 
     report = check_template(template)
-    reports = compare_engines(resolve_template(template)) if engines else []
-    values = report.as_dict() | ({"engines": [one.as_dict() for one in reports]} if engines else {})
+    reports = list[EngineReport]()
+    if engines or functions:
+        reports = compare_engines(resolve_template(template), () if engines else None, functions or ())
+    values = report.as_dict() | ({"engines": [one.as_dict() for one in reports]} if reports else {})
     print_json_or_text(values, escape_unprintable("\n".join(map(str, (report, *reports)))), as_json=as_json)
     is_different = any(one.differences for one in reports)
     raise typer.Exit(1 if report.verdict == "refused" or is_different else 0)

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from ftdata.errors import MissingDependency, TemplateRefused, count_noun, first_difference
+from ftdata.templates.python_template import load_template, make_template
 from ftdata.templates.template import Template
 from ftdata.templates.worker.client import render_plain
 
@@ -138,37 +139,51 @@ CASES = tuple(
 """The conversations, as a whole, and before the last answer with the generation prompt."""
 
 
-def compare_engines(template: Template, engines: Sequence[str] = ()) -> list[EngineReport]:
+def compare_engines(
+    template: Template, engines: Sequence[str] | None = (), functions: Sequence[str] = ()
+) -> list[EngineReport]:
     """Render conversations with other engines, and compare the texts with those of Jinja2.
 
     Args:
         template: the chat template. The date is the current date, because some engines print no other date.
-        engines: names of engines; by default, all that are installed.
+        engines: names of engines; by default, all that are installed; `None` for none.
+        functions: Python functions that render conversations, e.g. with `mistral-common`, as `file.py:function`.
 
     Raises:
         MissingDependency: `no_engine`, if an engine is not installed, or none is.
-        TemplateRefused: the template does not compile, or it exceeds the limits.
+        UsageError: a function does not exist.
+        TemplateRefused: the template does not compile, it exceeds the limits, or a function cannot be loaded.
     """
     template = replace(template, date=datetime.datetime.now().astimezone().replace(tzinfo=None))
     expected = render_plain(template, [_make_variables(case) for case in CASES])
     cases = [(case, text) for case, text in zip(CASES, expected, strict=True) if text is not None]
     reports = list[EngineReport]()
-    for name in engines or ENGINES:
+    variables = [_make_variables(case) for case, _ in cases]
+    for name in () if engines is None else engines or ENGINES:
         try:
-            engine, rendered = ENGINES[name](template, [_make_variables(case) for case, _ in cases])
+            reports.append(_make_report(cases, *ENGINES[name](template, variables)))
         except MissingDependency:
             if engines:
                 raise
-            continue
-        pairs = zip(cases, rendered, strict=True)
-        differences = (_compare(case, text, outcome) for (case, text), outcome in pairs)
-        reports.append(EngineReport(engine, len(cases), tuple(one for one in differences if one is not None)))
+    reports += [_make_report(cases, name, _render_function(name, template, variables)) for name in functions]
     if not reports:
         problem = "no other template engine is installed"
         raise MissingDependency(
             "no_engine", problem, hint="pip install 'ftdata[engines]', or npm install @huggingface/jinja"
         )
     return reports
+
+
+def _make_report(cases: Sequence[tuple[EngineCase, str]], engine: str, outcomes: Sequence[Outcome]) -> EngineReport:
+    pairs = zip(cases, outcomes, strict=True)
+    differences = (_compare(case, text, outcome) for (case, text), outcome in pairs)
+    return EngineReport(engine, len(cases), tuple(item for item in differences if item is not None))
+
+
+def _render_function(name: str, template: Template, cases: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    function = make_template(*load_template(name), special_tokens=template.special_tokens)
+    texts = render_plain(function, cases)
+    return [("the function raises an error", True) if text is None else (text, False) for text in texts]
 
 
 def _make_variables(case: EngineCase) -> dict[str, Any]:

@@ -116,3 +116,31 @@ def test_command_compares_the_engines(tmp_path):
         [*command, "--json"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
     )
     assert json.loads(done.stdout)["engines"][0]["engine"].startswith("minijinja")
+
+
+FUNCTION = """
+def encode(messages, tools=None, add_generation_prompt=False):
+    if any("reasoning_content" in message for message in messages):
+        raise ValueError("no reasoning")
+    text = "".join(f"<|im_start|>{m['role']}\\n{str(m['content']).strip()}<|im_end|>\\n" for m in messages)
+    return text + ("<|im_start|>assistant\\n" if add_generation_prompt else "")
+"""
+
+
+def test_function_is_compared_with_the_template(tmp_path):
+    (tmp_path / "enc.py").write_text(FUNCTION)
+    template = Template("tested", CHATML, special_tokens=TOKENS)
+    (report,) = compare_engines(template, None, [f"{tmp_path / 'enc.py'}:encode"])
+    assert report.engine.endswith("enc.py:encode")
+    failing = {difference.case for difference in report.differences if difference.position < 0}
+    assert failing == {"reasoning", "reasoning, next answer"}
+    differing = {difference.case for difference in report.differences if difference.position >= 0}
+    assert differing == {"whitespace", "whitespace, next answer"}
+
+
+def test_function_is_compared_on_the_command_line(tmp_path):
+    (tmp_path / "enc.py").write_text(FUNCTION)
+    command = [sys.executable, "-m", "ftdata", "templates", "check", "chatml", "--function", "./enc.py:encode"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "./enc.py:encode: renders" in done.stdout
