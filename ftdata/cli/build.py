@@ -256,6 +256,22 @@ def templates_check(
     raise typer.Exit(1 if report.verdict == "refused" or is_different else 0)
 
 
+@templates_app.command("modelfile", cls=CompactCommand)
+def templates_modelfile(
+    template: Annotated[str, typer.Argument(help="Chat template: name, .jinja file, or tokenizer")],
+    source: Annotated[
+        str, typer.Option("--from", help="Model for the instruction FROM: a folder or a GGUF file")
+    ] = ".",
+    as_json: Json = False,
+) -> None:
+    """Print a Modelfile for Ollama, with the chat template in Go's template language and the stop token."""
+    from ftdata.pipeline.recipe import resolve_template
+    from ftdata.templates.ollama import make_modelfile
+
+    modelfile = make_modelfile(resolve_template(template), source)
+    print_json_or_text({"modelfile": modelfile}, modelfile.rstrip("\n"), as_json=as_json)
+
+
 @config_app.command("import", cls=CompactCommand)
 def config_import(
     file: Annotated[
