@@ -114,7 +114,7 @@ SHARE_KEYS = {"weight": "times", "rows": "rows", "tokens": "tokens"}
 HUB_KEYS = ("name", "revision", "data_files")
 """Keys of a source mapping for data sets on the Hub."""
 
-FILE_KEYS = (*HUB_KEYS, "format", "encoding", "quoting", "streaming", "ignore_events")
+FILE_KEYS = (*HUB_KEYS, "format", "encoding", "quoting", "streaming", "ignore_records")
 """Keys of a source mapping for files."""
 
 SOURCE_KEYS = ("path", "split", *SHARE_KEYS, *FILE_KEYS)

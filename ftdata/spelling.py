@@ -28,7 +28,7 @@ _OTHER_NAMES = (
     "format",
     "output_dir",
     "overwrite",
-    "ignore_events",
+    "ignore_records",
     "quoting",
     "serve",
     "split",

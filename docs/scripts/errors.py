@@ -10,6 +10,7 @@ KINDS = {
     "Reject": ("a row", 1, 3, 4),
     "_Fault": ("a row", 0, 1, 2),
     "BadRow": ("a row", 0, 1, None),
+    "BadRecord": ("a row", 1, 2, None),
     "InputRefused": ("a file or source", 0, 1, None),
     "TemplateRefused": ("a template or tokenizer", 0, 1, None),
     "UsageError": ("a request", 0, 1, None),

@@ -84,7 +84,7 @@ def _fence(text: str, min_length: int) -> str:
 def _command(report: Report, recipe: Recipe) -> str:
     """Return the `ftdata build` command that repeats the build, or a note if no command supports the options."""
     options, template = report.options, recipe.template
-    cli_options = {"encoding", "ignore_events", "quoting", "split", "path"}
+    cli_options = {"encoding", "ignore_records", "quoting", "split", "path"}
     items = [{"path": item} if isinstance(item, str) else item for item in options["data"] or ()]
     item_options = [{name: value for name, value in item.items() if name != "path"} for item in items]
     have_same_options = all(choices == item_options[0] and set(choices) <= cli_options for choices in item_options)

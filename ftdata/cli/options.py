@@ -42,7 +42,7 @@ _READER_OPTIONS = {
     "format": f"Format of the data if its name has another suffix: {', '.join(FORMATS)}",
     "encoding": "Text encoding of all files, if not UTF-8/16/32, e.g. cp1252",
     "quoting": "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
-    "ignore_events": "Unknown types of records in agent sessions to ignore, e.g. new-type,other-type",
+    "ignore_records": "Unknown types of records in agent sessions to ignore, e.g. new-type,other-type",
     "split": "Name of the split to read, if the data has several splits",
 }
 """Options that apply to each source of a command -> help text."""

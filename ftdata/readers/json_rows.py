@@ -21,7 +21,7 @@ from ftdata.errors import InputRefused
 from ftdata.readers.json_parse import RAW_BYTES, parse_each_line, parse_lines, parse_row, raw_text
 from ftdata.readers.json_scan import COLUMNS, scan_json, scan_outline
 from ftdata.readers.streams import CHUNK, MAX_LINE, Input, prepend, prepend_to_file, read_chunks
-from ftdata.readers.traces import may_be_session
+from ftdata.readers.traces import is_session_head
 from ftdata.types import Reject, Row, Source
 
 _BOM = b"\xef\xbb\xbf"
@@ -68,7 +68,7 @@ def is_line_format(file: Input, reader: str) -> bool:
         if not stream.seekable() or not file.is_plain(stream.peek(8)[:8]):
             return False
         head = _read_head(stream)
-        if may_be_session(head.removeprefix(_BOM)):
+        if is_session_head(head.removeprefix(_BOM)):
             return False
         return reader in ("jsonl", "ndjson") or (reader == "json" and _looks_like_lines(head))
 

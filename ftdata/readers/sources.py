@@ -43,7 +43,7 @@ class FileSource:
         length: bytes of the part, or of a remote file.
         version: version of the file when its parts were planned, which all parts must have.
         quoting: how quotes are read in CSV and TSV files, `csv` or `none`.
-        ignore_events: names of unknown types of records of agent sessions to ignore.
+        ignore_records: names of unknown types of records of agent sessions to ignore.
     """
 
     path: str
@@ -59,7 +59,7 @@ class FileSource:
     length: int | None = None
     version: Any = None
     quoting: str | None = None
-    ignore_events: tuple[str, ...] = ()
+    ignore_records: tuple[str, ...] = ()
 
     @property
     def input(self) -> Input:
@@ -79,7 +79,7 @@ class FileSource:
         reader = readers.get(self.reader)
         items = reader(self.input) if is_built_in(reader) else _run_user_reader(reader, self)
         is_start = self.span is None or self.span[0] == 0
-        rows = read_traces(items, frozenset(self.ignore_events), may_be_session=is_start)
+        rows = read_traces(items, frozenset(self.ignore_records), may_be_session=is_start)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
@@ -303,18 +303,18 @@ def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource
     quoting = spec.get("quoting")
     if quoting is not None:
         check_choice("quoting", quoting, ("csv", "none"))
-    ignore_events = spec.get("ignore_events")
-    if not isinstance(ignore_events, str | None):
-        problem = f"ignore_events is {ignore_events!r:.60}, expected a text with names, separated by commas"
-        raise UsageError("ignore_events", problem)
-    names = tuple(name.strip() for name in (ignore_events or "").split(",") if name.strip())
+    ignore_records = spec.get("ignore_records")
+    if not isinstance(ignore_records, str | None):
+        problem = f"ignore_records is {ignore_records!r:.60}, expected a text with names, separated by commas"
+        raise UsageError("ignore_records", problem)
+    names = tuple(name.strip() for name in (ignore_records or "").split(",") if name.strip())
     Input(str(path), encoding)
     if reader is not None:
         readers.get(reader)
     files = _file_sources(str(path), reader, {key: spec[key] for key in HUB_KEYS if spec.get(key) is not None})
     streaming = bool(spec.get("streaming"))
     return tuple(
-        replace(file, encoding=encoding, quoting=quoting, streaming=streaming, ignore_events=names) for file in files
+        replace(file, encoding=encoding, quoting=quoting, streaming=streaming, ignore_records=names) for file in files
     )
 
 

@@ -21,10 +21,10 @@ from ftdata.traces.rows import TraceRow, trace_notes
 from ftdata.traces.steps import BadRecord
 from ftdata.types import Reject, Row, Source
 
-MAX_SESSION = 512 << 20
+MAX_SESSION_BYTES = 512 << 20
 """Maximum size in bytes of a session file, whose records are in memory together."""
 
-FIRST_RECORDS = 50
+MAX_DETECTION_RECORDS = 50
 """Maximum number of records that are examined to recognize a session, which can begin with unknown records."""
 
 _RAW_CHARACTERS = 4096
@@ -50,7 +50,7 @@ def read_traces(
     """
     iterator, first_rows = iter(rows), list[Row | Reject]()
     lines: int | None = None
-    while len(first_rows) < FIRST_RECORDS:
+    while len(first_rows) < MAX_DETECTION_RECORDS:
         try:
             row = next(iterator)
         except StopIteration as end:
@@ -62,8 +62,8 @@ def read_traces(
         if (session_format := find_session_format(row.data)) is not None:
             yield from _read_session(session_format, chain(first_rows, iterator), ignored)
             return None
-    rest = yield from _expand_documents(first_rows, iterator, ignored)
-    return rest if lines is None else lines
+    lines_read = yield from _expand_documents(first_rows, iterator, ignored)
+    return lines_read if lines is None else lines
 
 
 def _expand_documents(first_rows: list[Row | Reject], rows: Iterator[Row | Reject], ignored: frozenset[str]) -> Rows:
@@ -84,14 +84,14 @@ def _expand_documents(first_rows: list[Row | Reject], rows: Iterator[Row | Rejec
         if document_format is not None and isinstance(row, Row):
             items = _convert_document(document_format, row, ignored)
             # Row numbers are unique, so the rows after a document are counted from its last row.
-            yield from (_move(item, added + number) for number, item in enumerate(items))
+            yield from (_shift_row_number(item, added + number) for number, item in enumerate(items))
             added += len(items) - 1
         else:
-            yield _move(row, added) if added else row
+            yield _shift_row_number(row, added) if added else row
     return lines
 
 
-def _move(row: Row | Reject, added: int) -> Row | Reject:
+def _shift_row_number(row: Row | Reject, added: int) -> Row | Reject:
     source = row.source._replace(row=row.source.row + added)
     if isinstance(row, Row):
         return row._replace(source=source)
@@ -125,7 +125,7 @@ def _read_session(
         if isinstance(row, Reject):
             rejects.append(row)
         elif not isinstance(row.data, Mapping):
-            reason = "is not an object, but the file is a session of records"
+            reason = "is not an object, expected a record of the session"
             rejects.append(Reject(row.source, "record_type", "", reason, "remove the line"))
         else:
             items = session_format.flatten(row.data) if session_format.flatten else [row.data]
@@ -148,13 +148,13 @@ def _read_session(
 
 
 def _check_size(first: Source, last: Source) -> None:
-    if first.offset is not None and last.offset is not None and last.offset - first.offset > MAX_SESSION:
-        problem = f"the session has more than {MAX_SESSION >> 20:,} MB, and all its records must be in memory"
-        hint = "divide the file by sessions or traces"
+    if first.offset is not None and last.offset is not None and last.offset - first.offset > MAX_SESSION_BYTES:
+        problem = f"the session has more than {MAX_SESSION_BYTES >> 20:,} MiB, and all its records must be in memory"
+        hint = "split the file into one file for each session"
         raise InputRefused("session_too_large", problem, where=first.path, hint=hint)
 
 
-def may_be_session(head: bytes) -> bool:
+def is_session_head(head: bytes) -> bool:
     """Return whether the beginning of a file can belong to a session, which cannot be divided into parts.
 
     Args:
@@ -163,7 +163,7 @@ def may_be_session(head: bytes) -> bool:
     lines = head.split(b"\n")
     if len(lines) == 1:
         return True
-    for line in lines[:-1][:FIRST_RECORDS]:
+    for line in lines[:-1][:MAX_DETECTION_RECORDS]:
         try:
             record = json.loads(line) if line.strip() else None
         except ValueError:

@@ -133,7 +133,7 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     regions, region_flags = _locate_regions(chat, text, pieces, turns)
     spans = make_spans(split_thinking(text, pieces, regions, assistants), regions)
     region_flags |= _flag_empty_thinking(text, pieces, regions)
-    ids = chat.template.ids_of(text)
+    ids = chat.template.token_ids(text)
     return Rendered(text, spans, flags | region_flags, messages=len(chat.messages), ids=ids)
 
 

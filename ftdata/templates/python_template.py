@@ -30,12 +30,12 @@ from ftdata.redaction import is_secret_name
 from ftdata.templates.attribution.tracked_strings import TrackedString
 from ftdata.templates.template import Template, find_template
 
-_MAX_RESULTS = 64
+_MAX_CACHED_IDS = 64
 """Number of results whose token ids are kept until the text is attributed."""
 
 _MARKER = re.compile(r"qzx(\d{6})xzq")
 
-_CONTENT_KEYS = ("reasoning", "thinking")
+_REASONING_COPIES = ("reasoning", "thinking")
 """Copies of `reasoning_content` under the other names that Jinja templates use."""
 
 
@@ -78,14 +78,14 @@ def make_template(name: str, source: str, **attributes: Any) -> Template:
     if not is_python_template(name):
         return Template(name, source, **attributes)
     template = PythonTemplate(name, source, **attributes)
-    if missing := sorted(template.required - {*template.kwargs, "tools", "add_generation_prompt"}):
+    if missing := sorted(template.required_parameters - {*template.kwargs, "tools", "add_generation_prompt"}):
         problem = f"the function {name} needs the argument {missing[0]!r}"
         hint = f"set it with template_kwargs={{{missing[0]!r}: ...}}, or give it a default value in the file"
         raise UsageError("template_kwargs", problem, hint=hint)
     return template
 
 
-def read_description(description: str) -> Template:
+def template_from_description(description: str) -> Template:
     """Create a template from the JSON text of `Template.description`."""
     is_python = is_python_template(json.loads(description)["name"])
     return (PythonTemplate if is_python else Template).from_description(description)
@@ -120,7 +120,7 @@ class PythonTemplate(Template):
         return frozenset(names | extra | {"messages"})
 
     @property
-    def required(self) -> frozenset[str]:
+    def required_parameters(self) -> frozenset[str]:
         """The names of the parameters without a default value, except the first one, which receives the messages."""
         arguments = _find_functions(self.source, self.name)[self.name.rpartition(":")[2]]
         positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
@@ -172,12 +172,12 @@ class PythonTemplate(Template):
         return False
 
     @cached_property
-    def _results(self) -> dict[str, list[int]]:
+    def _ids_by_text(self) -> dict[str, list[int]]:
         return {}
 
-    def ids_of(self, text: str) -> tuple[int, ...]:
+    def token_ids(self, text: str) -> tuple[int, ...]:
         """Return the token ids that the function returned for a text; empty if it returns texts."""
-        return tuple(self._results.get(text, ()))
+        return tuple(self._ids_by_text.get(text, ()))
 
     def run(self, variables: Mapping[str, Any], *, watch: bool = False) -> TrackedString:  # noqa: ARG002  (functions are not recorded)
         """Call the function, and attribute its result to the texts of the messages and of the tools.
@@ -204,7 +204,7 @@ class PythonTemplate(Template):
             values["messages"] = [*map(_dump_arguments, values["messages"])]
         return self._render(values)
 
-    def _marked_renderer(self, variables: Mapping[str, Any], name: str, map_texts: _MapTexts) -> _Marked:
+    def _marked_renderer(self, variables: Mapping[str, Any], name: str, map_texts: _MapTexts) -> _MarkerRenderer:
         """Return the texts of a variable, and a function that renders with markers in place of some of them."""
         texts = list[TrackedString]()
 
@@ -225,7 +225,7 @@ class PythonTemplate(Template):
                 return None
 
         map_texts(variables[name], collect)
-        return _Marked(texts, render)
+        return _MarkerRenderer(texts, render)
 
     def _render(self, variables: Mapping[str, Any]) -> str:
         """Call the function with plain values."""
@@ -256,9 +256,9 @@ class PythonTemplate(Template):
             problem = f"the function {self.name} returns token ids, but the file has no function 'decode'"
             raise TemplateRefused("template_failed", problem, hint="define decode(ids), which returns the text of ids")
         text = str(decode(ids))
-        if len(self._results) >= _MAX_RESULTS:
-            self._results.clear()
-        self._results[text] = ids
+        if len(self._ids_by_text) >= _MAX_CACHED_IDS:
+            self._ids_by_text.clear()
+        self._ids_by_text[text] = ids
         return text
 
     @cached_property
@@ -297,7 +297,7 @@ class PythonTemplate(Template):
 
 
 def _drop_copies(message: Mapping[str, Any]) -> dict[str, Any]:
-    names = _CONTENT_KEYS if "reasoning_content" in message else ()
+    names = _REASONING_COPIES if "reasoning_content" in message else ()
     return {key: value for key, value in message.items() if key not in names}
 
 
@@ -376,7 +376,7 @@ def _map_tools(tools: Any, change: Callable[[TrackedString], str]) -> Any:
     return walk(tools)
 
 
-class _Marked(NamedTuple):
+class _MarkerRenderer(NamedTuple):
     """The texts of a variable, and a function that renders the conversation with markers in place of some texts.
 
     Attributes:
@@ -391,7 +391,7 @@ class _Marked(NamedTuple):
 _MapTexts = Callable[[Any, Callable[[TrackedString], str]], Any]
 
 
-def _attribute(text: str, marked: _Marked) -> list[tuple[int, int]]:
+def _attribute(text: str, marked: _MarkerRenderer) -> list[tuple[int, int]]:
     """Return the length and the owner of each range of a text; an empty list if no text can be attributed."""
 
     def align(numbers: Container[int]) -> list[tuple[int, int]] | None:
@@ -433,7 +433,7 @@ def _align(text: str, texts: Sequence[TrackedString], marked: str) -> list[tuple
     numbers = [int(number) for number in pieces[1::2]]
     if any(number >= len(texts) for number in numbers) or not text.startswith(pieces[0]):
         return None
-    ends = _search(text, texts, numbers, pieces[2::2], len(pieces[0]))
+    ends = _find_ends(text, texts, numbers, pieces[2::2], len(pieces[0]))
     if ends is None:
         return None
     runs, position = [(len(pieces[0]), 0)], len(pieces[0])
@@ -444,7 +444,7 @@ def _align(text: str, texts: Sequence[TrackedString], marked: str) -> list[tuple
     return [run for run in runs if run[0]]
 
 
-def _search(
+def _find_ends(
     text: str, texts: Sequence[str], numbers: Sequence[int], gaps: Sequence[str], start: int
 ) -> list[int] | None:
     """Find the ends of the texts so that the template text between them fits, by depth-first search."""
@@ -473,13 +473,13 @@ def _search(
 
 def _possible_ends(text: str, position: int, value: str, gap: str) -> Iterator[int]:
     """Yield the ends of a text at a position, in all forms in which a function can print it, before a gap."""
-    for form in dict.fromkeys(_forms(str.__str__(value))):
+    for form in dict.fromkeys(_printed_forms(str.__str__(value))):
         end = position + len(form)
         if text.startswith(form, position) and text.startswith(gap, end):
             yield end
 
 
-def _forms(value: str) -> Iterable[str]:
+def _printed_forms(value: str) -> Iterable[str]:
     """Yield the forms of a text: unchanged, without whitespace around it, and inside a JSON string."""
     for form in (value, value.strip(), value.rstrip(), value.lstrip()):
         yield form

@@ -224,7 +224,7 @@ class Template:
     def prepare(self) -> None:
         """Prepare the template in the worker process, outside the limits of requests."""
 
-    def ids_of(self, text: str) -> tuple[int, ...]:  # noqa: ARG002  (Jinja renders text)
+    def token_ids(self, text: str) -> tuple[int, ...]:  # noqa: ARG002  (Jinja renders text)
         """Return the token ids of a rendered text, if the template renders token ids; otherwise an empty tuple."""
         return ()
 

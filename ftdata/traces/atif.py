@@ -17,12 +17,14 @@ from ftdata.traces.steps import (
     BadRecord,
     Context,
     Step,
+    check_unknown,
+    get_mapping,
     make_call,
     make_content,
     make_result,
-    mapping_at,
-    unknown_record,
+    number_names,
 )
+from ftdata.traces.tools import read_tool
 
 _VERSION = re.compile(r"ATIF-v1\.([0-8])")
 _HANDOFF = "Performed context summarization and handoff"
@@ -54,14 +56,14 @@ def read_atif_document(
         field: path of the trajectory in the row.
 
     Raises:
-        BadRow: `unknown_event`, `trace_version` or `trace_step`.
+        BadRow: `unknown_record_type`, `trace_version` or `trace_structure`.
     """
     version = str(data.get("schema_version", "ATIF-v1.8"))
     if not _VERSION.fullmatch(version):
         problem = f"is {version!r}, expected one of ATIF-v1.0 to ATIF-v1.8"
         raise BadRow("trace_version", problem, field=f"{field}schema_version", hint="convert it to a supported version")
-    if unknown := [key for key in data if key not in _TRAJECTORY_KEYS | ignored]:
-        raise unknown_record(0, unknown[0], version)
+    for key in data.keys() - _TRAJECTORY_KEYS:
+        check_unknown(0, "key", key, version, ignored)
     yield _Trajectory(data, version, ignored, field).read()
     for number, child in enumerate(data.get("subagent_trajectories") or ()):
         yield from read_atif_document(
@@ -77,22 +79,22 @@ class _Trajectory:
 
     def read(self) -> Session:
         data = self.data
-        agent = mapping_at(data, "agent")
+        agent = get_mapping(data, "agent")
         windows, window = list[list[Step]](), list[Step]()
         for number, step in enumerate(data["steps"]):
             steps = self._read_step(number, step)
             if not steps:
                 self.categories[number] = "metadata"
-            self.anomalies["edited_context"] += _boundary_of(step) in ("truncate", "prune")
+            self.anomalies["shortened_context"] += _boundary_of(step) in ("truncate", "prune")
             if _replaces_context(step):
                 windows.append(window)
                 window = []
-                self.anomalies["rebuilt_context"] += not any(step.kind == "message" for step in steps)
+                self.anomalies["approximate_context"] += not any(step.kind == "message" for step in steps)
             window = window + steps
         windows.append(window)
-        tools = [tool for tool in agent.get("tool_definitions") or () if isinstance(tool, dict)]
+        tools = [read_tool(tool) for tool in agent.get("tool_definitions") or () if isinstance(tool, Mapping)]
         label = str(data.get("trajectory_id") or "sub-agent") if self.field else "main"
-        names = [label] if len(windows) == 1 else [f"{label}/{index + 1}" for index in range(len(windows))]
+        names = number_names(label, len(windows))
         contexts = [Context(name, steps, tools) for name, steps in zip(names, windows, strict=True)]
         models = dict.fromkeys([agent.get("model_name"), *(step.get("model_name") for step in data["steps"])])
         metadata = {
@@ -108,8 +110,8 @@ class _Trajectory:
             value = step.get("source") if isinstance(step, Mapping) else step
             problem = f"is {value!r:.60}, expected system, user or agent"
             raise self._bad_step(number, problem, ".source")
-        if unknown := [key for key in step if key not in _STEP_KEYS | self.ignored and step[key] is not None]:
-            raise unknown_record(number, unknown[0], f"{self.version} in {self.field}steps[{number}]")
+        for key in sorted(key for key in step.keys() - _STEP_KEYS if step[key] is not None):
+            check_unknown(number, "key", key, f"{self.version} in {self.field}steps[{number}]", self.ignored)
         if step["source"] == "agent":
             steps = self._read_response(number, step)
         else:
@@ -123,7 +125,7 @@ class _Trajectory:
                         if result.get("content") is not None]  # fmt: skip
 
     def _read_response(self, number: int, step: Mapping[str, Any]) -> list[Step]:
-        # The program wrote a step without a call of the model, and an earlier trajectory trains a copied step.
+        # The program wrote a step without a call of the model. A copied step is trained in its own trajectory.
         trained = not step.get("is_copied_context") and step.get("llm_call_count") != 0
         parts = list[tuple[str, Any]]()
         if reasoning := step.get("reasoning_content"):
@@ -147,8 +149,8 @@ class _Trajectory:
         if call_id is None and len(calls) == 1:
             call_id = calls[0].get("tool_call_id")
         if call_id is None:
-            # Several calls share the result, so it belongs to none of them.
-            self.anomalies["unlinked_results"] += 1
+            # Several calls share the result.
+            self.anomalies["results_without_call_id"] += 1
             return Step("message", {"role": "user", "content": content}, number)
         return Step("result", make_result(str(call_id), content), number)
 
@@ -169,7 +171,7 @@ class _Trajectory:
         return make_content(parts)
 
     def _bad_step(self, number: int, problem: str, field: str) -> BadRecord:
-        return BadRecord(number, "trace_step", problem, field=f"{self.field}steps[{number}]{field}")
+        return BadRecord(number, "trace_structure", problem, field=f"{self.field}steps[{number}]{field}")
 
 
 def _replaces_context(step: Mapping[str, Any]) -> bool:
@@ -179,12 +181,4 @@ def _replaces_context(step: Mapping[str, Any]) -> bool:
 
 
 def _boundary_of(step: Mapping[str, Any]) -> Any:
-    return mapping_at(mapping_at(step, "extra"), "context_management").get("boundary")
-
-
-def served_tokens(data: Mapping[str, Any], steps: Sequence[int]) -> Mapping[str, Any]:
-    """Return the columns with the tokens of the given steps that a server received and generated, if it logged them."""
-    metrics = [data["steps"][number].get("metrics") or {} for number in steps]
-    if not metrics or not all(item.get("prompt_token_ids") and item.get("completion_token_ids") for item in metrics):
-        return {}
-    return {name: [item[name] for item in metrics] for name in ("prompt_token_ids", "completion_token_ids")}
+    return get_mapping(get_mapping(step, "extra"), "context_management").get("boundary")

@@ -15,15 +15,24 @@ from typing import Any
 
 from ftdata.traces.content_blocks import BlockReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, reading_record, unknown_record
+from ftdata.traces.steps import (
+    BadRecord,
+    Context,
+    Step,
+    check_unknown,
+    convert_structure_errors,
+    get_mapping,
+    number_names,
+)
 from ftdata.traces.tree import (
     Node,
-    chain_injected,
     connect_nodes,
     find_abandoned,
     leaf_paths,
-    remove_leaves,
-    remove_retried,
+    missing_parent,
+    move_injected_into_path,
+    remove_if_leaf,
+    remove_retried_responses,
 )
 
 _METADATA = {
@@ -35,9 +44,9 @@ _METADATA = {
 """Types of records without content of the conversation."""
 
 _EDITS = {"content-replacement", "marble-origami-commit", "marble-origami-reset", "marble-origami-snapshot"}
-"""Types of records after which the model saw earlier content in a shorter form, which the log does not contain."""
+"""Types of records after which earlier content was shortened. The log does not contain the short form."""
 
-_SYSTEM = {
+_SYSTEM_METADATA = {
     None, "agents_killed", "api_metrics", "away_summary", "bridge_status", "compact_boundary", "file_snapshot", "hook",
     "informational", "init", "local_command", "memory_saved", "model_refusal_no_fallback", "permission_retry",
     "scheduled_task_fire", "status", "stop_hook_summary", "thinking", "turn_duration",
@@ -45,18 +54,18 @@ _SYSTEM = {
 """Subtypes of system records without content of the conversation. The system prompt is not logged."""
 
 _CONVERSATION = {"user", "assistant", "attachment", "system"}
-CLAUDE_CODE_TYPES = {*_METADATA, *_EDITS, *_CONVERSATION, "fork-context-ref", "stream_event"}
+_TYPES = {*_METADATA, *_EDITS, *_CONVERSATION, "fork-context-ref", "stream_event"}
 """All known types of records."""
 
 _QUEUED_PROMPT = "queued_command"
-_NO_MODEL = "<synthetic>"
+_SYNTHETIC_MODEL = "<synthetic>"
 
 
 def is_claude_code_record(record: Mapping[str, Any]) -> bool:
     """Return whether an object is a record of a Claude Code session."""
     kind, ids = str(record.get("type")), ("sessionId", "session_id", "leafUuid", "messageId", "uuid")
     has_id = any(isinstance(record.get(key), str) for key in ids)
-    return has_id and kind in CLAUDE_CODE_TYPES and ("message" in record or kind not in ("user", "assistant"))
+    return has_id and kind in _TYPES and ("message" in record or kind not in ("user", "assistant"))
 
 
 @dataclass
@@ -86,15 +95,15 @@ class _Reader:
         self.categories = dict[int, str]()
         self.anomalies = Counter[str]()
         self.scopes = defaultdict[str, _Scope](_Scope)
-        self.owners = dict[str, tuple[str, Node]]()
-        self.links = dict[str, str | None]()
-        self.seen = dict[str, Mapping[str, Any]]()
+        self.node_by_uuid = dict[str, tuple[str, Node]]()
+        self.parent_by_uuid = dict[str, str | None]()
+        self.record_by_uuid = dict[str, Mapping[str, Any]]()
         self.preserved = dict[str, tuple[list[str], bool]]()
         self.kept = dict[Node, Node]()
         self.kept_after = defaultdict[Node, list[Node]](list)
         self.kept_before = defaultdict[Node, list[Node]](list)
         self.failed = set[Node]()
-        self.truncated = set[int]()
+        self.truncated = set[Node]()
         self.scope_names = dict[str, str]()
         self.retracted = {uuid for record in records for uuid in record.get("retractedMessageUuids") or ()}
         self.texts = {_prompt_text(record) for record in records} - {None}
@@ -102,24 +111,26 @@ class _Reader:
 
     def read(self) -> None:
         for number, record in enumerate(self.records):
-            with reading_record(number):
+            with convert_structure_errors(number):
                 category = self._read_record(number, record)
             if category is not None:
                 self.categories[number] = category
-                if isinstance(uuid := record.get("uuid"), str) and uuid not in self.owners:
-                    self.links.setdefault(uuid, _parent_of(record))
+                if isinstance(uuid := record.get("uuid"), str) and uuid not in self.node_by_uuid:
+                    self.parent_by_uuid.setdefault(uuid, _parent_of(record))
 
     def _read_record(self, number: int, record: Mapping[str, Any]) -> str | None:
         """Read a record. Return its category, or `None` if it became part of a node."""
         kind, uuid = record.get("type"), record.get("uuid")
-        if isinstance(uuid, str) and uuid in self.seen and kind in _CONVERSATION:
-            if mapping_at(record, "message").get("content") != mapping_at(self.seen[uuid], "message").get("content"):
+        if isinstance(uuid, str) and uuid in self.record_by_uuid and kind in _CONVERSATION:
+            if get_mapping(record, "message").get("content") != get_mapping(self.record_by_uuid[uuid], "message").get(
+                "content"
+            ):
                 problem = f"the record has the same uuid as an earlier record, but another message: {uuid}"
                 raise BadRecord(number, "conflicting_records", problem, hint="remove one of the records")
             self._keep_repeated(uuid)
             return "duplicates"
         if isinstance(uuid, str):
-            self.seen[uuid] = record
+            self.record_by_uuid[uuid] = record
         if kind == "attachment":
             return self._read_attachment(number, record)
         if kind == "system":
@@ -127,13 +138,13 @@ class _Reader:
         if kind in ("user", "assistant"):
             if not isinstance(record.get("message"), Mapping):
                 raise BadRecord(number, "record_type", "the record has no message", field="message")
-            category = self._hide_message(record)
+            category = self._hidden_category(record)
             return category or (self._read_user if kind == "user" else self._read_assistant)(number, record)
         return self._read_other(number, record)
 
     def _keep_repeated(self, uuid: str) -> None:
         """Add a message to the context after a compaction, if the program wrote it again behind the summary."""
-        name, node = self.owners.get(uuid, ("", None))
+        name, node = self.node_by_uuid.get(uuid, ("", None))
         summary = self.scopes[name].summary if node is not None else None
         if node is not None and summary is not None and node.root is not summary.root:
             self.kept[node] = summary
@@ -144,27 +155,25 @@ class _Reader:
         kind = record.get("type")
         if kind == "fork-context-ref":
             problem = f"the session continues session {record.get('parentSessionId')}, which is in another file"
-            raise BadRecord(number, "missing_context", problem, hint="leave the session out")
+            raise BadRecord(number, "missing_context", problem)
         if kind in _EDITS:
-            self.anomalies["edited_context"] += 1
+            self.anomalies["shortened_context"] += 1
         if kind == "queue-operation" and record.get("operation") in ("enqueue", "remove"):
             text = record.get("content")
-            return "metadata" if not text or not isinstance(text, str) or text in self.texts else "unlogged"
+            return "metadata" if not text or not isinstance(text, str) or text in self.texts else "missing_content"
         if kind == "stream_event":
             return "duplicates"
-        return "metadata" if kind in _METADATA or kind in _EDITS else self._check_unknown(number, str(kind), record)
+        return "metadata" if kind in _METADATA or kind in _EDITS else self._check_unknown(number, str(kind))
 
-    def _check_unknown(self, number: int, name: str, record: Mapping[str, Any]) -> str:
-        if name in self.ignored:
-            return "ignored"
-        version = record.get("version") or next((r["version"] for r in self.records if r.get("version")), "unknown")
-        raise unknown_record(number, name, f"Claude Code {version}")
+    def _check_unknown(self, number: int, name: str, kind: str = "record type") -> str:
+        versions = (record["version"] for record in (self.records[number], *self.records) if record.get("version"))
+        return check_unknown(number, kind, name, f"Claude Code {next(versions, '')}".rstrip(), self.ignored)
 
-    def _hide_message(self, record: Mapping[str, Any]) -> str | None:
+    def _hidden_category(self, record: Mapping[str, Any]) -> str | None:
         """Return the category of a message that the model neither saw nor wrote; `None` for other messages."""
         if record.get("uuid") in self.retracted:
             return "retracted"
-        if record.get("isApiErrorMessage") or record["message"].get("model") == _NO_MODEL:
+        if record.get("isApiErrorMessage") or record["message"].get("model") == _SYNTHETIC_MODEL:
             return "errors"
         return "metadata" if record.get("isVisibleInTranscriptOnly") and not record.get("isCompactSummary") else None
 
@@ -173,20 +182,18 @@ class _Reader:
         if subtype == "compact_boundary":
             self._read_boundary(record)
         elif subtype == "microcompact_boundary":
-            self.anomalies["edited_context"] += 1
+            self.anomalies["shortened_context"] += 1
         elif subtype == "api_error":
             self._retract_partial(record)
             return "errors"
-        elif subtype not in _SYSTEM and subtype != "model_refusal_fallback":
+        elif subtype not in _SYSTEM_METADATA and subtype != "model_refusal_fallback":
             prefix = str(subtype).partition("_")[0]
-            return (
-                "metadata" if prefix in ("task", "hook") else self._check_unknown(number, f"system/{subtype}", record)
-            )
+            return "metadata" if prefix in ("task", "hook") else self._check_unknown(number, f"system/{subtype}")
         return "metadata"
 
     def _retract_partial(self, record: Mapping[str, Any]) -> None:
         """Retract the part of a response that was received before its request failed."""
-        _, node = self.owners.get(str(record.get("parentUuid")), ("", None))
+        _, node = self.node_by_uuid.get(str(record.get("parentUuid")), ("", None))
         if node is not None and node.is_response and not node.later_steps:
             self.failed.add(node)
 
@@ -194,27 +201,27 @@ class _Reader:
         """Record which messages a compaction kept, and whether the summary follows them."""
         if not isinstance(uuid := record.get("uuid"), str):
             return
-        details = mapping_at(record, "compactMetadata")
-        messages, segment = mapping_at(details, "preservedMessages"), mapping_at(details, "preservedSegment")
+        details = get_mapping(record, "compactMetadata")
+        messages, segment = get_mapping(details, "preservedMessages"), get_mapping(details, "preservedSegment")
         uuids = [str(item) for item in messages.get("uuids") or ()]
-        uuids = uuids or self._chain(segment.get("headUuid"), segment.get("tailUuid"))
+        uuids = uuids or self._uuids_between(segment.get("headUuid"), segment.get("tailUuid"))
         self.preserved[uuid] = uuids, uuid in (messages.get("anchorUuid"), segment.get("anchorUuid"))
 
-    def _chain(self, head: Any, tail: Any) -> list[str]:
+    def _uuids_between(self, head: Any, tail: Any) -> list[str]:
         """Return the records from one record to another; an empty list if they are not in one conversation."""
         chain, uuid = dict[str, None](), tail
-        while isinstance(uuid, str) and uuid in self.seen and uuid not in chain:
+        while isinstance(uuid, str) and uuid in self.record_by_uuid and uuid not in chain:
             chain[uuid] = None
             if uuid == head:
                 return [*chain][::-1]
-            uuid = _parent_of(self.seen[uuid])
+            uuid = _parent_of(self.record_by_uuid[uuid])
         return []
 
     def _read_attachment(self, number: int, record: Mapping[str, Any]) -> str | None:
         attachment = record.get("attachment")
         if not isinstance(attachment, Mapping) or attachment.get("type") != _QUEUED_PROMPT:
-            return "unlogged"
-        content = self._blocks(number, record).read_parts(attachment.get("prompt"))
+            return "missing_content"
+        content = self._block_reader(number).read_parts(attachment.get("prompt"))
         message = {"role": "user", "content": content}
         self._add_message(number, record, [Step("message", message, number)], is_injected=True)
         return None
@@ -222,7 +229,7 @@ class _Reader:
     def _read_user(self, number: int, record: Mapping[str, Any]) -> str | None:
         scope_name = self._scope_of(record)
         scope = self.scopes[scope_name]
-        steps = self._blocks(number, record).read_user(record["message"].get("content"))
+        steps = self._block_reader(number).read_user(record["message"].get("content"))
         node = next((scope.calls[step.value["tool_call_id"]] for step in steps if step.kind == "result"
                      and step.value["tool_call_id"] in scope.calls), None)  # fmt: skip
         if node is not None and scope.summary is not None:
@@ -233,13 +240,13 @@ class _Reader:
             self._add_message(number, record, steps, is_injected=bool(record.get("isMeta")))
             return None
         node.later_steps += steps
-        self._own(number, record, scope_name, node)
+        self._assign_record(number, record, scope_name, node)
         if any(step.kind == "message" for step in steps):
             scope.response = None
         return None
 
-    def _blocks(self, number: int, record: Mapping[str, Any]) -> BlockReader:
-        return BlockReader(number, self.anomalies, lambda name: self._check_unknown(number, name, record))
+    def _block_reader(self, number: int) -> BlockReader:
+        return BlockReader(number, self.anomalies, lambda name: self._check_unknown(number, name, "content type"))
 
     def _add_message(
         self, number: int, record: Mapping[str, Any], steps: list[Step], *, is_injected: bool = False
@@ -250,11 +257,11 @@ class _Reader:
         scope.nodes.append(node)
         if not is_injected:
             scope.response = None
-        self._own(number, record, name, node)
+        self._assign_record(number, record, name, node)
         if record.get("isCompactSummary"):
             scope.summary = node
             uuids, is_before = self.preserved.get(str(record.get("parentUuid")), ([], False))
-            nodes = dict.fromkeys(self.owners[uuid][1] for uuid in uuids if uuid in self.owners)
+            nodes = dict.fromkeys(self.node_by_uuid[uuid][1] for uuid in uuids if uuid in self.node_by_uuid)
             self.kept.update(dict.fromkeys(nodes, node))
             (self.kept_before if is_before else self.kept_after)[node] += nodes
 
@@ -264,13 +271,13 @@ class _Reader:
         message_id = record["message"].get("id")
         is_same = scope.response is not None and message_id and scope.response[0] == message_id
         node = scope.response[1] if is_same and scope.response else None
-        steps, has_hidden = self._blocks(number, record).read_response(record["message"].get("content"))
+        steps, has_hidden = self._block_reader(number).read_response(record["message"].get("content"))
         call_ids = {step.value["id"] for step in steps if step.kind == "call"}
         if node is not None and call_ids and call_ids <= scope.calls.keys():
             return "duplicates"
         if node is None:
             if not steps:
-                return "unlogged" if has_hidden else "metadata"
+                return "missing_content" if has_hidden else "metadata"
             node = Node(self._parent_node(number, record, name), is_response=True)
             scope.nodes.append(node)
             scope.response = (str(message_id or f"record {number}"), node)
@@ -283,15 +290,15 @@ class _Reader:
         self.anomalies["replayed_messages"] += is_replay
         contents.add(content)
         if record["message"].get("stop_reason") == "max_tokens":
-            self.truncated.add(id(node))
+            self.truncated.add(node)
             self.anomalies["truncated_responses"] += 1
-        node.steps += [step._replace(response=id(node), trained=not is_replay) for step in steps]
+        node.steps += [step._replace(response=node, trained=not is_replay) for step in steps]
         scope.calls.update(dict.fromkeys(call_ids, node))
-        self._own(number, record, name, node)
+        self._assign_record(number, record, name, node)
         if steps:
             return None
         node.records.pop()
-        return "unlogged" if has_hidden else "metadata"
+        return "missing_content" if has_hidden else "metadata"
 
     def _scope_of(self, record: Mapping[str, Any]) -> str:
         """Return the name of the conversation that a record belongs to."""
@@ -312,7 +319,7 @@ class _Reader:
                 break
             path.append(uuid)
             name = f"agent {uuid}"
-            item = self.seen.get(str(_parent_of(item)))
+            item = self.record_by_uuid.get(str(_parent_of(item)))
         self.scope_names.update(dict.fromkeys(path, name))
         return name
 
@@ -330,40 +337,38 @@ class _Reader:
             if uuid in passed:
                 raise BadRecord(number, "parent_cycle", f"the parents of the record form a cycle: {uuid}")
             passed.add(uuid)
-            if uuid in self.owners:
-                scope_name, owner = self.owners[uuid]
+            if uuid in self.node_by_uuid:
+                scope_name, owner = self.node_by_uuid[uuid]
                 node: Node | None = self.kept.get(owner, owner)
                 while node is not None and node in self.failed:
                     node = node.parent
                 return node if scope_name == name else None
-            if uuid not in self.links:
+            if uuid not in self.parent_by_uuid:
                 if record.get("isSidechain") and not nodes:
                     return None
-                problem = f"the session does not contain the record {uuid} that the record continues"
-                hint = "add the missing records, or leave the session out"
-                raise BadRecord(number, "missing_parent", problem, field="parentUuid", hint=hint)
-            uuid = self.links[uuid]
+                raise missing_parent(number, uuid, "parentUuid")
+            uuid = self.parent_by_uuid[uuid]
         return None
 
-    def _own(self, number: int, record: Mapping[str, Any], name: str, node: Node) -> None:
+    def _assign_record(self, number: int, record: Mapping[str, Any], name: str, node: Node) -> None:
         node.records.append(number)
         if isinstance(record.get("uuid"), str):
-            self.owners[record["uuid"]] = name, node
+            self.node_by_uuid[record["uuid"]] = name, node
 
     def contexts(self) -> Iterator[tuple[int, Context]]:
         """Yield the last record and the context of each path."""
         for name, scope in self.scopes.items():
             nodes = scope.nodes
             connect_nodes(nodes)
-            chain_injected(nodes)
-            removed = remove_retried(nodes) | remove_leaves(node for node in nodes if node in self.failed)
+            move_injected_into_path(nodes)
+            removed = remove_retried_responses(nodes) | remove_if_leaf(node for node in nodes if node in self.failed)
             for node in removed:
                 self.categories.update(dict.fromkeys(node.records, "retracted"))
             nodes = [node for node in nodes if node not in removed]
             abandoned = find_abandoned(nodes)
             paths = leaf_paths(nodes)
             for index, path in enumerate(paths):
-                label = name if len(paths) == 1 else f"{name}/{index + 1}"
+                label = number_names(name, len(paths))[index]
                 records = [self.records[number] for node in path for number in node.records]
                 is_abandoned = path[-1] in abandoned
                 context = Context(label, self._path_steps(path), (), _metadata(records), abandoned=is_abandoned)
@@ -378,7 +383,7 @@ class _Reader:
         return [step._replace(trained=step.trained and not self._is_excluded(step)) for step in steps]
 
     def _is_excluded(self, step: Step) -> bool:
-        """Return whether another session trains a response, because it was copied, or a limit cut it off."""
+        """Return whether a step must not be trained: it is a copy from another session, or is truncated."""
         return bool(self.records[step.record].get("forkedFrom")) or step.response in self.truncated
 
 
@@ -390,7 +395,7 @@ def read_claude_code_session(records: Sequence[Mapping[str, Any]], ignored: froz
         ignored: names of unknown types of records to ignore.
 
     Raises:
-        BadRecord: `unknown_event`, `record_type`, `conflicting_records`, `missing_parent`, `missing_context` or
+        BadRecord: `check_unknown_type`, `record_type`, `conflicting_records`, `missing_parent`, `missing_context` or
             `parent_cycle`.
     """
     reader = _Reader(records, ignored)

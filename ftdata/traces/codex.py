@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 from ftdata.traces.response_items import ITEM_TYPES, ItemReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, reading_record, unknown_record
+from ftdata.traces.steps import (
+    BadRecord,
+    Context,
+    Step,
+    check_unknown,
+    convert_structure_errors,
+    get_mapping,
+    number_names,
+)
 
 _TYPES = {
     "compacted", "event_msg", "inter_agent_communication", "inter_agent_communication_metadata", "realtime_item",
@@ -63,12 +71,12 @@ class _Item(NamedTuple):
     Attributes:
         steps: the steps.
         begins_turn: whether the item is a message of the user.
-        is_update: whether Codex inserted the item before the message of the user.
+        is_inserted: whether Codex inserted the item before the message of the user.
     """
 
     steps: tuple[Step, ...]
     begins_turn: bool
-    is_update: bool
+    is_inserted: bool
 
 
 class _Reader:
@@ -76,21 +84,21 @@ class _Reader:
 
     def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
         self.records, self.ignored = records, ignored
-        self.items = ItemReader()
+        self.item_reader = ItemReader()
         self.categories = dict[int, str]()
         self.contexts = list[tuple[list[Step], list[dict[str, Any]], bool]]()
         self.system = list[Step]()
         self.history = list[_Item]()
-        self.copied = 0
+        self.replacement_length = 0
         self.anomalies = Counter[str]()
         self.metadata = dict[str, Any]()
         self.models = list[str]()
-        self.first_own = 0
+        self.first_new_ordinal = 0
         self.used_events = set[int]()
 
     def read(self) -> None:
         for number, record in enumerate(self.records):
-            with reading_record(number):
+            with convert_structure_errors(number):
                 category = self._read_record(number, record)
             if category is not None:
                 self.categories[number] = category
@@ -99,7 +107,7 @@ class _Reader:
     def _read_record(self, number: int, record: Mapping[str, Any]) -> str | None:  # noqa: PLR0911  (one per type)
         payload, kind = record.get("payload"), str(record.get("type"))
         if not isinstance(payload, Mapping):
-            return self._read_bare(number, record)
+            return self._read_old_record(number, record)
         if kind == "rollout_reference":
             raise self._missing_context(number, "a part of the session is in another file")
         match kind:
@@ -112,11 +120,11 @@ class _Reader:
             case "event_msg":
                 return self._read_event(number, payload)
             case "session_meta":
-                return self._read_meta(number, payload)
+                return self._read_session_meta(number, payload)
             case _:
-                return self._read_metadata(number, kind, payload)
+                return self._read_other(number, kind, payload)
 
-    def _read_bare(self, number: int, record: Mapping[str, Any]) -> str | None:
+    def _read_old_record(self, number: int, record: Mapping[str, Any]) -> str | None:
         """Read a record of a session from before September 2025, which is an item."""
         if record.get("type") in ITEM_TYPES:
             return self._read_item(number, record, {})
@@ -125,17 +133,16 @@ class _Reader:
             return "metadata"
         return self._check_unknown(number, str(record.get("type")))
 
-    def _read_metadata(self, number: int, kind: str, payload: Mapping[str, Any]) -> str:
+    def _read_other(self, number: int, kind: str, payload: Mapping[str, Any]) -> str:
         if kind == "turn_context" and isinstance(payload.get("model"), str):
             self.models.append(payload["model"])
         return "metadata" if kind in _TYPES else self._check_unknown(number, kind)
 
-    def _check_unknown(self, number: int, name: str) -> str:
-        if name in self.ignored:
-            return "ignored"
-        raise unknown_record(number, name, f"Codex {self.metadata.get('version', '')}".rstrip())
+    def _check_unknown(self, number: int, name: str, kind: str = "record type") -> str:
+        program = f"Codex {self.metadata.get('version', '')}".rstrip()
+        return check_unknown(number, kind, name, program, self.ignored)
 
-    def _read_meta(self, number: int, payload: Mapping[str, Any]) -> str | None:
+    def _read_session_meta(self, number: int, payload: Mapping[str, Any]) -> str | None:
         if "session" in self.metadata:
             return "metadata"  # a fork contains the records of its source
         names = {"session": "id", "version": "cli_version", "cwd": "cwd", "parent_session": "parent_thread_id"}
@@ -144,8 +151,8 @@ class _Reader:
             raise self._missing_context(number, "the session continues another session, which is in another file")
         if payload.get("forked_from_id"):
             self.anomalies["forked_session"] += 1
-        self.first_own = payload.get("subagent_history_start_ordinal") or 0
-        self.items.add_tools(payload.get("dynamic_tools"))
+        self.first_new_ordinal = payload.get("subagent_history_start_ordinal") or 0
+        self.item_reader.add_tools(payload.get("dynamic_tools"))
         instructions = payload.get("base_instructions")
         text = instructions.get("text") if isinstance(instructions, Mapping) else instructions
         if not text or not isinstance(text, str):
@@ -154,7 +161,7 @@ class _Reader:
         return None
 
     def _missing_context(self, number: int, problem: str) -> BadRecord:
-        return BadRecord(number, "missing_context", problem, hint="leave the session out")
+        return BadRecord(number, "missing_context", problem)
 
     def _read_item(self, number: int, item: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
         details = record.get("metadata")
@@ -164,15 +171,15 @@ class _Reader:
         if isinstance(steps, str):
             return steps
         ordinal = record.get("ordinal")
-        is_inherited = isinstance(ordinal, int) and ordinal < self.first_own
-        if is_inherited or mapping_at(record, "metadata").get("compaction_output"):
+        is_inherited = isinstance(ordinal, int) and ordinal < self.first_new_ordinal
+        if is_inherited or get_mapping(record, "metadata").get("compaction_output"):
             steps = [step._replace(trained=False) for step in steps]
-        self.history.append(_describe_item(item, steps))
+        self.history.append(_make_item(item, steps))
         return None
 
     def _convert(self, number: int, item: Mapping[str, Any]) -> list[Step] | str:
         raw = self._raw_reasoning(number) if item.get("type") == "reasoning" and not item.get("content") else ()
-        steps = self.items.read(item, number, raw)
+        steps = self.item_reader.read(item, number, raw)
         return self._check_unknown(number, f"response_item/{item.get('type')}") if steps is None else steps
 
     def _raw_reasoning(self, number: int) -> list[str]:
@@ -180,7 +187,7 @@ class _Reader:
         for direction in (-1, 1):
             texts, position = list[str](), number + direction
             while 0 <= position < len(self.records) and self.records[position].get("type") == "event_msg":
-                payload = mapping_at(self.records[position], "payload")
+                payload = get_mapping(self.records[position], "payload")
                 if payload.get("type") == "agent_reasoning_raw_content" and position not in self.used_events:
                     texts.append(str(payload.get("text", "")))
                     self.used_events.add(position)
@@ -200,19 +207,19 @@ class _Reader:
 
     def _roll_back(self, number: int, turns: int) -> None:
         """Remove the last turns from the history. Their context becomes a separate row."""
-        begins = [index for index, item in enumerate(self.history) if item.begins_turn]
-        if not turns or not begins:
+        turn_starts = [index for index, item in enumerate(self.history) if item.begins_turn]
+        if not turns or not turn_starts:
             return
-        new = sum(index >= self.copied for index in begins)
-        if self.copied and turns > new:
+        new_turns = sum(index >= self.replacement_length for index in turn_starts)
+        if self.replacement_length and turns > new_turns:
             problem = "a rollback removes turns from before a compaction, so the conversation after it is unknown"
-            raise BadRecord(number, "unknown_history", problem, hint="leave the session out")
+            raise BadRecord(number, "unknown_history", problem)
         self._end_context(abandoned=True)
-        cut = begins[0] if turns >= len(begins) else begins[-turns]
-        while cut > begins[0] and self.history[cut - 1].is_update:
+        cut = turn_starts[0] if turns >= len(turn_starts) else turn_starts[-turns]
+        while cut > turn_starts[0] and self.history[cut - 1].is_inserted:
             cut -= 1
         del self.history[cut:]
-        self.items.end_response()
+        self.item_reader.end_response()
 
     def _read_compaction(self, number: int, payload: Mapping[str, Any]) -> str | None:
         """Replace the history with the items that the model saw after a compaction."""
@@ -223,12 +230,12 @@ class _Reader:
             self.history = [self._copy_item(number, item) for item in replacement if isinstance(item, Mapping)]
         else:
             # Versions before replacement_history kept the messages of the user, and added the summary.
-            self.anomalies["rebuilt_context"] += 1
+            self.anomalies["approximate_context"] += 1
             summary = {"type": "message", "role": "user", "content": message or "(no summary available)"}
             copy = self._copy_item(number, summary)._replace(begins_turn=False)
             self.history = [item for item in self.history if item.begins_turn] + [copy]
-        self.copied = len(self.history)
-        self.items.end_response()
+        self.replacement_length = len(self.history)
+        self.item_reader.end_response()
         return None if any(item.steps for item in self.history) else "metadata"
 
     def _exclude_summary(self, message: Any) -> None:
@@ -248,12 +255,12 @@ class _Reader:
     def _copy_item(self, number: int, item: Mapping[str, Any]) -> _Item:
         steps = self._convert(number, item)
         copies = () if isinstance(steps, str) else [step._replace(trained=False) for step in steps]
-        return _describe_item(item, copies)
+        return _make_item(item, copies)
 
     def _end_context(self, *, abandoned: bool) -> None:
         steps = [*self.system, *(step for item in self.history for step in item.steps)]
         if self.history:
-            self.contexts.append((steps, [*self.items.tools], abandoned))
+            self.contexts.append((steps, [*self.item_reader.tools], abandoned))
 
 
 def read_codex_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> Session:
@@ -264,21 +271,21 @@ def read_codex_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[
         ignored: names of unknown types of records to ignore.
 
     Raises:
-        BadRecord: `unknown_event`, `missing_context` or `unknown_history`.
+        BadRecord: `unknown_record_type`, `missing_context` or `unknown_history`.
     """
     reader = _Reader(records, ignored)
     reader.read()
     metadata = reader.metadata | {"models": list(dict.fromkeys(reader.models))}
-    names = ["main"] if len(reader.contexts) == 1 else [f"main/{index + 1}" for index in range(len(reader.contexts))]
+    names = number_names("main", len(reader.contexts))
     contexts = [
         Context(name, steps, tools, {}, abandoned=abandoned)
         for name, (steps, tools, abandoned) in zip(names, reader.contexts, strict=True)
     ]
-    anomalies = reader.anomalies + reader.items.anomalies
+    anomalies = reader.anomalies + reader.item_reader.anomalies
     return Session("codex", len(records), contexts, reader.categories, metadata, anomalies)
 
 
-def _describe_item(item: Mapping[str, Any], steps: Sequence[Step]) -> _Item:
+def _make_item(item: Mapping[str, Any], steps: Sequence[Step]) -> _Item:
     role = item.get("role", "user") if item.get("type", "message") in ("message", "agent_message") else ""
     content = item.get("content")
     texts = [part.get("text") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []

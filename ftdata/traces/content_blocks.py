@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ftdata.traces.steps import BadRecord, Step, make_call, make_content, make_result
+from ftdata.traces.steps import BadRecord, Step, make_call, make_content, make_result, to_text
 
 _CALLS = ("tool_use", "server_tool_use", "mcp_tool_use", "toolCall")
 _REASONING = ("thinking", "reasoning", "thought")
@@ -44,11 +44,10 @@ class BlockReader:
                 call = make_call(str(block.get("name")), arguments or {}, str(block.get("id", "")))
                 steps.append(Step("call", call, self.record))
             elif kind.endswith("_tool_result"):
-                value = block.get("content")
-                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                text = to_text(block.get("content"))
                 steps.append(Step("result", make_result(str(block.get("tool_use_id", "")), text), self.record))
             elif kind != "fallback":
-                self.check_unknown(f"content/{kind}")
+                self.check_unknown(kind)
         return steps, has_hidden
 
     def read_user(self, content: Any) -> list[Step]:
@@ -68,7 +67,7 @@ class BlockReader:
     def _kind_of(self, block: Any) -> str:
         if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
             problem = f"the content has the part {block!r:.60}, expected an object with a type"
-            raise BadRecord(self.record, "trace_structure", problem, hint="leave the session out")
+            raise BadRecord(self.record, "trace_structure", problem)
         return str(block["type"])
 
     def read_parts(self, content: Any) -> Any:
@@ -88,5 +87,5 @@ class BlockReader:
             elif kind in ("image", "document", "search_result"):
                 parts.append(dict(block))
             else:
-                self.check_unknown(f"content/{kind}")
+                self.check_unknown(kind)
         return make_content(parts)

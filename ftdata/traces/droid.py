@@ -12,8 +12,8 @@ from typing import Any
 
 from ftdata.traces.content_blocks import BlockReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, reading_record, unknown_record
-from ftdata.traces.tree import Node, connect_nodes, find_abandoned, leaf_paths, path_steps
+from ftdata.traces.steps import BadRecord, Context, Step, check_unknown, convert_structure_errors, get_mapping
+from ftdata.traces.tree import Node, connect_nodes, find_abandoned, leaf_paths, missing_parent, path_steps
 
 _METADATA = {"agent_turn_outcome", "session_end", "session_settings", "session_start", "todo_state"}
 
@@ -39,14 +39,14 @@ class _Reader:
             kind = str(record.get("type"))
             if kind == "compaction_state":
                 self.compactions[str(record.get("id"))] = number
-                self.anomalies["rebuilt_context"] += 1
+                self.anomalies["approximate_context"] += 1
             elif kind != "message":
                 self.categories[number] = "metadata" if kind in _METADATA else self._check_unknown(number, kind)
             elif record.get("id") in self.owners:
                 self.categories[number] = "duplicates"
             else:
                 parent = self._find_parent(number, record) if record.get("parentId") else previous
-                with reading_record(number):
+                with convert_structure_errors(number):
                     steps, category = self._read_message(number, record)
                 if category is not None:
                     self.categories[number] = category
@@ -59,9 +59,7 @@ class _Reader:
     def _find_parent(self, number: int, record: Mapping[str, Any]) -> Node | None:
         parent = record["parentId"]
         if parent not in self.owners:
-            problem = f"the session does not contain the record {parent} that the record continues"
-            hint = "add the missing records, or leave the session out"
-            raise BadRecord(number, "missing_parent", problem, field="parentId", hint=hint)
+            raise missing_parent(number, parent, "parentId")
         return self.owners[parent]
 
     def _read_message(self, number: int, record: Mapping[str, Any]) -> tuple[list[Step], str | None]:
@@ -70,11 +68,11 @@ class _Reader:
             raise BadRecord(number, "record_type", "the record has no message", field="message")
         if message.get("visibility") == "user_only":
             return [], "metadata"
-        blocks = BlockReader(number, self.anomalies, lambda name: self._check_unknown(number, name))
+        blocks = BlockReader(number, self.anomalies, lambda name: self._check_unknown(number, name, "content type"))
         if message.get("role") == "user":
             return blocks.read_user(message.get("content")), None
         if message.get("role") != "assistant":
-            return [], self._check_unknown(number, f"message/{message.get('role')}")
+            return [], self._check_unknown(number, f"{message.get('role')}", "role")
         self.models += [message["modelId"]] if isinstance(message.get("modelId"), str) else []
         steps, has_hidden = blocks.read_response(message.get("content"))
         summary = message.get("openaiReasoningSummary")
@@ -82,13 +80,12 @@ class _Reader:
             self.anomalies["summarized_reasoning"] += 1
             steps.insert(0, Step("reasoning", summary, number))
         if not steps:
-            return [], "unlogged" if has_hidden else "metadata"
+            return [], "missing_content" if has_hidden else "metadata"
         return [step._replace(response=number) for step in steps], None
 
-    def _check_unknown(self, number: int, name: str) -> str:
-        if name in self.ignored:
-            return "ignored"
-        raise unknown_record(number, name, f"droid (session version {self.records[0].get('version', 'unknown')})")
+    def _check_unknown(self, number: int, name: str, kind: str = "record type") -> str:
+        program = f"droid (session version {self.records[0].get('version', 'unknown')})"
+        return check_unknown(number, kind, name, program, self.ignored)
 
     def contexts(self) -> Iterator[Context]:
         """Yield a context for each leaf, and for each compaction on the path to it."""
@@ -121,7 +118,7 @@ class _Reader:
 
     def _summary(self, number: int) -> Step:
         record = self.records[number]
-        text = str(record.get("summaryText") or mapping_at(record, "summary").get("body") or "")
+        text = str(record.get("summaryText") or get_mapping(record, "summary").get("body") or "")
         return Step("message", {"role": "user", "content": text}, number)
 
     def _after_anchor(self, window: Sequence[Node], number: int) -> list[Node]:
@@ -140,7 +137,7 @@ def read_droid_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[
         ignored: names of unknown types of records to ignore.
 
     Raises:
-        BadRecord: `unknown_event`, `record_type` or `missing_parent`.
+        BadRecord: `unknown_record_type`, `record_type` or `missing_parent`.
     """
     reader = _Reader(records, ignored)
     reader.read()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ftdata.errors import BadRow
 from ftdata.traces import atif, claude_code, codex, droid, hermes, otel, pi, responses, verifiers
 from ftdata.traces.rows import Session, TraceRow, make_rows
-from ftdata.traces.steps import BadRecord, reading_record
+from ftdata.traces.steps import BadRecord, convert_structure_errors
 
 
 class SessionFormat(NamedTuple):
@@ -119,7 +119,7 @@ def convert_session(
     Raises:
         BadRecord: a record is invalid or unknown, or the session contains no answer.
     """
-    with reading_record(0):
+    with convert_structure_errors(0):
         return make_rows(session_format.read(records, ignored))
 
 
@@ -146,7 +146,7 @@ def convert_document(
         BadRow: a part of the session is invalid or unknown, or the session contains no answer.
     """
     rows, unanswered, error = list[TraceRow](), 0, None
-    with reading_record(0):
+    with convert_structure_errors(0):
         for session in document_format.read(data, ignored):
             try:
                 rows += make_rows(session)
@@ -155,7 +155,7 @@ def convert_document(
                     raise
                 unanswered, error = unanswered + session.size, failure
     if not rows:
-        raise error or BadRow("no_answer", "the row contains no conversation", hint="leave the row out")
+        raise error or BadRow("no_answer", "the row contains no conversation")
     if unanswered:
         records = rows[0].data["trace"]["records"]
         records["unanswered"] = records.get("unanswered", 0) + unanswered

@@ -15,19 +15,22 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.traces.rows import Session
 from ftdata.traces.steps import (
-    BadRecord,
     Context,
     Step,
+    check_unknown,
+    convert_structure_errors,
     make_call,
     make_content,
     make_result,
-    reading_record,
-    unknown_record,
+    number_names,
+    read_call,
+    to_text,
 )
+from ftdata.traces.tools import read_tool
 
 _REASONING = re.compile(r"<think>\n?(.*?)\n?</think>\n?", re.DOTALL)
 _CALL, _RESULT = "tool_call", "tool_response"
-_TOOLS = "<tools>\n"
+_TOOLS_TAG = "<tools>\n"
 
 
 def is_hermes_record(record: Mapping[str, Any]) -> bool:
@@ -46,7 +49,7 @@ _IDENTITY = ("role", "content", "timestamp", "tool_call_id", "tool_calls")
 def is_hermes_document(data: Mapping[str, Any]) -> bool:
     """Return whether an object is an export of a session, a session file or a trajectory."""
     if isinstance(data.get("messages"), list):
-        return data.keys() >= _EXPORT or data.keys() >= _FILE
+        return (data.keys() >= _EXPORT or data.keys() >= _FILE) and not _PROOFS.isdisjoint(data)
     turns = data.get("conversations")
     is_trajectory = isinstance(data.get("completed"), bool) and ("prompt_index" in data or "timestamp" in data)
     if not is_trajectory or not isinstance(turns, list) or not turns:
@@ -58,19 +61,19 @@ def read_hermes_session(records: Sequence[Mapping[str, Any]], ignored: frozenset
     """Convert the records of a gateway log: the first record describes the session, each other record is a message.
 
     Raises:
-        BadRecord: `unknown_event` or `trace_step`.
+        BadRecord: `unknown_record_type` or `trace_structure`.
     """
     reader, categories = _MessageReader(ignored), {0: "metadata"}
     steps = list[Step]()
     for number, record in enumerate(records[1:], 1):
-        with reading_record(number):
+        with convert_structure_errors(number):
             parts = reader.read(record, number)
         steps += parts
         if not parts:
             categories[number] = reader.category
     header = records[0]
     metadata = {"session": str(header.get("session_id", "")), "models": _models(header)}
-    context = Context("main", steps, [tool for tool in header.get("tools") or () if isinstance(tool, dict)])
+    context = Context("main", steps, _tools_of(header))
     return Session("hermes", len(records), [context], categories, metadata, reader.anomalies)
 
 
@@ -78,14 +81,14 @@ def read_hermes_document(data: Mapping[str, Any], ignored: frozenset[str] = froz
     """Yield the session of an export, a session file or a trajectory. Messages of the roles in `ignored` are left out.
 
     Raises:
-        BadRow: `unknown_event` or `trace_step`.
+        BadRow: `unknown_record_type` or `trace_structure`.
     """
     if "conversations" in data:
         yield _read_trajectory(data)
         return
-    reader, categories, steps = _MessageReader(ignored), dict[int, str](), list[Step]()
+    reader, categories = _MessageReader(ignored), dict[int, str]()
     contexts, size, seen = list[Context](), 0, set[str]()
-    tools = [tool for tool in data.get("tools") or () if isinstance(tool, dict)]
+    tools = _tools_of(data)
     # An export of a lineage repeats the messages of its segments, which begin with messages of the segment before.
     segments = data.get("segments") if isinstance(data.get("segments"), list) else None
     for index, segment in enumerate(segments or [data]):
@@ -104,9 +107,13 @@ def read_hermes_document(data: Mapping[str, Any], ignored: frozenset[str] = froz
         has_system = any(step.kind == "message" and step.value["role"] == "system" for step in steps[:1])
         if isinstance(system, str) and system and steps and not has_system:
             steps.insert(0, Step("message", {"role": "system", "content": system}, steps[0].record))
-        contexts.append(Context("main" if segments is None else f"main/{index + 1}", steps, tools))
+        contexts.append(Context(number_names("main", len(segments or [data]))[index], steps, tools))
     metadata = {"session": str(data.get("id") or data.get("session_id") or ""), "models": _models(data)}
     yield Session("hermes", size, contexts, categories, metadata, reader.anomalies)
+
+
+def _tools_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [read_tool(tool) for tool in data.get("tools") or () if isinstance(tool, Mapping)]
 
 
 def _models(data: Mapping[str, Any]) -> list[str]:
@@ -128,7 +135,7 @@ class _MessageReader:
             self.category = "retracted"
             return []
         if message.get("_compressed_summary"):
-            self.anomalies["rebuilt_context"] += 1
+            self.anomalies["approximate_context"] += 1
         content = _content_of(message)
         if role == "assistant":
             steps = self._read_response(message, content, number)
@@ -143,10 +150,9 @@ class _MessageReader:
             return [Step("result", make_result(call_id, content, name=name), number)]
         if role in ("user", "system", "developer"):
             return [Step("message", {"role": role, "content": content}, number)]
-        if role == "session_meta" or f"message/{role}" in self.ignored:
-            self.category = "metadata" if role == "session_meta" else "ignored"
-            return []
-        raise unknown_record(number, f"message/{role}", "Hermes")
+        is_header = role == "session_meta"
+        self.category = "metadata" if is_header else check_unknown(number, "role", str(role), "Hermes", self.ignored)
+        return []
 
     def _read_response(self, message: Mapping[str, Any], content: Any, number: int) -> list[Step]:
         parts = list[tuple[str, Any]]()
@@ -160,12 +166,7 @@ class _MessageReader:
             parts += [("text", text) for text in _texts_of(message.get("codex_message_items")) if text]
         calls = message.get("tool_calls") or ()
         for position, call in enumerate(json.loads(calls) if isinstance(calls, str) else calls):
-            function = call.get("function") if isinstance(call, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                field = f"messages[{number}].tool_calls[{position}]"
-                raise BadRecord(number, "trace_step", "the tool call has no function name", field=field)
-            arguments = function.get("arguments") or "{}"
-            parts.append(("call", make_call(function["name"], arguments, str(call.get("id") or ""))))
+            parts.append(("call", read_call(call, f"call_{number}_{position}")))
         self.category = "metadata"
         is_truncated = message.get("finish_reason") == "length"
         self.anomalies["truncated_responses"] += is_truncated
@@ -191,7 +192,7 @@ def _content_of(message: Mapping[str, Any]) -> Any:
     if isinstance(api_content, str) and content:
         return api_content
     if not isinstance(content, list):
-        return content if isinstance(content, str) else "" if content is None else json.dumps(content)
+        return "" if content is None else to_text(content)
     return make_content(
         [part["text"] if part.get("type") == "text" and "text" in part else dict(part) for part in content]
     )
@@ -205,17 +206,17 @@ def _read_trajectory(data: Mapping[str, Any]) -> Session:
         value, speaker = turn.get("value"), turn.get("from")
         if not isinstance(value, str):
             field = f"conversations[{number}].value"
-            raise BadRow("trace_step", "the value is not a text", field=field, hint="leave the row out")
+            raise BadRow("trace_structure", "the value is not a text", field=field)
         if speaker == "system":
             tools = _read_tools(value)
             if tools:
                 # The program writes this text when it saves the trajectory. The model saw another system prompt.
                 categories[number] = "metadata"
-                anomalies["rebuilt_context"] += 1
+                anomalies["approximate_context"] += 1
             else:
                 steps.append(Step("message", {"role": "system", "content": value}, number))
         elif speaker == "human":
-            anomalies["rebuilt_context"] += value.startswith("[CONTEXT SUMMARY]:")
+            anomalies["approximate_context"] += value.startswith("[CONTEXT SUMMARY]:")
             steps.append(Step("message", {"role": "user", "content": value}, number))
         elif speaker == "gpt":
             parts, calls = _read_answer(value, number)
@@ -225,7 +226,7 @@ def _read_trajectory(data: Mapping[str, Any]) -> Session:
         elif speaker == "tool":
             steps += _read_results(value, number, calls)
         else:
-            raise unknown_record(number, f"conversations/{speaker}", "Hermes")
+            check_unknown(number, "role", str(speaker), "Hermes", ())
     metadata = {"session": str(data.get("prompt_index", "")), "models": _models(data)}
     context = Context("main", steps, tools)
     return Session("hermes", len(data["conversations"]), [context], categories, metadata, anomalies)
@@ -233,12 +234,11 @@ def _read_trajectory(data: Mapping[str, Any]) -> Session:
 
 def _read_tools(value: str) -> list[dict[str, Any]]:
     """Read the tool definitions in the system prompt of a trajectory."""
-    start = value.find(_TOOLS + "[")
+    start = value.find(_TOOLS_TAG + "[")
     if start < 0:
         return []
-    tools, _ = json.JSONDecoder().raw_decode(value, start + len(_TOOLS))
-    keys = ("name", "description", "parameters")
-    return [{"type": "function", "function": {key: tool[key] for key in keys if key in tool}} for tool in tools]
+    tools, _ = json.JSONDecoder().raw_decode(value, start + len(_TOOLS_TAG))
+    return [read_tool({"type": "function", **tool}) for tool in tools if isinstance(tool, Mapping)]
 
 
 def _read_answer(value: str, number: int) -> tuple[list[Step], list[dict[str, Any]]]:
@@ -249,11 +249,11 @@ def _read_answer(value: str, number: int) -> tuple[list[Step], list[dict[str, An
     text, calls = _split_tags(value[reasoning.end() if reasoning else 0 :], _CALL)
     if text:
         steps.append(Step("text", text, number, number))
-    made = [
+    standard_calls = [
         make_call(call["name"], call.get("arguments") or {}, f"call_{number}_{index}")
         for index, call in enumerate(calls)
     ]
-    return steps + [Step("call", call, number, number) for call in made], made
+    return steps + [Step("call", call, number, number) for call in standard_calls], standard_calls
 
 
 def _read_results(value: str, number: int, calls: Sequence[dict[str, Any]]) -> list[Step]:
@@ -262,7 +262,7 @@ def _read_results(value: str, number: int, calls: Sequence[dict[str, Any]]) -> l
     if text.strip() or len(results) > len(calls):
         problem = f"the turn contains {len(results)} results for {len(calls)} tool calls"
         field = f"conversations[{number}].value"
-        raise BadRow("trace_step", problem, field=field, hint="leave the row out")
+        raise BadRow("trace_structure", problem, field=field)
     steps, open_calls = list[Step](), list(calls)
     for result in results:
         name = result.get("name")
@@ -270,10 +270,10 @@ def _read_results(value: str, number: int, calls: Sequence[dict[str, Any]]) -> l
         if not matches:
             problem = f"the turn contains a result of {name!r}, which the response before it does not call"
             field = f"conversations[{number}].value"
-            raise BadRow("trace_step", problem, field=field, hint="leave the row out")
+            raise BadRow("trace_structure", problem, field=field)
         open_calls.remove(matches[0])
         content = result.get("content")
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        text = to_text(content)
         result_message = make_result(matches[0]["id"], text, name=matches[0]["function"]["name"])
         steps.append(Step("result", result_message, number))
     return steps

@@ -14,19 +14,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ftdata.traces.calls import Call, conversation_key, join_calls
-from ftdata.traces.response_items import read_tool
 from ftdata.traces.rows import Session
 from ftdata.traces.steps import (
     BadRecord,
     Context,
     Step,
+    check_unknown,
+    convert_structure_errors,
+    get_mapping,
     make_call,
     make_content,
     make_result,
-    mapping_at,
-    reading_record,
-    unknown_record,
+    number_names,
+    read_call,
+    to_text,
 )
+from ftdata.traces.tools import read_tool
 
 CONTAINERS = {
     "resourceSpans": "scopeSpans", "resource_spans": "scope_spans", "resourceLogs": "scopeLogs",
@@ -45,11 +48,11 @@ _PREFIX = "gen_ai."
 _NUMBERED = re.compile(r"gen_ai\.(prompt|completion)\.(\d+)\.(.+)")
 _NUMBERED_CALL = re.compile(r"tool_calls\.(\d+)\.(.+)")
 _UNLOGGED_PARTS = {
-    "server_tool_call": "server_calls",
-    "server_tool_call_response": "server_calls",
+    "server_tool_call": "server_calls_without_result",
+    "server_tool_call_response": "server_calls_without_result",
     "compaction": "encrypted_summaries",
 }
-"""Parts of messages without a form in chat messages -> anomaly."""
+"""Types of parts that chat messages cannot represent -> the anomaly that counts them."""
 
 _OLD_EVENTS = {
     "gen_ai.system.message": "system", "gen_ai.user.message": "user", "gen_ai.assistant.message": "assistant",
@@ -86,7 +89,6 @@ class _Span(NamedTuple):
     Attributes:
         number: index of its record.
         ids: ids of the trace and of the span.
-        parent: id of the parent span.
         start: start time, for sorting.
         attributes: the attributes, with parsed JSON texts.
         event: name of the event, for a log.
@@ -97,7 +99,6 @@ class _Span(NamedTuple):
 
     number: int
     ids: tuple[str, str]
-    parent: str
     start: tuple[float, str]
     attributes: dict[str, Any]
     event: str
@@ -110,15 +111,15 @@ def read_otel_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[s
     """Convert spans and logs.
 
     Raises:
-        BadRecord: `unknown_event`, for a message part of an unknown type; `missing_context`, if a call contains only
-            the messages since the call before.
+        BadRecord: `unknown_record_type`, for a message part of an unknown type; `missing_context`, if a call contains
+            only the messages since the call before.
     """
     reader = _Reader(ignored)
     spans = [_read_span(number, record) for number, record in enumerate(records)]
     groups = defaultdict[str, list[Call]](list)
     models, seen = dict[str, None](), set[tuple[str, int]]()
     for span, logs in reader.merge_logs(spans):
-        with reading_record(span.number):
+        with convert_structure_errors(span.number):
             call = reader.read_call(span, logs)
         if call is not None and (key := (span.ids[0], conversation_key(call))) in seen:
             # Several instrumentations logged the same call.
@@ -142,8 +143,8 @@ def _make_contexts(
     name: str, calls: Sequence[Call], results: Mapping[str, Step], anomalies: Counter[str]
 ) -> Iterator[Context]:
     conversations = [*join_calls(calls, anomalies)]
-    for index, conversation in enumerate(conversations):
-        label = name if len(conversations) == 1 else f"{name}/{index + 1}"
+    labels = number_names(name, len(conversations))
+    for label, conversation in zip(labels, conversations, strict=True):
         last_calls = {call["id"] for message in conversation.output for call in message.get("tool_calls", ())}
         # No later call of the model repeats these results.
         last_results = [step for call_id, step in results.items() if call_id in last_calls]
@@ -156,7 +157,7 @@ def _tool_results(spans: Sequence[_Span]) -> dict[str, Step]:
     for span in sorted(spans, key=lambda span: span.start):
         call_id, value = (span.attributes.get(f"gen_ai.tool.call.{name}") for name in ("id", "result"))
         if isinstance(call_id, str) and value is not None:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = to_text(value)
             results[call_id] = Step("result", make_result(call_id, text), span.number)
     return results
 
@@ -215,7 +216,7 @@ class _Reader:
             self.categories[log.number] = "duplicates" if log.number != span.number else "metadata"
         outputs = [message for message in outputs if message["content"] or message.get("tool_calls")]
         if not outputs or not inputs or span.failed:
-            self.categories[span.number] = "errors" if span.failed else "unlogged"
+            self.categories[span.number] = "errors" if span.failed else "missing_content"
             return None
         if inputs[0]["role"] == "tool":
             problem = "the call contains only the messages since an earlier call, so its context is unknown"
@@ -254,15 +255,15 @@ class _Reader:
                 ordered.append(("call", call))
             elif kind == "tool_call_response":
                 value = part.get("response", part.get("result"))
-                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                text = to_text(value)
                 yield {"role": "tool", "tool_call_id": str(part.get("id") or ""), "content": text}
             elif kind in ("blob", "uri") and part.get("modality") == "image":
                 url = part.get("uri") or f"data:{part.get('mime_type')};base64,{part.get('content')}"
                 ordered.append(("text", {"type": "image_url", "image_url": {"url": url}}))
             elif kind in _UNLOGGED_PARTS:
                 self.anomalies[_UNLOGGED_PARTS[kind]] += 1
-            elif f"content/{kind}" not in self.ignored:
-                raise unknown_record(number, f"content/{kind}", "OpenTelemetry")
+            else:
+                check_unknown(number, "content type", kind, "OpenTelemetry", self.ignored)
         if ordered:
             texts = [value for kind, value in ordered if kind == "text"]
             calls = [value for kind, value in ordered if kind == "call"]
@@ -271,7 +272,7 @@ class _Reader:
 
 
 def _read_span(number: int, record: Mapping[str, Any]) -> _Span:
-    context = mapping_at(record, "context") or record
+    context = get_mapping(record, "context") or record
     ids = tuple(str(_first(context, *names) or "") for names in (("traceId", "trace_id"), ("spanId", "span_id")))
     start = _first(record, "startTimeUnixNano", "start_time_unix_nano", "timeUnixNano", "start_time", "timestamp") or 0
     try:
@@ -280,13 +281,12 @@ def _read_span(number: int, record: Mapping[str, Any]) -> _Span:
         order = 0.0, str(start)
     attributes = _read_attributes(record.get("attributes"))
     event = record.get("eventName") or record.get("event_name") or attributes.get("event.name") or ""
-    status = mapping_at(record, "status")
+    status = get_mapping(record, "status")
     failed = bool(attributes.get("error.type")) or _first(status, "code", "status_code") in (
         2, "ERROR", "STATUS_CODE_ERROR",
     )  # fmt: skip
     events = [(str(item.get("name")), _read_attributes(item.get("attributes"))) for item in record.get("events") or ()]
-    parent = str(_first(record, "parentSpanId", "parent_span_id", "parent_id") or "")
-    return _Span(number, (ids[0], ids[1]), parent, order, attributes, str(event), record.get("body"), events, failed)
+    return _Span(number, (ids[0], ids[1]), order, attributes, str(event), record.get("body"), events, failed)
 
 
 def _first(values: Mapping[str, Any], *names: str) -> Any:
@@ -336,16 +336,10 @@ def _read_old_event(name: str, values: Mapping[str, Any], number: int) -> dict[s
     content = message.get("content") or ""
     standard: dict[str, Any] = {
         "role": str(message.get("role") or _OLD_EVENTS[name]),
-        "content": content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
+        "content": to_text(content),
     }
     if calls:
-        functions = [call.get("function") or call for call in calls]
-        standard["tool_calls"] = [
-            make_call(
-                str(function.get("name")), function.get("arguments") or {}, str(call.get("id") or f"call_{number}")
-            )
-            for call, function in zip(calls, functions, strict=True)
-        ]
+        standard["tool_calls"] = [read_call(call, f"call_{number}_{position}") for position, call in enumerate(calls)]
     if name == "gen_ai.tool.message":
         standard["tool_call_id"] = str(message.get("id") or "")
     return standard
@@ -389,11 +383,6 @@ def _read_numbered(attributes: Mapping[str, Any], side: str, number: int) -> lis
         message |= {key: fields[key] for key in ("tool_call_id",) if fields.get(key)}
         message |= {"reasoning_content": fields["reasoning"]} if fields.get("reasoning") else {}
         if items := calls.get(position):
-            message["tool_calls"] = [
-                make_call(
-                    str(call.get("name")), call.get("arguments") or {}, str(call.get("id") or f"call_{number}_{index}")
-                )
-                for index, call in sorted(items.items())
-            ]
+            message["tool_calls"] = [read_call(call, f"call_{number}_{index}") for index, call in sorted(items.items())]
         standard.append(message)
     return standard

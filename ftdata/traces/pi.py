@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftdata.traces.content_blocks import BlockReader
-from ftdata.traces.response_items import read_tool
 from ftdata.traces.rows import Session
 from ftdata.traces.steps import (
-    BadRecord,
     Context,
     Step,
+    check_unknown,
+    convert_structure_errors,
+    get_mapping,
     make_result,
-    mapping_at,
-    reading_record,
-    unknown_record,
 )
-from ftdata.traces.tree import Node, connect_nodes, find_abandoned, leaf_paths
+from ftdata.traces.tools import read_tool
+from ftdata.traces.tree import Node, connect_nodes, find_abandoned, leaf_paths, missing_parent
 
 _METADATA = {"custom", "label", "model_change", "session", "session_info", "thinking_level_change", "usage"}
 _BOUNDARIES = {"compaction", "context_edit"}
@@ -85,7 +84,7 @@ class _Reader:
             if (entry_id := record.get("id")) in owners:
                 self.categories[number] = "duplicates"
                 continue
-            with reading_record(number):
+            with convert_structure_errors(number):
                 steps, category = self._read_entry(number, record, kind)
             if category is not None:
                 self.categories[number] = category
@@ -102,9 +101,7 @@ class _Reader:
         if parent is None:
             return None
         if parent not in owners:
-            problem = f"the session does not contain the record {parent} that the record continues"
-            hint = "add the missing records, or leave the session out"
-            raise BadRecord(number, "missing_parent", problem, field="parentId", hint=hint)
+            raise missing_parent(number, parent, "parentId")
         return owners[parent]
 
     def _read_entry(self, number: int, record: Mapping[str, Any], kind: str) -> tuple[Sequence[Step], str | None]:
@@ -139,7 +136,7 @@ class _Reader:
             # The text depends on the system messages before it (`_SystemState`).
             return [Step("message", {"role": "system", "content": ""}, number)], None
         if role not in ("user", "custom", "hookMessage"):
-            return (), self._check_unknown(number, f"message/{role}")
+            return (), self._check_unknown(number, f"{role}", "role")
         return _user_step(number, blocks.read_parts(message.get("content"))), None
 
     def _read_response(
@@ -151,18 +148,17 @@ class _Reader:
             return (), "duplicates"
         self.models += [message["model"]] if isinstance(message.get("model"), str) else []
         steps, has_hidden = blocks.read_response(message.get("content"))
-        category = None if steps else "unlogged" if has_hidden else "metadata"
+        category = None if steps else "missing_content" if has_hidden else "metadata"
         is_truncated = message.get("stopReason") == "length"
         self.anomalies["truncated_responses"] += is_truncated
         return [step._replace(response=number, trained=not is_truncated) for step in steps], category
 
     def _unknown_at(self, number: int) -> Any:
-        return lambda name: self._check_unknown(number, name)
+        return lambda name: self._check_unknown(number, name, "content type")
 
-    def _check_unknown(self, number: int, name: str) -> str:
-        if name in self.ignored:
-            return "ignored"
-        raise unknown_record(number, name, f"pi (session version {self.records[0].get('version', 1)})")
+    def _check_unknown(self, number: int, name: str, kind: str = "record type") -> str:
+        program = f"pi (session version {self.records[0].get('version', 1)})"
+        return check_unknown(number, kind, name, program, self.ignored)
 
     def contexts(self) -> Iterator[Context]:
         """Yield a context for each leaf, and for each change of the context on the path to it."""
@@ -232,7 +228,7 @@ class _Reader:
 
 
 def _is_system(entry: _Entry) -> bool:
-    return mapping_at(entry.record, "message").get("role") == "system"
+    return get_mapping(entry.record, "message").get("role") == "system"
 
 
 class _SystemState:
@@ -253,7 +249,7 @@ class _SystemState:
         content = message.get("content")
         if isinstance(content, str) and content:
             self._sections = {"": content}
-        for name, text in mapping_at(message, "sections").items():
+        for name, text in get_mapping(message, "sections").items():
             if text is None:
                 self._sections.pop(name, None)
             else:
@@ -278,7 +274,7 @@ def read_pi_session(records: Sequence[Mapping[str, Any]], ignored: frozenset[str
         ignored: names of unknown types of records to ignore.
 
     Raises:
-        BadRecord: `unknown_event` or `missing_parent`.
+        BadRecord: `unknown_record_type` or `missing_parent`.
     """
     reader = _Reader(records, ignored)
     reader.read()

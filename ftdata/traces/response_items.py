@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftdata.traces.steps import Step, make_call, make_content, make_result
+from ftdata.traces.steps import Step, make_call, make_content, make_result, to_text
+from ftdata.traces.tools import join_names, read_tool
 
 _CALLS = {
     "apply_patch_call": ("apply_patch", "operation"),
@@ -75,7 +75,7 @@ class ItemReader:
             return self._read_answer(item, record)
         if kind == "reasoning":
             return self._read_reasoning(item, record, raw_reasoning)
-        if kind in ("message", "agent_message", "inter_agent_communication"):
+        if kind in ("message", "agent_message"):
             return self._read_input(item, record)
         if kind in _RESULTS:
             return self._read_result(item, record)
@@ -88,7 +88,7 @@ class ItemReader:
             return "metadata"
         if kind in _ENCRYPTED:
             self.anomalies["encrypted_summaries"] += 1
-            return "unlogged"
+            return "missing_content"
         return "metadata" if kind in _METADATA else None
 
     def end_response(self) -> None:
@@ -120,7 +120,7 @@ class ItemReader:
             texts = [str(part.get("text", "")) for part in item.get("summary") or () if isinstance(part, Mapping)]
             if not any(texts):
                 self.anomalies["hidden_reasoning"] += 1
-                return "unlogged"
+                return "missing_content"
             self.anomalies["summarized_reasoning"] += 1
         return [Step("reasoning", text, record, self._response) for text in texts if text]
 
@@ -145,7 +145,7 @@ class ItemReader:
     def _read_server_call(self, kind: str, item: Mapping[str, Any], record: int) -> list[Step] | str:
         """Convert a call that the server ran, and its result in the same item.
 
-        A call whose result was not logged is left out: the model would learn to go on without the result.
+        A call whose result was not logged is left out: the model must not learn to continue without a result.
         """
         call_id = str(item.get("id") or f"call_{record}")
         if kind == "mcp_call":
@@ -156,8 +156,8 @@ class ItemReader:
             arguments = {key: item[key] for key in keys if item.get(key) is not None}
             result = item.get(result_key) if result_key else None
         if not result:
-            self.anomalies["server_calls"] += 1
-            return "unlogged"
+            self.anomalies["server_calls_without_result"] += 1
+            return "missing_content"
         call = Step("call", make_call(name, arguments, call_id), record, self._response)
         self.end_response()
         return [call, Step("result", make_result(call_id, _read_output(result)), record)]
@@ -176,26 +176,6 @@ def _read_call(kind: str, item: Mapping[str, Any], record: int) -> dict[str, Any
     tool, key = _CALLS[kind]
     value = item.get(key) if item.get(key) is not None else item.get("actions", {})
     return make_call(tool, value if isinstance(value, Mapping | str) and key != "code" else {key: value}, call_id)
-
-
-def join_names(namespace: Any, name: Any) -> str:
-    """Return the name of a tool with its namespace, in the form that Codex uses for the tools of MCP servers."""
-    return f"{namespace}__{name}" if namespace else str(name)
-
-
-def read_tool(tool: Mapping[str, Any], namespace: Any = None) -> dict[str, Any]:
-    """Return a tool definition in the format of chat completions."""
-    if isinstance(tool.get("function"), Mapping) or ("name" not in tool and "type" in tool):
-        return dict(tool)
-    parameters = next(
-        (tool[key] for key in ("parameters", "input_schema", "inputSchema") if tool.get(key) is not None), None
-    )
-    if parameters is None and "format" in tool:
-        # A custom tool takes a text. Its calls have the same single argument.
-        parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-    name = join_names(namespace or tool.get("namespace"), tool.get("name"))
-    fields = {"name": name, "description": tool.get("description"), "parameters": parameters}
-    return {"type": "function", "function": {key: value for key, value in fields.items() if value is not None}}
 
 
 def _read_content(content: Any) -> list[Any]:
@@ -224,4 +204,4 @@ def _read_output(value: Any) -> Any:
         types = {"input_text", "output_text", "text", "input_image"}
         if value and all(part.get("type") in types for part in value):
             return make_content(parts)
-    return json.dumps(value, ensure_ascii=False)
+    return to_text(value)

@@ -8,7 +8,7 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.traces.response_items import ITEM_TYPES, ItemReader
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import BadRecord, Context, Step, mapping_at, unknown_record
+from ftdata.traces.steps import BadRecord, Context, Step, check_unknown, get_mapping
 
 
 def is_responses_document(data: Mapping[str, Any]) -> bool:
@@ -24,14 +24,14 @@ def is_responses_document(data: Mapping[str, Any]) -> bool:
 
 
 def _request_of(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    return mapping_at(data, "request") or mapping_at(data, "body")
+    return get_mapping(data, "request") or get_mapping(data, "body")
 
 
 def read_responses_document(data: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> Iterator[Session]:
     """Yield the session of a logged response. Items of the types in `ignored` are left out.
 
     Raises:
-        BadRow: `missing_context`, if the log does not contain the input; `unknown_event`.
+        BadRow: `missing_context`, if the log does not contain the input; `unknown_record_type`.
     """
     response = _response_of(data)
     request = _request_of(data) or data
@@ -43,7 +43,7 @@ def read_responses_document(data: Mapping[str, Any], ignored: frozenset[str] = f
         problem = "the log contains the response, but not the input"
         raise BadRow("missing_context", problem, field="input", hint="add the input of the request")
     if response.get("status") in ("failed", "cancelled"):
-        raise BadRow("no_answer", f"the request has the status {response['status']}", hint="leave the row out")
+        raise BadRow("no_answer", f"the request has the status {response['status']}")
     steps, reader, categories = _read_items(values["input"], response["output"], ignored)
     if response.get("status") == "incomplete":
         reader.anomalies["truncated_responses"] += 1
@@ -93,10 +93,10 @@ def _read_items(
                 raise BadRecord(number, "missing_context", problem, field=field, hint="log the whole input instead")
             item = by_id[item["id"]]
         result = reader.read(item, number)
-        if result is None and str(item.get("type")) in ignored:
-            result = "ignored"
         if result is None:
-            raise unknown_record(number, f"{item.get('type')}", f"the Responses API in {field}")
+            is_message = item.get("type") in (None, "message")
+            kind, name = ("role", item.get("role")) if is_message else ("record type", item.get("type"))
+            result = check_unknown(number, kind, str(name), f"the Responses API in {field}", ignored)
         if isinstance(result, str):
             categories[number] = result
             continue

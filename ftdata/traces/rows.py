@@ -1,9 +1,9 @@
-"""Convert the contexts of a session to rows, and count what became of each record of the session."""
+"""Convert the contexts of a session to rows, and count each record of the session by category."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ CATEGORIES = {
     "duplicates": "copies of other records of the session",
     "errors": "failed requests, and messages about them that the model did not write",
     "retracted": "messages that were removed from the conversation before the model answered again",
-    "unlogged": "records of content that the model saw or wrote, but whose text the log does not contain",
+    "missing_content": "records of content that the model saw or wrote, but whose text the log does not contain",
     "unanswered": "messages of contexts in which the model wrote no answer",
     "ignored": "records of unknown types that the user chose to ignore",
 }
@@ -67,16 +67,17 @@ class TraceRow:
 def make_rows(session: Session) -> list[TraceRow]:
     """Convert the contexts of a session to rows. Each response of the model is trained in exactly one row.
 
-    A context without a new response of the model becomes no row, and its records are counted as `unanswered`. Abandoned
-    contexts come last, so that users can filter them out without losing the responses that they share.
+    A context without a new response of the model does not become a row, and its records are counted as `unanswered`.
+    Abandoned contexts come last, so that users can filter them out without losing the responses that they share.
 
     Raises:
         BadRecord: `no_answer`, if no context has a complete response of the model.
     """
-    covered, rows = set[int](), list[TraceRow]()
+    covered, skipped, rows = set[int](), set[int](), list[TraceRow]()
     for context in sorted(session.contexts, key=lambda context: context.abandoned):
         steps = [step._replace(trained=step.trained and step.record not in covered) for step in context.steps]
         if not any(step.trained and step.kind in ("text", "call") for step in steps):
+            skipped.update(step.record for step in steps)
             continue
         records = dict.fromkeys(step.record for step in steps)
         new = [record for record in records if record not in covered]
@@ -84,18 +85,17 @@ def make_rows(session: Session) -> list[TraceRow]:
         rows.append(_make_row(session, context, steps, counts, min(new)))
         covered.update(new)
     if not rows:
-        problem = "the session contains no complete answer of the model"
-        raise BadRecord(0, "no_answer", problem, hint="leave the session out")
-    remaining = Counter(_categorize(session, covered))
+        raise BadRecord(0, "no_answer", "the session contains no complete answer of the model")
+    remaining = Counter[str]()
+    for record in range(session.size):
+        if record not in covered:
+            category = session.categories.get(record, "unanswered" if record in skipped else "")
+            if not category:
+                raise BadRecord(record, "trace_structure", "the record belongs to no conversation")
+            remaining[category] += 1
     trace = rows[0].data["trace"]
     trace["records"] = {name: count for name in CATEGORIES if (count := trace["records"].get(name, remaining[name]))}
     return rows
-
-
-def _categorize(session: Session, covered: set[int]) -> Iterator[str]:
-    for record in range(session.size):
-        if record not in covered:
-            yield session.categories.get(record, "unanswered")
 
 
 def _make_row(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow
 from ftdata.types import Message
+
+SKIP_SESSION = "remove the session, or skip it with on_bad_rows='quarantine'"
+"""The fix for a session that cannot be converted."""
 
 
 class BadRecord(BadRow):
@@ -19,7 +24,7 @@ class BadRecord(BadRow):
         record: index of the record in the session.
     """
 
-    def __init__(self, record: int, code: str, message: str, *, field: str = "", hint: str = "") -> None:
+    def __init__(self, record: int, code: str, message: str, *, field: str = "", hint: str = SKIP_SESSION) -> None:
         super().__init__(code, message, field=field, hint=hint)
         self.record = record
 
@@ -29,7 +34,7 @@ _STRUCTURE_ERRORS = (AttributeError, LookupError, TypeError, ValueError, Recursi
 
 
 @contextmanager
-def reading_record(number: int) -> Iterator[None]:
+def convert_structure_errors(number: int) -> Iterator[None]:
     """Convert the errors that a record with an unexpected structure causes to `BadRecord`."""
     try:
         yield
@@ -37,21 +42,48 @@ def reading_record(number: int) -> Iterator[None]:
         raise
     except _STRUCTURE_ERRORS as error:
         problem = f"the record has an unexpected structure: {type(error).__name__}: {error}"
-        hint = "leave the session out, or correct the record"
-        raise BadRecord(number, "trace_structure", problem, hint=hint) from error
+        raise BadRecord(number, "trace_structure", problem) from error
 
 
-def mapping_at(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def get_mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return the object under a key; an empty object if there is none, or another value."""
     value = data.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def unknown_record(number: int, name: str, program: str) -> BadRecord:
-    """Return the error for a record whose type is unknown."""
-    problem = f"the type {name!r} of {program} is unknown, so the record could contain messages"
-    hint = f"if it does not, pass ignore_events={name!r} with the data; otherwise update ftdata"
-    return BadRecord(number, "unknown_event", problem, field="type", hint=hint)
+def check_unknown(number: int, kind: str, name: str, program: str, ignored: Container[str]) -> str:
+    """Return the category `ignored` if the user ignores an unknown type, role or key.
+
+    Args:
+        number: index of the record.
+        kind: `"record type"`, `"content type"`, `"role"` or `"key"`.
+        name: the name of the type, role or key.
+        program: the program or format that wrote the log, with its version.
+        ignored: the names that the user ignores.
+
+    Raises:
+        BadRecord: `unknown_record_type`, if the user does not ignore the name.
+    """
+    if name in ignored:
+        return "ignored"
+    problem = f"the {kind} {name!r} of {program} is unknown, so its content could be lost"
+    hint = f"if it contains no messages, pass ignore_records={name!r} with the data; otherwise update ftdata"
+    field = name if kind == "key" else kind.rpartition(" ")[2]
+    raise BadRecord(number, "unknown_record_type", problem, field=field, hint=hint)
+
+
+def to_text(value: Any) -> str:
+    """Return a text unchanged, and any other value as JSON text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def number_names(name: str, count: int) -> list[str]:
+    """Return a name for each of several contexts.
+
+    >>> number_names("main", 1), number_names("main", 2)
+    (['main'], ['main/1', 'main/2'])
+    """
+    return [name] if count == 1 else [f"{name}/{index + 1}" for index in range(count)]
 
 
 class Step(NamedTuple):
@@ -63,7 +95,8 @@ class Step(NamedTuple):
         value: a message, a text, a content part, or a tool call.
         record: index of the record in the session.
         response: identifies the response. Only parts of equal responses are joined to one message.
-        trained: whether the model generated the part in this session, and it was not retracted.
+        trained: whether a part of a response may be trained: the model generated it in this session, and it is not
+            truncated, retracted or a summary for a compaction. Has no effect on messages and results.
     """
 
     kind: str
@@ -132,24 +165,33 @@ def assemble_messages(steps: Iterable[Step]) -> list[Message]:
     >>> [(message["content"], len(message.get("tool_calls", ()))) for message in assemble_messages(steps)]
     [('I look.', 1), ('Wait.', 0)]
     """
-    messages, response = list[Message](), None
-    names = dict[str, str]()
-    for step in steps:
-        if step.kind in _ORDER:
-            if response is None or not response.accepts(step):
-                messages += [response.make_message()] if response else []
-                response = _Response(step)
-            response.parts[step.kind].append(step.value)
-            if step.kind == "call":
-                names[step.value.get("id", "")] = step.value["function"]["name"]
+    messages, names = list[Message](), dict[str, str]()
+    for item in _group_responses(steps):
+        if isinstance(item, _Response):
+            names |= {call.get("id", ""): call["function"]["name"] for call in item.parts["call"]}
+            messages.append(item.make_message())
             continue
-        messages += [response.make_message()] if response else []
-        response = None
-        message = step.value
-        if step.kind == "result" and "name" not in message and message["tool_call_id"] in names:
+        message = item.value
+        if item.kind == "result" and "name" not in message and message["tool_call_id"] in names:
             message = {**message, "name": names[message["tool_call_id"]]}
         messages.append(message)
-    return messages + ([response.make_message()] if response else [])
+    return messages
+
+
+def _group_responses(steps: Iterable[Step]) -> Iterator[_Response | Step]:
+    """Yield the messages and results of a conversation, and the parts of responses that form a message."""
+    response: _Response | None = None
+    for step in steps:
+        if response is not None and (step.kind not in _ORDER or not response.accepts(step)):
+            yield response
+            response = None
+        if step.kind not in _ORDER:
+            yield step
+            continue
+        response = response or _Response(step)
+        response.parts[step.kind].append(step.value)
+    if response is not None:
+        yield response
 
 
 def make_content(parts: Sequence[Any]) -> str | list[dict[str, Any]]:
@@ -164,6 +206,20 @@ def make_content(parts: Sequence[Any]) -> str | list[dict[str, Any]]:
 def make_call(name: str, arguments: Any, call_id: str) -> dict[str, Any]:
     """Return a tool call in the format of messages. The arguments are an object or its JSON text."""
     return {"type": "function", "id": call_id, "function": {"name": name, "arguments": arguments}}
+
+
+def read_call(call: Any, default_id: str) -> dict[str, Any]:
+    """Convert a tool call, or its JSON text, to the format of messages: with or without the object `function`.
+
+    Raises:
+        BadRow: `trace_structure`, if the call has no name.
+    """
+    call = json.loads(call) if isinstance(call, str) else call
+    function = call.get("function") or call
+    if not isinstance(function.get("name"), str):
+        raise BadRow("trace_structure", f"a tool call has the name {function.get('name')!r}", hint=SKIP_SESSION)
+    arguments = function.get("arguments")
+    return make_call(function["name"], {} if arguments is None else arguments, str(call.get("id") or default_id))
 
 
 def make_result(call_id: str, content: Any, *, name: str | None = None, is_error: bool = False) -> dict[str, Any]:
@@ -187,7 +243,7 @@ def count_unpaired(steps: Iterable[Step]) -> Counter[str]:
             call_id = step.value["tool_call_id"]
             if open_calls[call_id]:
                 open_calls[call_id] -= 1
-                counts["late_results"] += call_id in interrupted
+                counts["results_after_other_message"] += call_id in interrupted
             else:
                 counts["results_without_call"] += 1
         elif step.kind == "message":
@@ -198,13 +254,5 @@ def count_unpaired(steps: Iterable[Step]) -> Counter[str]:
 
 def count_split_responses(steps: Iterable[Step]) -> int:
     """Count how often a response continues in another message, because its parts are not in the order of templates."""
-    count, response = 0, None
-    for step in steps:
-        if step.kind not in _ORDER:
-            continue
-        is_continued = response is not None and step.response is not None and response.key == step.response
-        if response is None or not response.accepts(step):
-            count += is_continued
-            response = _Response(step)
-        response.parts[step.kind].append(step.value)
-    return count
+    keys = [item.key for item in _group_responses(steps) if isinstance(item, _Response)]
+    return sum(first is not None and first == second for first, second in pairwise(keys))

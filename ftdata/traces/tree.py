@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ftdata.traces.steps import Step
+from ftdata.traces.steps import SKIP_SESSION, BadRecord, Step
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +44,13 @@ class Node:
         return nodes[::-1]
 
 
+def missing_parent(record: int, parent: object, field: str) -> BadRecord:
+    """Return the error for a record whose parent is not in the session."""
+    problem = f"the session does not contain the record {parent} that the record continues"
+    hint = f"add the missing records; otherwise {SKIP_SESSION}"
+    return BadRecord(record, "missing_parent", problem, field=field, hint=hint)
+
+
 def connect_nodes(nodes: Iterable[Node]) -> None:
     """Set the children of all nodes, in the order of the nodes."""
     for node in nodes:
@@ -51,8 +58,8 @@ def connect_nodes(nodes: Iterable[Node]) -> None:
             node.parent.children.append(node)
 
 
-def chain_injected(nodes: Sequence[Node]) -> None:
-    """Insert messages that the program added into the path of the next node.
+def move_injected_into_path(nodes: Sequence[Node]) -> None:
+    """Move each message that the program added in front of the node after it.
 
     Such messages have the same parent as the node after them. They are not branches, because no response follows them.
     """
@@ -67,7 +74,7 @@ def chain_injected(nodes: Sequence[Node]) -> None:
             last = child if child.is_injected and is_leaf else None
 
 
-def remove_retried(nodes: Sequence[Node]) -> set[Node]:
+def remove_retried_responses(nodes: Sequence[Node]) -> set[Node]:
     """Remove responses that were generated again before anything continued them. Return the removed nodes."""
     removed = set[Node]()
     for node in nodes:
@@ -80,8 +87,8 @@ def remove_retried(nodes: Sequence[Node]) -> set[Node]:
     return removed
 
 
-def remove_leaves(nodes: Iterable[Node]) -> set[Node]:
-    """Remove the nodes that nothing follows from the tree, and return them."""
+def remove_if_leaf(nodes: Iterable[Node]) -> set[Node]:
+    """Remove the nodes without children from the tree, and return them."""
     removed = set[Node]()
     for node in nodes:
         if not node.children:
@@ -92,15 +99,15 @@ def remove_leaves(nodes: Iterable[Node]) -> set[Node]:
 
 
 def find_abandoned(nodes: Sequence[Node]) -> set[Node]:
-    """Return the nodes after which the session went on from an earlier message, in another branch.
+    """Return the nodes on branches that the user left.
 
     Args:
         nodes: all nodes, each after its parent.
     """
     last = dict[Node, int]()
     for node in reversed(nodes):
-        own = -1 if node.is_injected and not node.children else node.records[-1]
-        last[node] = max([own, *(last[child] for child in node.children)])
+        last_record = -1 if node.is_injected and not node.children else node.records[-1]
+        last[node] = max([last_record, *(last[child] for child in node.children)])
     abandoned = set[Node]()
     for node in nodes:
         latest = max((last[child] for child in node.children), default=-1)

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.traces.calls import Call, join_calls, message_steps, standard_call
-from ftdata.traces.response_items import read_tool
+from ftdata.traces.calls import Call, join_calls, message_steps
 from ftdata.traces.rows import Session
-from ftdata.traces.steps import Context, Step, mapping_at
+from ftdata.traces.steps import Context, Step, get_mapping, number_names, read_call
+from ftdata.traces.tools import read_tool
 from ftdata.traces.tree import Node, connect_nodes, leaf_paths, path_steps
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -54,11 +54,11 @@ def read_verifiers_document(
     """Yield the session of a rollout or a trace, or the sessions of the traces of an episode.
 
     Raises:
-        BadRow: `trace_step`, if a message is invalid.
+        BadRow: `trace_structure`, if a message is invalid.
     """
     if isinstance(data.get("traces"), list):
         if not data["traces"]:
-            raise BadRow("no_answer", "the episode contains no trace", field="traces", hint="leave the row out")
+            raise BadRow("no_answer", "the episode contains no trace", field="traces")
         for trace in data["traces"]:
             yield _read_trace({"task": data.get("task"), **trace})
     elif isinstance(data.get("nodes"), list):
@@ -70,7 +70,7 @@ def read_verifiers_document(
 
 
 def _metadata(data: Mapping[str, Any]) -> dict[str, Any]:
-    rewards = mapping_at(data, "rewards")
+    rewards = get_mapping(data, "rewards")
     scores = [reward for reward in rewards.values() if reward is not None]
     total = sum(score["score"] * score.get("weight", 1) if isinstance(score, Mapping) else score for score in scores)
     error = data.get("error") or data.get("errors")
@@ -86,12 +86,12 @@ def _read_message(message: Any, number: int, field: str) -> dict[str, Any]:
     """Convert a message, whose tool calls can be JSON texts."""
     if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
         value = message.get("role") if isinstance(message, Mapping) else message
-        raise BadRow("trace_step", f"the role is {value!r:.60}, expected one of {', '.join(_ROLES)}", field=field)
+        raise BadRow("trace_structure", f"the role is {value!r:.60}, expected one of {', '.join(_ROLES)}", field=field)
     keys = ("role", "content", "reasoning_content", "tool_call_id", "name")
     standard = {key: message[key] for key in keys if message.get(key) is not None}
     standard.setdefault("content", "")
     if calls := message.get("tool_calls"):
-        standard["tool_calls"] = [standard_call(call, number) for call in calls]
+        standard["tool_calls"] = [read_call(call, f"call_{number}_{position}") for position, call in enumerate(calls)]
     return standard
 
 
@@ -112,7 +112,7 @@ def _pair_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_tools(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tools = data.get("tool_defs") or data.get("tools") or mapping_at(data, "info").get("oai_tools")
+    tools = data.get("tool_defs") or data.get("tools") or get_mapping(data, "info").get("oai_tools")
     return [read_tool(tool) for tool in tools or () if isinstance(tool, Mapping)]
 
 
@@ -135,7 +135,7 @@ def _read_rollout(data: Mapping[str, Any]) -> Session:
         if not parts:
             categories[number] = "metadata"
     tools = _read_tools(data)
-    names = ["main"] if len(windows) == 1 else [f"main/{index + 1}" for index in range(len(windows))]
+    names = number_names("main", len(windows))
     contexts = [Context(name, steps, tools) for name, steps in zip(names, windows, strict=True)]
     return Session("verifiers", len(messages), contexts, categories, _metadata(data), Counter())
 
@@ -151,8 +151,8 @@ def _read_calls(data: Mapping[str, Any]) -> Session:
         calls.append(Call(number, "", _pair_results(prompt), [output]))
     conversations = [*join_calls(calls, Counter())]
     contexts = [
-        Context("main" if len(conversations) == 1 else f"main/{index + 1}", conversation.steps, _read_tools(data))
-        for index, conversation in enumerate(conversations)
+        Context(name, conversation.steps, _read_tools(data))
+        for name, conversation in zip(number_names("main", len(conversations)), conversations, strict=True)
     ]
     return Session("verifiers", len(calls), contexts, {}, _metadata(data), Counter())
 
@@ -164,7 +164,7 @@ def _read_trace(data: Mapping[str, Any]) -> Session:
         message = _read_message(item.get("message"), number, f"nodes[{number}].message")
         parent = item.get("parent")
         if parent is not None and not 0 <= parent < number:
-            raise BadRow("trace_step", f"is {parent}, expected an earlier node", field=f"nodes[{number}].parent")
+            raise BadRow("trace_structure", f"is {parent}, expected an earlier node", field=f"nodes[{number}].parent")
         node = Node(None if parent is None else nodes[parent], is_response=False, records=[number])
         trained = bool(item.get("sampled")) and number not in untrained
         node.steps = message_steps(message, number, number, trained=trained)
@@ -172,19 +172,18 @@ def _read_trace(data: Mapping[str, Any]) -> Session:
             categories[number] = "metadata"
         nodes.append(node)
     connect_nodes(nodes)
-    agent = mapping_at(data, "agent")
+    agent = get_mapping(data, "agent")
     label, paths = str(agent.get("name") or "main"), leaf_paths(nodes)
     contexts = []
-    for index, path in enumerate(paths):
+    for name, path in zip(number_names(label, len(paths)), paths, strict=True):
         root = data["nodes"][path[0].records[0]]
-        name = label if len(paths) == 1 else f"{label}/{index + 1}"
         contexts.append(Context(name, path_steps(path), _read_tools(root if root.get("tools") else data)))
     return Session("verifiers", len(nodes), contexts, categories, _metadata(data), Counter())
 
 
 def _untrained_nodes(data: Mapping[str, Any]) -> set[int]:
     """Return the nodes of agents that are not trained, and of attempts at a compaction that were not used."""
-    if mapping_at(data, "agent").get("trainable") is False:
+    if get_mapping(data, "agent").get("trainable") is False:
         return set(range(len(data["nodes"])))
     links = [
         (number, link.get("node"), link.get("type"))

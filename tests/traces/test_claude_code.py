@@ -270,7 +270,7 @@ def test_messages_that_the_model_did_not_write_or_see_are_counted():
         "duplicates": 1,
         "errors": 2,
         "retracted": 1,
-        "unlogged": 3,
+        "missing_content": 3,
     }
     assert row["trace"]["anomalies"] == {"hidden_reasoning": 1}
 
@@ -329,9 +329,9 @@ def test_copied_answers_of_a_forked_session_are_not_trained():
 @pytest.mark.parametrize(
     ("records", "code", "reason"),
     [
-        ([QUESTION, record("brand-new", "x", "u"), ANSWER], "unknown_event", "'brand-new' of Claude Code 2.1"),
-        ([QUESTION, record("system", "x", "u", subtype="odd"), ANSWER], "unknown_event", "'system/odd'"),
-        ([QUESTION, assistant("a", "u", {"type": "hologram"})], "unknown_event", "'content/hologram'"),
+        ([QUESTION, record("brand-new", "x", "u"), ANSWER], "unknown_record_type", "'brand-new' of Claude Code 2.1"),
+        ([QUESTION, record("system", "x", "u", subtype="odd"), ANSWER], "unknown_record_type", "'system/odd'"),
+        ([QUESTION, assistant("a", "u", {"type": "hologram"})], "unknown_record_type", "the content type 'hologram'"),
         ([QUESTION, assistant("a", "gone", text("yes"))], "missing_parent", "the record gone"),
         ([QUESTION, ANSWER, assistant("a", "u", text("no"))], "conflicting_records", "same uuid"),
         ([QUESTION, {**ANSWER, "message": "yes"}], "record_type", "has no message"),

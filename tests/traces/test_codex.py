@@ -63,8 +63,8 @@ def test_items_become_messages_and_events_are_metadata():
         {"name": "mcp__s__get", "arguments": '{"a": 1}'},
         {"name": "apply_patch", "arguments": {"input": "*** Begin"}},
     ]
-    assert row.data["trace"]["records"] == {"messages": 10, "metadata": 1, "unlogged": 1}
-    assert row.data["trace"]["anomalies"] == {"summarized_reasoning": 1, "server_calls": 1}
+    assert row.data["trace"]["records"] == {"messages": 10, "metadata": 1, "missing_content": 1}
+    assert row.data["trace"]["anomalies"] == {"summarized_reasoning": 1, "server_calls_without_result": 1}
 
 
 def test_reasoning_that_only_an_event_contains_is_kept():
@@ -109,7 +109,7 @@ def test_old_compaction_keeps_the_messages_of_the_user():
         META, item("user", "q1"), item("assistant", "a1"), line("compacted", message="sum"), item("assistant", "a2")
     )
     assert brief(after)[1:] == [("user", "q1", ""), ("user", "sum", ""), ("assistant", "a2", "")]
-    assert after.data["trace"]["anomalies"]["rebuilt_context"] == 1
+    assert after.data["trace"]["anomalies"]["approximate_context"] == 1
 
 
 def test_several_events_with_reasoning_keep_their_order():
@@ -202,9 +202,9 @@ def test_tools_that_the_session_contains_are_kept():
 @pytest.mark.parametrize(
     ("records", "code"),
     [
-        ([META, line("brand_new"), item("assistant", "a")], "unknown_event"),
-        ([META, line("event_msg", type="brand_new"), item("assistant", "a")], "unknown_event"),
-        ([META, line("response_item", type="brand_new"), item("assistant", "a")], "unknown_event"),
+        ([META, line("brand_new"), item("assistant", "a")], "unknown_record_type"),
+        ([META, line("event_msg", type="brand_new"), item("assistant", "a")], "unknown_record_type"),
+        ([META, line("response_item", type="brand_new"), item("assistant", "a")], "unknown_record_type"),
         ([line("session_meta", id="c", history_base={"thread_id": "t"}), item("assistant", "a")], "missing_context"),
         ([META, line("rollout_reference"), item("assistant", "a")], "missing_context"),
         ([META, item("user", "q"), item("assistant", "a"), line("compacted", replacement_history=[message("user", "q")]),
@@ -252,7 +252,7 @@ def test_items_of_servers_and_references():
         ({"object": "response", "output": [ANSWER]}, "missing_context"),
         ({"input": "q", "previous_response_id": "r", "output": [ANSWER]}, "missing_context"),
         ({"input": [{"type": "item_reference", "id": "x"}], "output": [ANSWER]}, "missing_context"),
-        ({"object": "response", "input": "q", "output": [{"type": "brand_new"}]}, "unknown_event"),
+        ({"object": "response", "input": "q", "output": [{"type": "brand_new"}]}, "unknown_record_type"),
         ({"input": "q", "status": "failed", "output": [ANSWER]}, "no_answer"),
         ({"object": "response", "input": "q", "output": []}, "no_answer"),
         ({"input": 3, "output": [ANSWER]}, "record_type"),

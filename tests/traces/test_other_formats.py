@@ -158,7 +158,7 @@ def atif(*steps, **values):
     return {"schema_version": "ATIF-v1.7", "agent": {"name": "x", "version": "1"}, "steps": numbered, **values}
 
 
-def test_atif_copies_dispatches_and_unlinked_results():
+def test_atif_copies_dispatches_and_results_without_call_id():
     call = {"tool_call_id": "c", "function_name": "ls", "arguments": {}}
     both = {"results": [{"content": "both"}]}
     (row,) = convert(
@@ -183,7 +183,7 @@ def test_atif_copies_dispatches_and_unlinked_results():
         "user: both",
         "assistant: done",
     ]
-    assert row.data["trace"]["anomalies"] == {"unlinked_results": 1, "calls_without_result": 2}
+    assert row.data["trace"]["anomalies"] == {"results_without_call_id": 1, "calls_without_result": 2}
 
 
 def test_verifiers_rollouts():
@@ -362,7 +362,7 @@ def test_spans_that_repeat_fail_or_offer_choices():
     assert row.data["trace"]["anomalies"] == {"unused_choices": 1}
 
 
-def test_order_of_parts_of_spans_is_kept_and_unconnected_calls_are_counted():
+def test_order_of_parts_of_spans_is_kept_and_calls_without_parent_are_counted():
     parts = [{"type": "reasoning", "content": "r"}, {"type": "text", "content": "t"},
              {"type": "reasoning", "content": "s"}, {"type": "tool_call", "id": "c", "name": "f"}]  # fmt: skip
     rows = convert(
@@ -370,7 +370,7 @@ def test_order_of_parts_of_spans_is_kept_and_unconnected_calls_are_counted():
         span(2, [part("user", "only new")], [part("assistant", "a")]),
     )
     assert [message.get("reasoning_content") for message in rows[0].data["messages"]] == [None, "r", "s"]
-    assert rows[1].data["trace"]["anomalies"]["unconnected_calls"] == 1
+    assert rows[1].data["trace"]["anomalies"]["calls_without_parent"] == 1
 
 
 QUESTION = {"source": "user", "message": "q"}
@@ -381,21 +381,21 @@ ROLLOUT = {"reward": 1.0, "timing": {}, "completion": [{"role": "assistant", "co
 @pytest.mark.parametrize(
     ("records", "code", "field"),
     [
-        ([PI, {"type": "brand_new", "id": "1", "parentId": None}], "unknown_event", "type"),
-        ([PI, entry("1", None, message={"role": "robot", "content": "x"})], "unknown_event", "type"),
+        ([PI, {"type": "brand_new", "id": "1", "parentId": None}], "unknown_record_type", "type"),
+        ([PI, entry("1", None, message={"role": "robot", "content": "x"})], "unknown_record_type", "role"),
         ([PI, entry("1", "gone", **said("assistant", "a"))], "missing_parent", "parentId"),
-        ([{"type": "session_start", "id": "d"}, {"type": "brand_new"}], "unknown_event", "type"),
-        ([{"role": "session_meta"}, {"role": "robot", "content": "x"}], "unknown_event", "type"),
+        ([{"type": "session_start", "id": "d"}, {"type": "brand_new"}], "unknown_record_type", "type"),
+        ([{"role": "session_meta"}, {"role": "robot", "content": "x"}], "unknown_record_type", "role"),
         ([{**atif(QUESTION, ANSWER), "schema_version": "ATIF-v2.0"}], "trace_version", "schema_version"),
-        ([atif(QUESTION, {**ANSWER, "brand_new": 1})], "unknown_event", "type"),
-        ([atif(QUESTION, {"source": "robot", "message": "x"})], "trace_step", "steps[1].source"),
-        ([atif(QUESTION, {**ANSWER, "tool_calls": [{}]})], "trace_step", "steps[1].tool_calls[0].function_name"),
+        ([atif(QUESTION, {**ANSWER, "brand_new": 1})], "unknown_record_type", "brand_new"),
+        ([atif(QUESTION, {"source": "robot", "message": "x"})], "trace_structure", "steps[1].source"),
+        ([atif(QUESTION, {**ANSWER, "tool_calls": [{}]})], "trace_structure", "steps[1].tool_calls[0].function_name"),
         ([atif(QUESTION)], "no_answer", ""),
-        ([{**ROLLOUT, "prompt": [{"role": "robot", "content": "x"}]}], "trace_step", "prompt[0]"),
-        ([{"task": {}, "nodes": [{"message": {"role": "user", "content": "q"}, "parent": 5}]}], "trace_step",
+        ([{**ROLLOUT, "prompt": [{"role": "robot", "content": "x"}]}], "trace_structure", "prompt[0]"),
+        ([{"task": {}, "nodes": [{"message": {"role": "user", "content": "q"}, "parent": 5}]}], "trace_structure",
          "nodes[0].parent"),
         ([span(1, [part("tool", "x")], [part("assistant", "a")])], "missing_context", ""),
-        ([span(1, [{"role": "user", "parts": [{"type": "brand_new"}]}], [part("assistant", "a")])], "unknown_event",
+        ([span(1, [{"role": "user", "parts": [{"type": "brand_new"}]}], [part("assistant", "a")])], "unknown_record_type",
          "type"),
     ],
 )  # fmt: skip

@@ -57,7 +57,7 @@ def test_single_objects_in_a_file_are_documents(tmp_path):
 
 def test_places_of_errors(tmp_path, tokenizer_dir):
     path = write(tmp_path / "a.jsonl", UNKNOWN)
-    with pytest.raises(BadRows, match=r"a\.jsonl:2 type: the type 'brand-new' of Claude Code 2\.1 is unknown"):
+    with pytest.raises(BadRows, match=r"a\.jsonl:2 type: the record type 'brand-new' of Claude Code 2\.1 is unknown"):
         build_sft_dataset(path, tokenizer_dir("tiny_bpe"), template="chatml")
     (reject,) = (row for source in resolve_sources(path) for row in source.rows())
     assert isinstance(reject, Reject)
@@ -66,13 +66,13 @@ def test_places_of_errors(tmp_path, tokenizer_dir):
 
 def test_unknown_records_can_be_ignored(tmp_path):
     path = write(tmp_path / "a.jsonl", UNKNOWN)
-    (row,) = read({"path": str(path), "ignore_events": "other, brand-new"})
+    (row,) = read({"path": str(path), "ignore_records": "other, brand-new"})
     assert row.data["trace"]["records"] == {"messages": 2, "ignored": 1}
-    result = CliRunner().invoke(app, ["preview", str(path), "--ignore-events", "brand-new", "--json"])
+    result = CliRunner().invoke(app, ["preview", str(path), "--ignore-records", "brand-new", "--json"])
     assert result.exit_code == 0
     assert "yes" in json.dumps(json.loads(result.stdout)["rows"][0])
     with pytest.raises(UsageError, match="expected a text with names"):
-        list(read({"path": str(path), "ignore_events": ["brand-new"]}))
+        list(read({"path": str(path), "ignore_records": ["brand-new"]}))
 
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
@@ -119,7 +119,7 @@ def test_sessions_can_begin_with_records_without_an_id(tmp_path):
     (reject,) = (item for source in resolve_sources(write(tmp_path / "b.jsonl", [{"type": "odd"}, *SESSION]))
                  for item in source.rows())  # fmt: skip
     assert isinstance(reject, Reject)
-    assert (reject.code, reject.source.line) == ("unknown_event", 1)
+    assert (reject.code, reject.source.line) == ("unknown_record_type", 1)
     (reject,) = (item for source in resolve_sources(write(tmp_path / "c.jsonl", [{"resourceSpans": []}]))
                  for item in source.rows())  # fmt: skip
     assert isinstance(reject, Reject)
@@ -142,8 +142,8 @@ def test_session_files_are_not_divided_into_parts(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", SESSION)
     monkeypatch.setattr(file_parts, "PART", 10)
     assert len(file_parts.split_into_parts(resolve_sources(path))) == 1
-    monkeypatch.setattr(traces, "MAX_SESSION", 10)
-    with pytest.raises(InputRefused, match="more than 0 MB"):
+    monkeypatch.setattr(traces, "MAX_SESSION_BYTES", 10)
+    with pytest.raises(InputRefused, match="more than 0 MiB"):
         list(read(path))
 
 

@@ -15,7 +15,7 @@ from ftdata.errors import BadRow, TemplateRefused
 from ftdata.storage import disk
 from ftdata.templates import render_chat
 from ftdata.templates import template as templates
-from ftdata.templates.python_template import read_description
+from ftdata.templates.python_template import template_from_description
 from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template
 from ftdata.templates.verification.probe import TemplateReport, describe_contradiction
@@ -221,7 +221,7 @@ def _examine(description: str) -> TemplateReport:
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
         return _make_report(_check_cached(json.loads(disk.read_regular_file(file))))
-    template = read_description(description)
+    template = template_from_description(description)
     try:
         report = _request_report(template)
     except LimitExceeded:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import render_chat
-from ftdata.templates.python_template import read_description
+from ftdata.templates.python_template import template_from_description
 from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template, render_or_none, render_scaffold
 from ftdata.templates.verification.probe import describe_contradiction, probe_template
@@ -83,7 +83,7 @@ def main(connection: Connection) -> None:
                 if action == "set_environment":
                     os.environ.update(protocol.decode_values(body))
                 elif action == "define_template":
-                    templates[key] = read_description(body.decode())
+                    templates[key] = template_from_description(body.decode())
                     templates[key].prepare()
                 elif action == "examine":
                     answers.append(_answer_in_fork(templates[key], action, body))
