@@ -4,8 +4,8 @@
 
 The function is a black box. To find out where the texts of a conversation are in the result, each text is replaced by a
 marker that occurs nowhere else, and the function is called again. The first result must be equal to the second one with
-the texts in place of the markers. A text for which this fails is attributed by changing its characters (`coverage`), or
-the row is rejected. The file is executed only in the template worker process.
+the texts in place of the markers. If this fails for a text, its characters are changed instead (`coverage`), or the row
+is rejected. The file is executed only in the template worker process.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def load_template(spec: str | Path) -> tuple[str, str]:
 
     Raises:
         UsageError: as in `find_template`; `file_not_found` or `no_such_name` for a Python file.
+        TemplateRefused: as in `find_template`; `template_syntax` if the file is not valid Python.
     """
     if not is_python_template(str(spec)):
         return find_template(spec)
@@ -65,7 +66,8 @@ def load_template(spec: str | Path) -> tuple[str, str]:
     functions = _find_functions(source, str(path))
     if function not in functions:
         problem = f"{path} does not define the function {function!r}"
-        raise UsageError("no_such_name", problem, hint=suggest_names(function, [*functions]))
+        hint = suggest_names(function, [*functions]) if functions else f"define it in the file with def {function}(...)"
+        raise UsageError("no_such_name", problem, hint=hint)
     return str(spec), source
 
 
@@ -447,7 +449,10 @@ def _align(text: str, texts: Sequence[TrackedString], marked: str) -> list[tuple
 def _find_ends(
     text: str, texts: Sequence[str], numbers: Sequence[int], gaps: Sequence[str], start: int
 ) -> list[int] | None:
-    """Find the ends of the texts so that the template text between them fits, by depth-first search."""
+    """Return the end of each text, so that the gaps between the texts fit, too; `None` if no ends fit.
+
+    The search goes from text to text, and back to the previous one if no form of the next one fits.
+    """
     ends = list[int]()
     choices = list[Iterator[int]]()
     position = start
