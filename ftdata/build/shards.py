@@ -151,7 +151,7 @@ def shard_key(recipe: Recipe, task: Task) -> str | None:
     expand = [recipe.image_processor.family.expand] if recipe.image_processor else []
     if not all(map(is_built_in, (policy, readers.get(source.reader), *used_schemas, *expand))):
         return None
-    if (content := _hash_content(source)) is None:
+    if recipe.template.is_user_code or (content := _hash_content(source)) is None:
         return None
     # The split and the share of a source are applied after its shards are built.
     read_options = {**asdict(source), "item_index": None, "share": None, "split": None, "version": None}

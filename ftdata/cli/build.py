@@ -18,6 +18,7 @@ from ftdata.cli.options import (
     add_options,
     drop_shares,
     note_unused_options,
+    parse_template_kwargs,
     read_request,
 )
 from ftdata.cli.output import print_json_or_text, print_value, progress_bar, resumable, write_stdout
@@ -240,16 +241,20 @@ def templates_check(
             "--function", help="Also compare a function, e.g. of mistral-common: file.py:function (repeatable)"
         ),
     ] = None,
+    template_kwargs: Annotated[
+        list[str] | None, typer.Option("--template-kwarg", help="Template variable: name=value (repeatable)")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check whether a template prints stop tokens, changes earlier messages, or leaves out fields."""
     from ftdata.pipeline.recipe import check_template, resolve_template
     from ftdata.templates.engines import EngineReport, compare_engines
 
-    report = check_template(template)
+    kwargs = parse_template_kwargs(template_kwargs)
+    report = check_template(template, kwargs)
     reports = list[EngineReport]()
     if engines or functions:
-        reports = compare_engines(resolve_template(template), () if engines else None, functions or ())
+        reports = compare_engines(resolve_template(template, kwargs), () if engines else None, functions or ())
     values = report.as_dict() | ({"engines": [one.as_dict() for one in reports]} if reports else {})
     print_json_or_text(values, escape_unprintable("\n".join(map(str, (report, *reports)))), as_json=as_json)
     is_different = any(one.differences for one in reports)

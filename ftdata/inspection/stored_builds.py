@@ -117,7 +117,7 @@ def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
         try:
             recipe = Recipe.from_manifest(manifest["options"], tokenizer)
         except FtdataError as error:
-            if tokenizer is not None:
+            if tokenizer is not None or error.code == "template_changed":
                 raise
             problem = f"{folder} was built with {name}, which cannot be loaded: {error}"
             raise UsageError("tokenizer_missing", problem, hint=hint) from None

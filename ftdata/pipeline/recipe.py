@@ -253,15 +253,19 @@ def _recorded_template(template: Mapping[str, Any]) -> str | None:
     """Return the template of a manifest. The code of a function is read from its file, never from the manifest.
 
     Raises:
-        UsageError: `template_changed`; as in `load_template`.
+        UsageError: `template_changed`, if the file is missing or was changed.
     """
     name: str = template["name"]
     if name == "tokenizer":
         return None
     if not is_python_template(name):
         return str(template["source"])
-    if load_template(name)[1] != template["source"]:
-        problem = f"the file of the template {name} has changed since the build"
+    try:
+        is_same = load_template(name)[1] == template["source"]
+    except (TemplateRefused, UsageError):
+        is_same = False
+    if not is_same:
+        problem = f"the file of the template {name}, or a module that it imports, has changed since the build"
         raise UsageError("template_changed", problem, hint="restore the file, or build the data again")
     return name
 
@@ -346,12 +350,13 @@ def _check_variables(template: Template) -> None:
             raise UsageError("template_kwargs", problem, hint=hint)
 
 
-def check_template(template_or_tokenizer: Any) -> TemplateReport:
+def check_template(template_or_tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> TemplateReport:
     """Check a template: detect its stop token, the message fields that it omits, and changes to earlier turns.
 
     Args:
-        template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, Hub ID or
-            object) whose chat template is checked.
+        template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, a function (`file.py:function`), or a
+            tokenizer (folder, Hub ID or object) whose chat template is checked.
+        template_kwargs: template variables.
 
     Returns:
         The verdict and its evidence.
@@ -364,10 +369,10 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
     >>> check_template("chatml").verdict
     'exact'
     """
-    return verify_template(resolve_template(template_or_tokenizer))
+    return verify_template(resolve_template(template_or_tokenizer, template_kwargs))
 
 
-def resolve_template(target: Any) -> Template:
+def resolve_template(target: Any, kwargs: Mapping[str, Any] | None = None) -> Template:
     """Return the template that a name, a file, a text, or a tokenizer stands for. See `check_template`."""
     is_text = isinstance(target, str | Path)
     if target is None or isinstance(target, bytes | int | float):
@@ -375,12 +380,12 @@ def resolve_template(target: Any) -> Template:
         raise UsageError("template_type", problem)
     is_template = is_text and (str(target) in templates or "{" in str(target) or Path(target).suffix == ".jinja")
     if is_template or is_python_template(str(target)) or (is_text and Path(target).is_file()):
-        return load_bare_template(target)
+        return load_bare_template(target, kwargs=kwargs)
     is_name = is_text and "/" not in str(target) and not Path(target).is_dir()
     if is_name and get_close_matches(str(target), templates.names()):
         find_template(target)  # A misspelled template name raises an error here, before any request to the Hub.
     is_tokenizer = isinstance(target, Tokenizer | tokenizers.Tokenizer) or hasattr(target, "backend_tokenizer")
-    return make_recipe(target if is_text or is_tokenizer else str(target)).template
+    return make_recipe(target if is_text or is_tokenizer else str(target), template_kwargs=kwargs).template
 
 
 def _is_safe_value(value: Any) -> bool:

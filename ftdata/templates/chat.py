@@ -124,7 +124,9 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     """
     chat, tracked = _render_tracked(chat)
     text = str.__str__(tracked)
-    pieces = recover_attribution(text, pieces_of(tracked), chat.messages, chat.render_with_message)
+    ids = chat.template.token_ids(text)
+    control = chat.template.control
+    pieces = recover_attribution(text, pieces_of(tracked), chat.messages, chat.render_with_message, control)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     context = [index for index in assistants if index not in turns]
     flags = chat.flags | check_coverage(
@@ -133,7 +135,6 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     regions, region_flags = _locate_regions(chat, text, pieces, turns)
     spans = make_spans(split_thinking(text, pieces, regions, assistants), regions)
     region_flags |= _flag_empty_thinking(text, pieces, regions)
-    ids = chat.template.token_ids(text)
     return Rendered(text, spans, flags | region_flags, messages=len(chat.messages), ids=ids)
 
 

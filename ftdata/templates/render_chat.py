@@ -48,6 +48,8 @@ def render_chat(
         raise TemplateRefused("no_template", "the tokenizer has no chat template", hint=hint)
     if not template.is_chat:
         return (_render_fields(conversation, template),)
+    if template.is_user_code:
+        return _render_with_function(conversation, template, turns, on_dropped_message)
     try:
         return _render_or_explain(conversation, template, turns, on_dropped_message)
     except BadRow as error:
@@ -59,6 +61,28 @@ def render_chat(
                     texts = _render_or_explain(changed, template, turns, on_dropped_message)
                     return tuple(text._replace(flags=text.flags | {flag}) for text in texts)
         raise
+
+
+def _render_with_function(
+    conversation: Conversation, template: Template, turns: str, on_dropped_message: str
+) -> tuple[Rendered, ...]:
+    """Render a conversation with a function. Its contents are texts: most functions would print a list as Python code.
+
+    Raises:
+        BadRow: as in `render_chat`; `content_parts`, if a content has other parts than texts.
+    """
+    flags = set[str]()
+    for flag in ("content_parts_joined", "content_parts_merged"):
+        changed = CONTENT_FORMATS[flag](conversation)
+        flags |= {flag} if changed != conversation else set()
+        conversation = changed
+    for index, message in enumerate(conversation.messages):
+        if isinstance(message.get("content"), list):
+            problem = f"the content has parts that are not texts, which the function {template.name} cannot receive"
+            hint = "use a Jinja template"
+            raise BadRow("content_parts", problem, field=f"messages[{index}].content", hint=hint)
+    texts = _render_or_explain(conversation, template, turns, on_dropped_message)
+    return tuple(text._replace(flags=text.flags | flags) for text in texts)
 
 
 def _render_or_explain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -67,6 +67,10 @@ TEMPLATE_ERRORS = (
 """Exceptions that the code of a template may raise. Templates are third-party code, so the list is long."""
 
 
+def _make_text_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
 @dataclass(frozen=True)
 class Template:
     """A Jinja template, with the special tokens of a tokenizer and the values of template variables.
@@ -92,6 +96,12 @@ class Template:
 
     cpu_factor: ClassVar[int] = 1
     """Factor of the CPU limits of the worker process."""
+
+    is_user_code: ClassVar[bool] = False
+    """Whether the template is code of the user, which runs without a sandbox and can keep values in its process."""
+
+    text_forms: ClassVar[tuple[Callable[[str], Any], ...]] = (str, _make_text_parts)
+    """The forms of texts that messages of probes have."""
 
     @cached_property
     def description(self) -> str:
@@ -165,7 +175,7 @@ class Template:
             The rendered text, or `None` if the template does not print every content.
         """
         contents = [f"{_ROLES[role]} text {number}" for number, role in enumerate(roles)]
-        for make_content in (str, _make_text_parts):
+        for make_content in self.text_forms:
             messages = [
                 {"role": _ROLES[role], "content": make_content(content)}
                 for role, content in zip(roles, contents, strict=True)
@@ -385,7 +395,3 @@ def _track_contents(text: TrackedString, contents: Sequence[str]) -> TrackedStri
     parts: list[str] = re.split(f"({'|'.join(map(re.escape, contents))})", str.__str__(text))
     tracked_contents = {content: track_value(content, Part.CONTENT, index) for index, content in enumerate(contents)}
     return TrackedString.from_str(concat_tracked(tracked_contents.get(part, part) for part in parts))
-
-
-def _make_text_parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]

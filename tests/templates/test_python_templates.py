@@ -19,7 +19,7 @@ from ftdata.build.dataset import write_build
 from ftdata.errors import BadRow, BadRows, TemplateRefused, UsageError
 from ftdata.pipeline.recipe import load_bare_template
 from ftdata.templates import Template
-from ftdata.templates.python_template import PythonTemplate, make_template
+from ftdata.templates.python_template import PythonTemplate, load_template, make_template
 from ftdata.templates.render_chat import render_chat
 from ftdata.templates.verification.probe import describe_contradiction
 from ftdata.types import Conversation, Part
@@ -71,7 +71,7 @@ def write(folder, code, name="enc.py"):
 def python_template(code):
     folder = Path(tempfile.mkdtemp(prefix="ftdata-templates-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return make_template(write(folder, code), code, special_tokens={"eos_token": "<|im_end|>"})
+    return make_template(*load_template(write(folder, code)), special_tokens={"eos_token": "<|im_end|>"})
 
 
 # Functions receive blank texts unchanged, so these count as text of the function.
@@ -202,7 +202,7 @@ def test_token_ids_are_those_of_mistral_common(tmp_path):
     spec = write(tmp_path, MISTRAL)
     rows = [{"messages": messages, "tools": tools} for messages in TALKS for tools in (None, [TOOL])]
     built = build_sft_dataset(rows, str(tmp_path), template=spec)["train"]
-    encoder = PythonTemplate(spec, MISTRAL)._module
+    encoder = PythonTemplate(*load_template(spec))._module
     # Each example ends with an answer, and there is an example for each last answer.
     rendered = [
         encoder.encode(row["messages"][:count], row["tools"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ def recover_attribution(
     parts: Sequence[TextPiece],
     messages: Sequence[Mapping[str, Any]],
     rerender: Rerender,
+    control: re.Pattern[str] | None = None,
 ) -> tuple[TextPiece, ...]:
     """Search the rendered text for the message fields whose positions were lost in operations of the template.
 
@@ -40,6 +42,8 @@ def recover_attribution(
         parts: the pieces of the rendered text.
         messages: the conversation.
         rerender: renders the conversation with a message changed.
+        control: pattern of control tokens. If a range contains other control tokens than its field, the template
+            prints the field in several places, so the range is not used.
 
     Returns:
         The pieces with the recovered attribution.
@@ -58,6 +62,8 @@ def recover_attribution(
                 continue
             for key in filter(message.get, keys):
                 for start, end in _find_ranges(text, message, index, key, rerender):
+                    if control and Counter(control.findall(text, start, end)) - _count_matches(control, message[key]):
+                        continue
                     changed = (
                         override_part(old, start, end, Part.SCAFFOLD, part=part, message=index) for old in pieces
                     )
@@ -440,6 +446,10 @@ def _find_ranges(
         end = len(text) - common_prefix_length(text[::-1], after[::-1])
         if start < end:
             yield start, end
+
+
+def _count_matches(pattern: re.Pattern[str], value: Any) -> Counter[Any]:
+    return Counter(match for text in _strings(value) for match in pattern.findall(text))
 
 
 def _find_empty_answer(text: str, message: Mapping[str, Any], index: int, rerender: Rerender) -> int | None:

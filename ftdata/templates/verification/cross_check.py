@@ -90,6 +90,34 @@ def cross_check(chat: ChatRendering, rendered: Rendered, max_messages: int | Non
                     plain[start:end],
                     plain[slice(*content)],
                 )
+    return _find_derived_text(chat, messages, plain, regions, ranges, render)
+
+
+def _find_derived_text(
+    chat: ChatRendering,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    regions: Mapping[int, tuple[int, int]],
+    ranges: Mapping[int, tuple[int, int] | None],
+    render: _Render,
+) -> Contradiction | None:
+    """Find text in a generated region that a function made from another message, e.g. a copy in capital letters.
+
+    Such text changes if the message changes. Templates in Jinja need no check: their strings record such changes.
+    """
+    unclear = [index for index, content in ranges.items() if content is None]
+    for index in unclear if isinstance(chat.template, PythonTemplate) else ():
+        content = messages[index].get("content")
+        if not isinstance(content, str) or not content.strip():
+            continue
+        for changed in _changed_contents(content):
+            moved = render([*messages[:index], {**messages[index], "content": changed}, *messages[index + 1 :]], False)
+            start = common_prefix_length(text, moved or text)
+            end = len(text) - common_prefix_length(text[::-1], (moved or text)[::-1])
+            for turn, region in regions.items():
+                if index != turn and region[0] < end and start < region[1]:
+                    reason = f"the generated text of message {turn} changes if this message changes"
+                    return Contradiction(index, reason, text[slice(*region)][:60], (moved or "")[region[0] :][:60])
     return None
 
 
@@ -138,7 +166,7 @@ def _find_content(
     if not isinstance(content, str) or not content.strip():
         return None
     ends: list[int] = []
-    for changed in (_different_character(content[0]) + content, content + _different_character(content[-1])):
+    for changed in _changed_contents(content):
         moved = render([*messages[:index], {**messages[index], "content": changed}, *messages[index + 1 :]], False)
         if moved is None:
             return None
@@ -147,6 +175,11 @@ def _find_content(
             return None
         ends.append(min(position, len(text) - common_prefix_length(text[::-1], moved[::-1])) if ends else position)
     return ends[0], max(ends)
+
+
+def _changed_contents(content: str) -> tuple[str, str]:
+    """Return two changes of a content: with another character before it, and after it."""
+    return _different_character(content[0]) + content, content + _different_character(content[-1])
 
 
 def _different_character(character: str) -> str:

@@ -24,6 +24,7 @@ from ftdata.templates.worker.process import (
     EXAMINE_CPU_SECONDS,
     MAX_STEPS,
     MEGABYTES,
+    WAIT_FACTOR,
     LimitExceeded,
     Request,
     call_worker,
@@ -122,11 +123,16 @@ def _receive_rendered(template: Template, request: Request) -> tuple[Rendered, .
     return tuple(map(protocol.decode_rendered_row, answer["texts"]))
 
 
+def _describe_limits(template: Template, seconds: float) -> str:
+    """Return a text with the limits that a template exceeds."""
+    other = f"waits {WAIT_FACTOR * seconds:.3g} s" if template.is_user_code else f"needs more than {MEGABYTES} MB"
+    return f"template {template.name!r} needs more than {seconds:.3g} s of CPU time, or {other}"
+
+
 def _make_row_error(template: Template, request: Request) -> BadRow:
     return BadRow(
         "template_limits",
-        f"template {template.name!r} needs more than {2 * request.cpu_seconds:.3g} s of CPU time, or more than "
-        f"{MEGABYTES} MB, for this row",
+        f"{_describe_limits(template, 2 * request.cpu_seconds)}, for this row",
         hint="split the row if it is long; otherwise the template may loop forever: use another template",
     )
 
@@ -217,11 +223,12 @@ def require_verified(template: Template) -> Template:
 @lru_cache(maxsize=1024)
 def _examine(description: str) -> TemplateReport:
     key = disk.hash_bytes(f"{__version__} {_code_hash()} {description}".encode())
-    root = disk.cache_root()
+    template = template_from_description(description)
+    # The code of a user can depend on files that the key does not contain.
+    root = None if template.is_user_code else disk.cache_root()
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
         return _make_report(_check_cached(json.loads(disk.read_regular_file(file))))
-    template = template_from_description(description)
     try:
         report = _request_report(template)
     except LimitExceeded:
@@ -253,7 +260,7 @@ def _request_report(template: Template) -> Mapping[str, Any]:
 
         return probe_template(template).as_dict()
     try:
-        return dict(call_worker("examine", template)["report"])
+        return dict(call_worker("examine", template, EXAMINE_CPU_SECONDS)["report"])
     except RecursionError:
         problem = f"template {template.name!r} contains loops, macros or expressions that are nested too deeply"
         hint = "use another template or simplify this template"
@@ -262,12 +269,11 @@ def _request_report(template: Template) -> Mapping[str, Any]:
 
 def _make_template_error(template: Template) -> TemplateRefused:
     seconds = EXAMINE_CPU_SECONDS * template.cpu_factor
-    return TemplateRefused(
-        "template_limits",
-        f"template {template.name!r} needs more than {seconds:.3g} s of CPU time, or more than {MEGABYTES} MB, for "
-        "small conversations",
-        hint="use another template: this template may loop forever, or is malicious",
-    )
+    problem = f"{_describe_limits(template, seconds)}, for small conversations"
+    hint = "use another template: this template may loop forever, or is malicious"
+    if template.is_user_code:
+        hint = "import large libraries at the top of the file, and correct loops and waits that do not end"
+    return TemplateRefused("template_limits", problem, hint=hint)
 
 
 def _make_report(values: Mapping[str, Any]) -> TemplateReport:

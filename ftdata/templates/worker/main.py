@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template, render_or_none, render_scaffold
 from ftdata.templates.verification.probe import describe_contradiction, probe_template
 from ftdata.templates.worker import protocol
-from ftdata.templates.worker.process import BYTES_PER_CHARACTER, EXAMINE_CPU_SECONDS, MEGABYTES
+from ftdata.templates.worker.process import (
+    BYTES_PER_CHARACTER,
+    MEGABYTES,
+    PREPARE_SECONDS,
+    WAIT_FACTOR,
+)
 
 _MAX_MESSAGE = 2000
 _MAX_OUTPUT = 1 << 22
@@ -73,8 +78,9 @@ ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
 def main(connection: Connection) -> None:
     """Receive requests from the main process and answer them until the connection is closed."""
     # A different handler and a blocked signal may be inherited from the parent process.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     templates: dict[str, Template] = {}
     with suppress(EOFError, OSError):
         while True:
@@ -84,21 +90,29 @@ def main(connection: Connection) -> None:
                     os.environ.update(protocol.decode_values(body))
                 elif action == "define_template":
                     templates[key] = template_from_description(body.decode())
-                    templates[key].prepare()
-                elif action == "examine":
-                    answers.append(_answer_in_fork(templates[key], action, body))
+                    _prepare(templates[key])
+                elif action == "examine" and not templates[key].is_user_code:
+                    # In a fork, the code of a user would lack the threads that it started before.
+                    answers.append(_answer_in_fork(templates[key], action, body, cpu_seconds))
                 else:
                     answers.append(_answer(templates[key], action, body, cpu_seconds))
             connection.send_bytes(protocol.encode_values(answers))
 
 
-def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
+def _prepare(template: Template) -> None:
+    """Prepare a template. SIGALRM ends the process if the code of the user waits forever."""
+    signal.setitimer(signal.ITIMER_REAL, PREPARE_SECONDS)
+    template.prepare()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answer_in_fork(template: Template, action: str, body: bytes, cpu_seconds: float) -> bytes:
     """Answer a request in a fork of the worker process, so that the worker survives if the request fails."""
     receiver, sender = Pipe(duplex=False)
     child = os.fork()
     if child == 0:
         try:
-            sender.send_bytes(_answer(template, action, body, EXAMINE_CPU_SECONDS * template.cpu_factor))
+            sender.send_bytes(_answer(template, action, body, cpu_seconds))
         finally:
             os._exit(0)
     sender.close()
@@ -113,8 +127,10 @@ def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
 
 def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) -> bytes:
     """Run the action of a request within the CPU and memory limits, and return the encoded answer."""
-    with _memory_limit(len(body)):
+    with nullcontext() if template.is_user_code else _memory_limit(len(body)):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        # Sandboxed templates cannot wait. The code of the user can, e.g. for a lock or a server.
+        signal.setitimer(signal.ITIMER_REAL, WAIT_FACTOR * cpu_seconds if template.is_user_code else 0)
         try:
             answer = protocol.encode_values(ACTIONS[action](template, protocol.decode_values(body)))
             too_long = len(answer) > _MAX_OUTPUT + BYTES_PER_CHARACTER * len(body)
@@ -133,6 +149,7 @@ def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) ->
             return protocol.encode_values({"failed": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]})
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _describe_error(error: BadRow | TemplateRefused) -> dict[str, str]:

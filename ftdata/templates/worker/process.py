@@ -37,6 +37,9 @@ CPU_SECONDS, CHARACTERS_PER_SECOND, SECONDS_PER_STEP = 0.5, 20_000, 0.0005
 EXAMINE_CPU_SECONDS = 3.0
 """CPU limit of the examination of a template."""
 
+WAIT_FACTOR, PREPARE_SECONDS = 3, 300
+"""Limits of wall time for code of the user: a factor of the CPU limit of a request, and seconds to execute the file."""
+
 MEGABYTES, BYTES_PER_CHARACTER = 512, 64
 """Memory limit of a request: constant megabytes, and bytes per character of the request."""
 
@@ -52,7 +55,9 @@ _MAX_ATTEMPTS = 2
 _MAX_UNANSWERED, _MIN_FRAME = 1 << 15, 1 << 13
 """Maximum size in bytes of unanswered requests, well below a socket's buffer, and minimum size of a frame."""
 
-_ENDED_BY_TEMPLATE = {signal.SIGPROF, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+_ENDED_BY_TEMPLATE = {
+    signal.SIGPROF, signal.SIGALRM, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE,
+}  # fmt: skip
 """Signals with which a template may end its worker: the CPU limit, and crashes such as a C stack overflow."""
 
 
@@ -66,12 +71,13 @@ def start_worker() -> None:
         _get_worker()
 
 
-def call_worker(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
+def call_worker(action: str, template: Template, cpu_seconds: float | None = None, **arguments: Any) -> dict[str, Any]:
     """Send a request to the worker process, and wait for the answer.
 
     Args:
         action: a key of `worker.main.ACTIONS`.
         template: the template.
+        cpu_seconds: CPU limit of the request. `None`: it depends on the size of the request.
         arguments: arguments of the action, as JSON values.
 
     Raises:
@@ -80,27 +86,31 @@ def call_worker(action: str, template: Template, **arguments: Any) -> dict[str, 
         LimitExceeded: the template exceeds its limits.
         StorageError: `template_worker_lost`, if workers end repeatedly for other reasons.
     """
-    return submit_request(action, template, **arguments).result()
+    return submit_request(action, template, cpu_seconds=cpu_seconds, **arguments).result()
 
 
-def submit_request(action: str, template: Template, steps: int = 0, **arguments: Any) -> Request:
+def submit_request(
+    action: str, template: Template, steps: int = 0, cpu_seconds: float | None = None, **arguments: Any
+) -> Request:
     """Send a request to the worker process without waiting for the answer.
 
     Args:
         action: a key of `worker.main.ACTIONS`.
         template: the template.
         steps: minimum number of messages that the template processes, which increases the CPU limit.
+        cpu_seconds: CPU limit of the request. `None`: it depends on the size of the request and on `steps`.
         arguments: arguments of the action, JSON values.
     """
     body = protocol.encode_values(arguments)
-    limit = (CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP) * template.cpu_factor
-    request = Request(action, template, body, limit)
+    if cpu_seconds is None:
+        cpu_seconds = CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP
+    request = Request(action, template, body, cpu_seconds * template.cpu_factor)
     if template.key in _exceeding:
         # The template is likely to exceed its limits again, so only the last attempt is made, alone.
         request.exceeded = _MAX_ATTEMPTS - 1
         return request
     with _lock(os.getpid()), suppress(WorkerEnded):
-        worker = _get_worker()
+        worker = _get_worker_for(template)
         # Sending more than the buffer of the socket holds would cause a deadlock with the worker.
         while worker.pending and worker.unanswered + len(body) > _MAX_UNANSWERED:
             worker.receive()
@@ -147,7 +157,7 @@ class Request:
                     _exceeding.add(self.template.key)
                     raise LimitExceeded
                 with suppress(WorkerEnded):
-                    worker = _get_worker()
+                    worker = _get_worker_for(self.template)
                     if self not in worker.pending:
                         # Send the request alone, so that it is the cause if the worker ends.
                         worker.receive_all()
@@ -188,6 +198,7 @@ class _Worker:
         process: the worker process.
         connection: the connection to the worker process.
         known_templates: keys of the templates that were sent to the process.
+        user_files: sources of the files of the user that the process executed.
         pending: unanswered requests, oldest first.
         unsent: requests to send in the next frame.
     """
@@ -195,6 +206,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
     known_templates: set[str] = field(default_factory=set)
+    user_files: set[str] = field(default_factory=set)
     pending: deque[Request] = field(default_factory=deque)
     unsent: list[list[Any]] = field(default_factory=list)
 
@@ -322,6 +334,24 @@ def _get_worker() -> _Worker:
     if not _current:
         _current.append(_start_process())
     return _current[0]
+
+
+def _get_worker_for(template: Template) -> _Worker:
+    """Return the worker of the current process. A worker executes the code of only one file of the user.
+
+    The modules of two files can have the same names, and a changed module would not be imported again.
+
+    Raises:
+        WorkerEnded: as in `_Worker.receive_all`.
+    """
+    worker = _get_worker()
+    if template.is_user_code and template.key not in worker.known_templates:
+        if worker.user_files - {template.source}:
+            worker.receive_all()
+            worker.stop()
+            worker = _get_worker()
+        worker.user_files.add(template.source)
+    return worker
 
 
 def _start_process() -> _Worker:

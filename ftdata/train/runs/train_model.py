@@ -373,6 +373,9 @@ def _resolve_config(config: Config, build: Path | None) -> Config:
 
 
 def _absolute(name: str) -> str:
+    if is_python_template(name):
+        file, _, function = name.rpartition(":")
+        return f"{Path(file).resolve()}:{function}"
     # A template may also be Jinja text, which some file systems reject as a path.
     is_path = "\n" not in name and len(name) < 1024 and "{" not in name
     return str(Path(name).resolve()) if is_path and Path(name).exists() else name
