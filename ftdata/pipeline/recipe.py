@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -34,7 +34,7 @@ from ftdata.templates import (
 )
 from ftdata.templates.python_template import is_python_template, load_template, make_template
 from ftdata.templates.verification.probe import TemplateReport
-from ftdata.templates.worker.client import require_verified, verify_template
+from ftdata.templates.worker.client import forget_user_code, require_verified, verify_template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import ControlTokens, Tokenizer, find_control_tokens
 
@@ -296,7 +296,11 @@ def make_recipe(
     check_kwargs(template_kwargs)
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else load_template(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
-    bound, control = _bind_template(loaded, name, source, template is not None, parse_date(date), kwargs)
+    bind: Callable[..., tuple[Template, ControlTokens]] = _bind_template
+    if is_python_template(name):
+        forget_user_code()
+        bind = _bind_template.__wrapped__
+    bound, control = bind(loaded, name, source, template is not None, parse_date(date), kwargs)
     _check_variables(bound)
     processor = problem = None
     try:
@@ -330,6 +334,8 @@ def load_bare_template(
     bare = make_template(
         name, source, special_tokens=PLACEHOLDER_TOKENS, control=control, date=parse_date(date), kwargs=kwargs or {}
     )
+    if is_python_template(name):
+        forget_user_code()
     # Verify the template in the worker process first: merely parsing a hostile template can run forever.
     verify_template(bare)
     check_can_train(bare)

@@ -102,10 +102,9 @@ class ChatRendering:
     def render_with_message(self, index: int, message: Message | dict[str, Any]) -> str | None:
         """Replace the message at `index` and render the conversation. Return `None` if the template fails."""
         (tracked_message,) = track_messages([message])
+        messages = [*self.messages[:index], tracked_message, *self.messages[index + 1 :]]
         try:
-            return str.__str__(
-                replace(self, messages=(*self.messages[:index], tracked_message, *self.messages[index + 1 :])).render()
-            )
+            return self.template.render_text(make_chat_variables(messages, self.tools))
         except BadRow:
             return None
 

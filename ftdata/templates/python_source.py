@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,24 +18,27 @@ from ftdata.storage import disk
 def read_source(path: Path) -> str:
     """Return the code of a file, and a comment for each module that it imports: a file of its folder, or a package.
 
-    The comments contain the hashes of the files and the versions of the packages, so that a build records them.
+    The comments contain the hashes of the files and the versions of the packages, so that a build records them. Only
+    import statements are followed.
 
     Raises:
         TemplateRefused: `template_syntax`, if the file is not valid Python.
     """
-    code = path.read_bytes().decode("utf-8", "replace")
-    root = path.resolve().parent
-    files, packages, pending = set[Path](), set[str](), [(path.resolve(), _parse(code, str(path)))]
-    for file, tree in pending:
-        for folder, name in _imported_modules(tree, file):
-            found = [module for module in _module_files(folder, name) if module.is_relative_to(root)]
-            packages |= set() if found else {name.partition(".")[0]}
+    code = _decode(path)
+    _parse(code, str(path))
+    files, packages, pending = set[Path](), set[str](), [(path, code)]
+    for file, source in pending:
+        for level, name in _imports(source):
+            # Absolute imports search in the folder of the template, and relative imports in the package.
+            folder = file.parents[level - 1] if level else path.parent
+            found = [*_module_files(folder, name)]
+            packages |= set() if found or level else {name.partition(".")[0]}
             for module in found:
-                if module not in files:
+                if module not in files and module.is_relative_to(path.parent):
                     files.add(module)
                     with suppress(TemplateRefused):
-                        pending.append((module, _parse(module.read_text("utf-8", "replace"), str(module))))
-    lines = [f"file {file.relative_to(root)} {disk.hash_bytes(file.read_bytes())}" for file in sorted(files)]
+                        pending.append((module, _decode(module)))
+    lines = [f"file {file.relative_to(path.parent)} {disk.hash_bytes(file.read_bytes())}" for file in sorted(files)]
     comments = "".join(f"# ftdata: {line}\n" for line in (*lines, *_versions(frozenset(packages))))
     return code + ("\n" if comments and not code.endswith("\n") else "") + comments
 
@@ -49,6 +53,14 @@ def find_functions(source: str, path: str) -> dict[str, ast.arguments]:
     return {statement.name: statement.args for statement in statements if isinstance(statement, ast.FunctionDef)}
 
 
+def _decode(path: Path) -> str:
+    """Read a Python file in its encoding."""
+    try:
+        return importlib.util.decode_source(path.read_bytes())
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise TemplateRefused("template_syntax", f"{path} is not valid Python: {error}") from None
+
+
 def _parse(source: str, path: str) -> ast.Module:
     try:
         return ast.parse(source)
@@ -56,15 +68,21 @@ def _parse(source: str, path: str) -> ast.Module:
         raise TemplateRefused("template_syntax", f"{path} is not valid Python: {error}") from None
 
 
-def _imported_modules(tree: ast.Module, file: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the folder in which an import searches first, and the name of the imported module."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((file.parent, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level <= len(file.parents):
-            folder = file.parents[max(node.level - 1, 0)]
-            module = f"{node.module}." if node.module else ""
-            yield from ((folder, f"{module}{alias.name}") for alias in node.names)
+@lru_cache(maxsize=1024)
+def _imports(source: str) -> tuple[tuple[int, str], ...]:
+    """Return the level (0: absolute) and the name of each imported module. Invalid code imports nothing."""
+    try:
+        nodes = [*ast.walk(ast.parse(source))]
+    except (SyntaxError, ValueError, RecursionError):
+        return ()
+    absolute = [(0, alias.name) for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    others = [
+        (node.level, f"{node.module}.{alias.name}" if node.module else alias.name)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    return (*absolute, *others)
 
 
 def _module_files(folder: Path, name: str) -> Iterator[Path]:

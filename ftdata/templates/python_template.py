@@ -112,7 +112,7 @@ class PythonTemplate(Template):
     def variables(self) -> frozenset[str]:
         """The names of the parameters of the function. With `**kwargs`, the variables of the user belong to them."""
         arguments = self._arguments
-        names = {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        names = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
         extra = {"tools", "add_generation_prompt", *self.kwargs} if arguments.kwarg else set[str]()
         return frozenset(names | extra | {"messages"})
 
@@ -179,10 +179,11 @@ class PythonTemplate(Template):
         result = {"role": "tool", "content": "r", "name": "f", "tool_call_id": "call00001"}
         conversations: list[list[dict[str, Any]]]
         conversations = [[question, answer], [system, question, answer], [question, answer, result]]
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
         for messages in conversations:
-            if self._probe_text(messages) is not None:
+            if self._probe_text(messages, tools=tools) is not None:
                 return False
-            if self._probe_text([*map(_dump_arguments, messages)]) is not None:
+            if self._probe_text([*map(_dump_arguments, messages)], tools=tools) is not None:
                 return True
         return False
 
@@ -206,7 +207,7 @@ class PythonTemplate(Template):
 
         def render(name: str, value: Any) -> str | None:
             try:
-                return self.render_plain({**variables, name: value})
+                return self.render_text({**variables, name: value})
             except BadRow:
                 return None
 
@@ -217,7 +218,7 @@ class PythonTemplate(Template):
         self._last_ids[text] = ids
         return TrackedString(text, merge_runs(messages, tool_runs) or None)
 
-    def render_plain(self, variables: Mapping[str, Any]) -> str:
+    def render_text(self, variables: Mapping[str, Any]) -> str:
         """Call the function without attribution.
 
         Raises:

@@ -250,6 +250,10 @@ class Template:
         """
         return unwatch(self.run(variables))
 
+    def render_text(self, variables: Mapping[str, Any]) -> str:
+        """Render the template like `render`, without the owners of the characters."""
+        return str.__str__(self.render(variables))
+
     def run(self, variables: Mapping[str, Any], *, watch: bool = False) -> TrackedString:
         """Render the template like `render`. If `watch` is true, the result may be a `WatchedString`."""
         context = {**self.special_tokens, **self.kwargs, **variables}

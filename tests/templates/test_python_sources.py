@@ -8,7 +8,8 @@ from ftdata import build_sft_dataset, check_template, preview
 from ftdata.build.dataset import write_build
 from ftdata.errors import BadRows, TemplateRefused, UsageError
 from ftdata.pipeline.recipe import load_bare_template
-from ftdata.templates.worker import process
+from ftdata.templates.python_template import load_template
+from ftdata.templates.worker.client import require_verified
 
 HEAD = "def encode(messages, add_generation_prompt=False, tools=None):\n    text = ''\n"
 TAIL = "    return text + ('<|im_start|>assistant\\n' if add_generation_prompt else '')\n"
@@ -69,6 +70,21 @@ def test_functions_that_change_texts_are_refused(tmp_path, tokenizer_dir, conten
     assert check_template(spec).verdict != "exact"
     with pytest.raises((BadRows, TemplateRefused)):
         build_sft_dataset([talk("Hello there", "a longer text")], tokenizer_dir("tiny_bpe"), template=spec)
+
+
+OTHERS = {
+    "reasoning": ("m['content'] + ''.join(n['reasoning_content'].upper() for n in messages[:i] if 'reasoning_content' in n)"
+                  " + ('[' + m['reasoning_content'] + ']' if 'reasoning_content' in m else '')"),
+    "name of the user": "m['content'] + (messages[0].get('name', '').upper() if m['role'] == 'assistant' else '')",
+    "tools": "m['content'] + (str([t['function']['name'] for t in tools or []]).upper() if m['role'] == 'assistant' else '')",
+    "number of words": "m['content'] + (str(len(messages[0]['content'].split())) if m['role'] == 'assistant' else '')",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+def test_answers_do_not_depend_on_other_texts(tmp_path, content):
+    with pytest.raises(TemplateRefused, match="not_verified"):
+        require_verified(load_bare_template(write(tmp_path, code(content))))
 
 
 DERIVED = {
@@ -149,20 +165,42 @@ def test_changed_imports_are_noticed(tmp_path, tokenizer_dir, monkeypatch):
         preview(str(tmp_path / "b" / "out"))
 
 
-def test_builds_with_functions_are_never_reused(tmp_path, tokenizer_dir):
+def test_builds_with_functions_are_never_reused(tmp_path, tokenizer_dir, monkeypatch):
     (tmp_path / "rule.txt").write_text("ONE")
-    head = f"from pathlib import Path\nRULE = Path({str(tmp_path / 'rule.txt')!r}).read_text()\n"
-    spec, data = write(tmp_path, code("RULE + m['content']", head=head)), tmp_path / "data.jsonl"
+    head = f"import os\nfrom pathlib import Path\nRULE = Path({str(tmp_path / 'rule.txt')!r}).read_text()\n"
+    content = "RULE + os.environ.get('RULE', '') + m['content']"
+    spec, data = write(tmp_path, code(content, head=head)), tmp_path / "data.jsonl"
     data.write_text(json.dumps(talk("q", "a")) + "\n")
     for rule in ("ONE", "TWO"):
         (tmp_path / "rule.txt").write_text(rule)
-        # Another process would read the file again.
-        process._current[0].stop() if process._current else None
+        monkeypatch.setenv("RULE", rule.lower())
         write_build(str(data), tokenizer_dir("tiny_bpe"), tmp_path / "out", template=spec, overwrite=True)
-        assert rule in str(preview(str(tmp_path / "out")))
+        assert rule + rule.lower() in str(preview(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("statement", ["from .prompts import S", "from pkg.prompts import S", "import pkg.prompts"])
+def test_imports_of_imported_modules_are_recorded(tmp_path, statement):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text("# -*- coding: latin-1 -*-\nfrom pkg.render import run\n" + code())
+    folder = tmp_path / "snapshot"
+    (folder / "pkg").mkdir(parents=True)
+    (folder / "enc.py").symlink_to(tmp_path / "blobs" / "abc")
+    (folder / "pkg" / "render.py").write_text(f"{statement}\nrun = 1\n")
+    sources = []
+    for rule in ("ONE", "TWO"):
+        (folder / "pkg" / "prompts.py").write_text(f"S = '{rule}'\n")
+        sources.append(load_template(f"{folder / 'enc.py'}:encode")[1])
+    assert "# ftdata: file pkg/prompts.py " in sources[0]
+    assert sources[0] != sources[1]
 
 
 FILES = {
+    "byte order mark": "\ufeff" + code(),
+    "strict arguments": code(
+        "m['content'] + ''.join(check(c['function'], tools) for c in m.get('tool_calls', []))",
+        head="import json\n\ndef check(function, tools):\n"
+             "    if function['name'] not in [t['function']['name'] for t in tools]:\n        raise ValueError('unknown')\n"
+             "    return function['name'] + str(sorted(json.loads(function['arguments']).values()))\n\n"),
     "required tools": code(signature="def encode(messages, tools, add_generation_prompt=False):\n    text = ''\n"),
     "data classes": code(head="from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    a: int\n\n"),
     "late import": code(before="    from late_neighbor import A\n"),

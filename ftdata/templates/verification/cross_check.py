@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -90,7 +91,7 @@ def cross_check(chat: ChatRendering, rendered: Rendered, max_messages: int | Non
                     plain[start:end],
                     plain[slice(*content)],
                 )
-    return _find_derived_text(chat, messages, plain, regions, ranges, render)
+    return _find_derived_text(chat, messages, plain, regions, ranges)
 
 
 def _find_derived_text(
@@ -98,27 +99,45 @@ def _find_derived_text(
     messages: Sequence[Mapping[str, Any]],
     text: str,
     regions: Mapping[int, tuple[int, int]],
-    ranges: Mapping[int, tuple[int, int] | None],
-    render: _Render,
+    indices: Iterable[int],
 ) -> Contradiction | None:
     """Find text in a generated region that a function made from another message, e.g. a copy in capital letters.
 
-    Such text changes if the message changes. Templates in Jinja need no check: their strings record such changes.
+    Such a region changes if the message or the tools change. Jinja templates need no check: tracked strings record how
+    their texts are made.
     """
-    unclear = [index for index, content in ranges.items() if content is None]
-    for index in unclear if isinstance(chat.template, PythonTemplate) else ():
-        content = messages[index].get("content")
-        if not isinstance(content, str) or not content.strip():
-            continue
-        for changed in _changed_contents(content):
-            moved = render([*messages[:index], {**messages[index], "content": changed}, *messages[index + 1 :]], False)
-            start = common_prefix_length(text, moved or text)
-            end = len(text) - common_prefix_length(text[::-1], (moved or text)[::-1])
-            for turn, region in regions.items():
-                if index != turn and region[0] < end and start < region[1]:
-                    reason = f"the generated text of message {turn} changes if this message changes"
-                    return Contradiction(index, reason, text[slice(*region)][:60], (moved or "")[region[0] :][:60])
+    if not isinstance(chat.template, PythonTemplate):
+        return None
+    tools = _untrack(chat.tools)
+    changes = [(index, changed, tools) for index in indices for changed in _changed_messages(messages[index])]
+    if tools:
+        changes.append((-1, {}, [_rename_function(tool) for tool in tools]))
+    for index, changed, changed_tools in changes:
+        others = Counter(text[slice(*region)] for turn, region in regions.items() if turn != index)
+        changed_messages = [*messages[:index], changed, *messages[index + 1 :]] if index >= 0 else messages
+        moved = _make_function_renderer(chat.template, changed_tools)(changed_messages, False)
+        for region, number in others.items():
+            if moved is not None and moved.count(region) < number:
+                reason = "the generated text of another message changes if this message changes"
+                return _make_contradiction(index, reason, text, moved)
     return None
+
+
+def _changed_messages(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield copies of a message with another word in one of its texts."""
+    for key in ("content", "reasoning_content", "name"):
+        value = message.get(key)
+        if isinstance(value, str) and value.strip():
+            yield from ({**message, key: changed} for changed in (f"x {value}", f"{value} x"))
+    calls = message.get("tool_calls") or ()
+    for number, call in enumerate(calls):
+        yield {**message, "tool_calls": [*calls[:number], _rename_function(call), *calls[number + 1 :]]}
+
+
+def _rename_function(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool call or a tool definition with another name of its function."""
+    function = item.get("function")
+    return {**item, "function": {**function, "name": f"x{function.get('name')}"}} if function else dict(item)
 
 
 def _check_start(turn: int, start: int, text: str, rendered: Rendered, prompt: str | None) -> Contradiction | None:
@@ -166,7 +185,7 @@ def _find_content(
     if not isinstance(content, str) or not content.strip():
         return None
     ends: list[int] = []
-    for changed in _changed_contents(content):
+    for changed in (_different_character(content[0]) + content, content + _different_character(content[-1])):
         moved = render([*messages[:index], {**messages[index], "content": changed}, *messages[index + 1 :]], False)
         if moved is None:
             return None
@@ -175,11 +194,6 @@ def _find_content(
             return None
         ends.append(min(position, len(text) - common_prefix_length(text[::-1], moved[::-1])) if ends else position)
     return ends[0], max(ends)
-
-
-def _changed_contents(content: str) -> tuple[str, str]:
-    """Return two changes of a content: with another character before it, and after it."""
-    return _different_character(content[0]) + content, content + _different_character(content[-1])
 
 
 def _different_character(character: str) -> str:
@@ -217,7 +231,7 @@ def _make_function_renderer(template: PythonTemplate, tools: Any) -> _Render:
     def render(messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str | None:
         variables = {"messages": messages, "tools": tools, "add_generation_prompt": generation_prompt}
         try:
-            return template.render_plain(variables)
+            return template.render_text(variables)
         except BadRow:
             return None
 

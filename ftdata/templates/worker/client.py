@@ -24,10 +24,10 @@ from ftdata.templates.worker.process import (
     EXAMINE_CPU_SECONDS,
     MAX_STEPS,
     MEGABYTES,
-    WAIT_FACTOR,
     LimitExceeded,
     Request,
     call_worker,
+    end_user_code,
     start_worker,
     submit_request,
 )
@@ -125,8 +125,9 @@ def _receive_rendered(template: Template, request: Request) -> tuple[Rendered, .
 
 def _describe_limits(template: Template, seconds: float) -> str:
     """Return a text with the limits that a template exceeds."""
-    other = f"waits {WAIT_FACTOR * seconds:.3g} s" if template.is_user_code else f"needs more than {MEGABYTES} MB"
-    return f"template {template.name!r} needs more than {seconds:.3g} s of CPU time, or {other}"
+    if template.is_user_code:
+        return f"template {template.name!r} needs more than {seconds:.3g} s"
+    return f"template {template.name!r} needs more than {seconds:.3g} s of CPU time, or more than {MEGABYTES} MB"
 
 
 def _make_row_error(template: Template, request: Request) -> BadRow:
@@ -204,7 +205,7 @@ def verify_template(template: Template) -> TemplateReport:
         TemplateRefused: `template_syntax`, if the template cannot be compiled; `template_limits`, if it exceeds the
             CPU or memory limit.
     """
-    return _examine(template.description)
+    return (_examine_user_code if template.is_user_code else _examine)(template.description)
 
 
 def require_verified(template: Template) -> Template:
@@ -216,8 +217,21 @@ def require_verified(template: Template) -> Template:
     if template.source and (contradictions := verify_template(template).contradictions):
         problem = f"the cross-check of template {template.name!r} failed: {contradictions[0]}"
         hint = "mark the generated text with {% generation %} in a copy of the template"
+        if template.is_user_code:
+            hint = "print each text once, and no text that depends on other messages inside of answers"
         raise TemplateRefused("template_not_verified", problem, hint=hint)
     return template
+
+
+def forget_user_code() -> None:
+    """End the worker if it executed code of the user, and forget the reports on such code."""
+    end_user_code()
+    _examine_user_code.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _examine_user_code(description: str) -> TemplateReport:
+    return _examine.__wrapped__(description)
 
 
 @lru_cache(maxsize=1024)

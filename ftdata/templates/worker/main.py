@@ -28,7 +28,6 @@ from ftdata.templates.worker.process import (
     BYTES_PER_CHARACTER,
     MEGABYTES,
     PREPARE_SECONDS,
-    WAIT_FACTOR,
 )
 
 _MAX_MESSAGE = 2000
@@ -130,7 +129,7 @@ def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) ->
     with nullcontext() if template.is_user_code else _memory_limit(len(body)):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         # Sandboxed templates cannot wait. The code of the user can, e.g. for a lock or a server.
-        signal.setitimer(signal.ITIMER_REAL, WAIT_FACTOR * cpu_seconds if template.is_user_code else 0)
+        signal.setitimer(signal.ITIMER_REAL, cpu_seconds if template.is_user_code else 0)
         try:
             answer = protocol.encode_values(ACTIONS[action](template, protocol.decode_values(body)))
             too_long = len(answer) > _MAX_OUTPUT + BYTES_PER_CHARACTER * len(body)

@@ -37,8 +37,8 @@ CPU_SECONDS, CHARACTERS_PER_SECOND, SECONDS_PER_STEP = 0.5, 20_000, 0.0005
 EXAMINE_CPU_SECONDS = 3.0
 """CPU limit of the examination of a template."""
 
-WAIT_FACTOR, PREPARE_SECONDS = 3, 300
-"""Limits of wall time for code of the user: a factor of the CPU limit of a request, and seconds to execute the file."""
+PREPARE_SECONDS = 300
+"""Limit of wall time to execute a file of the user. For its requests, the limit of wall time is the CPU limit."""
 
 MEGABYTES, BYTES_PER_CHARACTER = 512, 64
 """Memory limit of a request: constant megabytes, and bytes per character of the request."""
@@ -296,6 +296,9 @@ class _Worker:
         status = self.process.wait()
         self.stop()
         for request in pending:
+            if -status == signal.SIGALRM and len(pending) == 1:
+                request.exceeded = _MAX_ATTEMPTS
+                continue
             if -status in _ENDED_BY_TEMPLATE:
                 # Several requests are repeated one by one to find the request that exceeds the limits.
                 request.exceeded = request.exceeded + 1 if len(pending) == 1 else 1
@@ -334,6 +337,13 @@ def _get_worker() -> _Worker:
     if not _current:
         _current.append(_start_process())
     return _current[0]
+
+
+def end_user_code() -> None:
+    """End the worker if it executed code of the user, so that the next build executes the present code."""
+    with _lock(os.getpid()):
+        if _owner == [os.getpid()] and _current and _current[0].user_files:
+            _current[0].stop()
 
 
 def _get_worker_for(template: Template) -> _Worker:
