@@ -34,7 +34,7 @@ from ftdata.inspection.findings import (
 from ftdata.inspection.serving import Server, can_be_compared, connect
 from ftdata.inspection.summary import confirm_statements, describe_verdict
 from ftdata.inspection.survey import RowNumbers, Survey, number_source_rows, survey_rows
-from ftdata.inspection.target import Target, make_target
+from ftdata.inspection.target import Target, make_source_target, make_target
 from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import SEVERITIES
 from ftdata.pipeline.recipe import Recipe
@@ -207,7 +207,8 @@ def audit(
         near_duplicate_threshold: Similarity (0.5 to 1) above which rows are near-duplicates. `None` skips the search.
         pii: Whether to search for personal data.
         serve: The URL of an inference server. The tokens before each trained turn are compared with those that the
-            server renders. The environment variable `FTDATA_SERVE_KEY` contains its key.
+            server renders. The environment variable `FTDATA_SERVE_KEY` contains its key. For a build, the data that it
+            was made from is read again.
         where: As for `build_sft_dataset`: a filter expression for the rows to check.
         limit: Maximum number of rows to check per source. All rows of `against` are read.
         progress: Called with a `ProgressUpdate` after each batch of rows.
@@ -241,8 +242,8 @@ def audit(
         near_duplicates.require_rensa()
     target = make_target(data, tokenizer, template, against=against, where=where, limit=limit, **options)
     if serve is not None and target.folder is not None:
-        problem = "a build contains no messages that a server could render"
-        raise UsageError("serve", problem, hint="audit the data of the build: ftdata audit DATA --serve URL")
+        # A build contains no messages that a server could render.
+        target = make_source_target(target.folder, tokenizer)
     server = None if serve is None else connect(serve)
     enabled = {
         "": True,

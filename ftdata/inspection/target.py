@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ftdata._version import __version__
 from ftdata.build.request import check_source_builds
 from ftdata.build.store import check_intact, read_manifest
-from ftdata.errors import UsageError, check_choice
+from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.row_views import Heading
 from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
 from ftdata.options import option_names
+from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.recipe import Recipe, make_recipe, resolve_task
 from ftdata.readers import FileSource, MemorySource, reread_rows, resolve_sources
 from ftdata.readers.row_filter import RowFilter, find_missing_column
+from ftdata.types import IGNORE_INDEX
 
 HELD_OUT = "held out"
 _HELD_OUT_NAMES = ("test", "valid", "val", "eval", "dev")
@@ -133,6 +139,49 @@ def make_target(
         {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
         sources,
     )
+
+
+def make_source_target(folder: Path, tokenizer: Any = None) -> Target:
+    """Create a target from the data that a build was made from, with the recipe of the build.
+
+    The data is read again. After the last row, the steps check that every example of the build was among the examples.
+
+    Args:
+        folder: The folder of the build.
+        tokenizer: The current location of the tokenizer, if it was moved.
+
+    Raises:
+        UsageError: `data_not_recorded`, if the build was made from objects in memory; as in `load_build_recipe`.
+        InputRefused: A source cannot be read; `data_changed` (by the steps), if an example of the build is not among
+            those of the data.
+    """
+    recipe, options = stored_builds.load_build_recipe(folder, tokenizer), stored_builds.read_report(folder).options
+    hint = "audit the data of the build: ftdata audit DATA"
+    try:
+        sources = resolve_sources(options.get("data"))
+    except FtdataError as error:
+        problem = f"the data of {folder} cannot be read again: {error.message}"
+        raise UsageError("data_not_recorded", problem, hint=hint) from None
+
+    def steps() -> Iterator[SurveyStep]:
+        documents = stored_builds.read_build_documents(folder, stored_builds.split_names(folder))
+        missing = {_hash_tokens(document.ids, document.labels != IGNORE_INDEX) for document in documents}
+        filters = [(source, RowFilter(options.get("where"), options.get("limit"))) for source in sources]
+        for step in survey_steps(recipe, filters):
+            rows = (row for row in step.batch if isinstance(row, BuiltRow))
+            missing -= {_hash_tokens(example.input_ids, example.trained) for row in rows for example in row.examples}
+            yield step
+        if missing:
+            problem = f"{len(missing):,} examples of {folder} are not in its data, which has changed since the build"
+            raise InputRefused("data_changed", problem, hint="build the data again")
+
+    paths = [source.path for source in sources]
+    names = [(source.path, source.split or "train") for source in sources]
+    return Target(paths, recipe, names, steps, options, sources)
+
+
+def _hash_tokens(ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> bytes:
+    return hashlib.sha256(ids.tobytes() + trained.tobytes()).digest()
 
 
 def _mark_held_out(source: FileSource | MemorySource) -> FileSource | MemorySource:

@@ -1,6 +1,7 @@
 """The audit compares the tokens before each trained turn with those that a server renders."""
 
 import datetime
+import json
 
 import pytest
 from serving_stand_in import make_tokenizer, stand_in
@@ -8,7 +9,7 @@ from tokenizer_makers import CHATML
 
 from ftdata import audit
 from ftdata.build.dataset import write_build
-from ftdata.errors import HubError, UsageError
+from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.tokenizing.load import load_tokenizer
 
 pytest.importorskip("transformers")
@@ -186,8 +187,31 @@ def test_servers_that_cannot_be_used_are_refused(qwen, served, tmp_path, monkeyp
         monkeypatch.setenv("FTDATA_SERVE_KEY", "secret")
         assert findings(audit(ROWS[3:], qwen, serve=url)) == []
     write_build(ROWS, qwen, tmp_path / "built")
-    with pytest.raises(UsageError, match="a build contains no messages"):
+    with pytest.raises(UsageError, match="cannot be read again"):
         audit(str(tmp_path / "built"), serve="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": "bfd", "max_length": 64}, {"where": "messages[0].role == 'system'", "turns": "split"}],
+)
+def test_builds_are_compared_by_their_data(options, qwen, served, tmp_path):
+    rows, data, built = [*ROWS[:2], ROWS[1]], tmp_path / "data.jsonl", tmp_path / "built"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_build(str(data), qwen, built, **options)
+    with stand_in(served, **INJECTIONS["bos"]) as (url, _):
+        report = audit(str(built), serve=url)
+    assert sum(finding.count for finding in findings(report)) > 0
+    with stand_in(served) as (url, _):
+        report = audit(str(built), serve=url)
+        typed = [row for row in rows if "typed" in str(row)]
+        assert sum(finding.count for finding in findings(report)) <= len(typed)
+        data.write_text("".join(json.dumps(row).replace("brief", "short") + "\n" for row in rows))
+        with pytest.raises(InputRefused, match="of .*built are not in its data"):
+            audit(str(built), serve=url)
+        data.unlink()
+        with pytest.raises(UsageError, match="cannot be read again"):
+            audit(str(built), serve=url)
 
 
 def test_all_policies_compare_the_same_turns(qwen, served):
