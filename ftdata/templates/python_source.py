@@ -30,7 +30,7 @@ def read_source(path: Path) -> str:
     for file, source in pending:
         for level, name in _imports(source):
             # Absolute imports search in the folder of the template, and relative imports in the package.
-            folder = file.parents[level - 1] if level else path.parent
+            folder = file.parents[min(level, len(file.parents)) - 1] if level else path.parent
             found = [*_module_files(folder, name)]
             packages |= set() if found or level else {name.partition(".")[0]}
             for module in found:

@@ -185,7 +185,7 @@ def test_imports_of_imported_modules_are_recorded(tmp_path, statement):
     folder = tmp_path / "snapshot"
     (folder / "pkg").mkdir(parents=True)
     (folder / "enc.py").symlink_to(tmp_path / "blobs" / "abc")
-    (folder / "pkg" / "render.py").write_text(f"{statement}\nrun = 1\n")
+    (folder / "pkg" / "render.py").write_text(f"{statement}\nfrom {'.' * 99}x import y\nrun = 1\n")
     sources = []
     for rule in ("ONE", "TWO"):
         (folder / "pkg" / "prompts.py").write_text(f"S = '{rule}'\n")

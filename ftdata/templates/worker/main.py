@@ -3,6 +3,9 @@
 The worker answers each frame of requests with a frame of answers. Every request has a limit of CPU time and memory.
 If a template exceeds a limit, the kernel ends the worker (SIGPROF), and the main process starts a new worker. Templates
 are examined in a fork of the worker, so that the worker survives a failed examination.
+
+Templates that are Python functions of the user have no memory limit. They have a limit of wall time (SIGALRM), because
+they can wait. They are not examined in a fork.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ Limits apply to the CPU time of the worker, not to wall time: the result for a r
 machine. The limit of a request depends only on its size, and is far above the needs of ordinary templates. The kernel
 ends a worker that exceeds the limit (SIGPROF). The request is then repeated once in a new worker, alone and with twice
 the limit. If the second attempt fails, the row is rejected.
+
+Only Python functions of the user also have limits of wall time, without a second attempt, because they can wait.
 """
 
 from __future__ import annotations
