@@ -254,7 +254,7 @@ def templates_check(
     report = check_template(template, kwargs)
     reports = list[EngineReport]()
     if engines or functions:
-        reports = compare_engines(resolve_template(template, kwargs), () if engines else None, functions or ())
+        reports = compare_engines(resolve_template(template, kwargs), None if engines else (), functions or ())
     values = report.as_dict() | ({"engines": [one.as_dict() for one in reports]} if reports else {})
     print_json_or_text(values, escape_unprintable("\n".join(map(str, (report, *reports)))), as_json=as_json)
     is_different = any(one.differences for one in reports)

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -296,11 +296,11 @@ def make_recipe(
     check_kwargs(template_kwargs)
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else load_template(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
-    bind: Callable[..., tuple[Template, ControlTokens]] = _bind_template
-    if is_python_template(name):
+    is_user_code = is_python_template(name)
+    if is_user_code:
         forget_user_code()
-        bind = _bind_template.__wrapped__
-    bound, control = bind(loaded, name, source, template is not None, parse_date(date), kwargs)
+    bind_template = _bind_template if is_user_code else _bind_cached
+    bound, control = bind_template(loaded, name, source, template is not None, parse_date(date), kwargs)
     _check_variables(bound)
     processor = problem = None
     try:
@@ -422,7 +422,6 @@ def check_kwargs(kwargs: Any) -> None:
         raise UsageError("template_kwargs", f"template_kwargs must contain only JSON values: {error}") from None
 
 
-@lru_cache(maxsize=64)
 def _bind_template(
     tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
 ) -> tuple[Template, ControlTokens]:
@@ -437,6 +436,9 @@ def _bind_template(
     if control.pattern != verified.control:
         verified = require_verified(replace(verified, control=control.pattern))
     return verified, control
+
+
+_bind_cached = lru_cache(maxsize=64)(_bind_template)
 
 
 def parse_date(date: str | datetime.date | None) -> datetime.datetime:

@@ -140,13 +140,13 @@ CASES = tuple(
 
 
 def compare_engines(
-    template: Template, engines: Sequence[str] | None = (), functions: Sequence[str] = ()
+    template: Template, engines: Sequence[str] | None = None, functions: Sequence[str] = ()
 ) -> list[EngineReport]:
     """Render conversations with other engines, and compare the texts with those of Jinja2.
 
     Args:
         template: the chat template. The date is the current date, because some engines print no other date.
-        engines: names of engines; by default, all that are installed; `None` for none.
+        engines: names of engines; `None` for all that are installed.
         functions: Python functions that render conversations, e.g. with `mistral-common`, as `file.py:function`.
 
     Raises:
@@ -159,11 +159,11 @@ def compare_engines(
     cases = [(case, text) for case, text in zip(CASES, expected, strict=True) if text is not None]
     reports = list[EngineReport]()
     variables = [_make_variables(case) for case, _ in cases]
-    for name in () if engines is None else engines or ENGINES:
+    for name in ENGINES if engines is None else engines:
         try:
             reports.append(_make_report(cases, *ENGINES[name](template, variables)))
         except MissingDependency:
-            if engines:
+            if engines is not None:
                 raise
     reports += [_make_report(cases, name, _render_function(name, template, variables)) for name in functions]
     if not reports:

@@ -31,9 +31,9 @@ def read_source(path: Path) -> str:
         for level, name in _imports(source):
             # Absolute imports search in the folder of the template, and relative imports in the package.
             folder = file.parents[min(level, len(file.parents)) - 1] if level else path.parent
-            found = [*_module_files(folder, name)]
-            packages |= set() if found or level else {name.partition(".")[0]}
-            for module in found:
+            modules = [*_module_files(folder, name)]
+            packages |= set() if modules or level else {name.partition(".")[0]}
+            for module in modules:
                 if module not in files and module.is_relative_to(path.parent):
                     files.add(module)
                     with suppress(TemplateRefused):
@@ -76,13 +76,13 @@ def _imports(source: str) -> tuple[tuple[int, str], ...]:
     except (SyntaxError, ValueError, RecursionError):
         return ()
     absolute = [(0, alias.name) for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    others = [
+    from_imports = [
         (node.level, f"{node.module}.{alias.name}" if node.module else alias.name)
         for node in nodes
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     ]
-    return (*absolute, *others)
+    return (*absolute, *from_imports)
 
 
 def _module_files(folder: Path, name: str) -> Iterator[Path]:
@@ -96,7 +96,7 @@ def _module_files(folder: Path, name: str) -> Iterator[Path]:
 @lru_cache(maxsize=64)
 def _versions(modules: frozenset[str]) -> list[str]:
     """Return the name and the version of each installed package that contains one of the modules."""
-    others = modules - sys.stdlib_module_names
-    packages = importlib.metadata.packages_distributions() if others else {}
-    names = {name for module in others for name in packages.get(module, ())}
+    installed = modules - sys.stdlib_module_names
+    packages = importlib.metadata.packages_distributions() if installed else {}
+    names = {name for module in installed for name in packages.get(module, ())}
     return [f"package {name} {importlib.metadata.version(name)}" for name in sorted(names)]

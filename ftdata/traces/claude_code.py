@@ -88,7 +88,27 @@ class _Scope:
 
 
 class _Reader:
-    """Reads the records of a session in order, and builds the nodes of each scope."""
+    """Reads the records of a session in order, and builds the nodes of each scope.
+
+    Attributes:
+        records: the records.
+        ignored: names of unknown types of records to ignore.
+        categories: category of each record that is in no node, by index.
+        anomalies: counts of irregularities.
+        scopes: the main conversation and those of the sub-agents, by name.
+        node_by_uuid: the scope and the node of each record of a message.
+        parent_by_uuid: the uuid before each record that is in no node.
+        record_by_uuid: the records.
+        kept_uuids: uuid of a compaction -> the messages that it kept, and whether they are before its summary.
+        summary_by_kept: a kept message -> the summary of its compaction.
+        kept_before, kept_after: a summary -> the kept messages before and after it.
+        failed: responses whose request failed before they were complete.
+        truncated: responses that reached the token limit.
+        scope_names: the scope of each record of a sub-agent, by uuid.
+        retracted: uuids of the messages that the program removed.
+        texts: the prompts of the user.
+        is_linear: whether the records have no parents.
+    """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
         self.records, self.ignored = records, ignored
@@ -98,8 +118,8 @@ class _Reader:
         self.node_by_uuid = dict[str, tuple[str, Node]]()
         self.parent_by_uuid = dict[str, str | None]()
         self.record_by_uuid = dict[str, Mapping[str, Any]]()
-        self.preserved = dict[str, tuple[list[str], bool]]()
-        self.kept = dict[Node, Node]()
+        self.kept_uuids = dict[str, tuple[list[str], bool]]()
+        self.summary_by_kept = dict[Node, Node]()
         self.kept_after = defaultdict[Node, list[Node]](list)
         self.kept_before = defaultdict[Node, list[Node]](list)
         self.failed = set[Node]()
@@ -147,7 +167,7 @@ class _Reader:
         name, node = self.node_by_uuid.get(uuid, ("", None))
         summary = self.scopes[name].summary if node is not None else None
         if node is not None and summary is not None and node.root is not summary.root:
-            self.kept[node] = summary
+            self.summary_by_kept[node] = summary
             if node not in self.kept_after[summary]:
                 self.kept_after[summary].append(node)
 
@@ -205,7 +225,7 @@ class _Reader:
         messages, segment = get_mapping(details, "preservedMessages"), get_mapping(details, "preservedSegment")
         uuids = [str(item) for item in messages.get("uuids") or ()]
         uuids = uuids or self._uuids_between(segment.get("headUuid"), segment.get("tailUuid"))
-        self.preserved[uuid] = uuids, uuid in (messages.get("anchorUuid"), segment.get("anchorUuid"))
+        self.kept_uuids[uuid] = uuids, uuid in (messages.get("anchorUuid"), segment.get("anchorUuid"))
 
     def _uuids_between(self, head: Any, tail: Any) -> list[str]:
         """Return the records from one record to another; an empty list if they are not in one conversation."""
@@ -260,9 +280,9 @@ class _Reader:
         self._assign_record(number, record, name, node)
         if record.get("isCompactSummary"):
             scope.summary = node
-            uuids, is_before = self.preserved.get(str(record.get("parentUuid")), ([], False))
+            uuids, is_before = self.kept_uuids.get(str(record.get("parentUuid")), ([], False))
             nodes = dict.fromkeys(self.node_by_uuid[uuid][1] for uuid in uuids if uuid in self.node_by_uuid)
-            self.kept.update(dict.fromkeys(nodes, node))
+            self.summary_by_kept.update(dict.fromkeys(nodes, node))
             (self.kept_before if is_before else self.kept_after)[node] += nodes
 
     def _read_assistant(self, number: int, record: Mapping[str, Any]) -> str | None:
@@ -339,7 +359,7 @@ class _Reader:
             passed.add(uuid)
             if uuid in self.node_by_uuid:
                 scope_name, owner = self.node_by_uuid[uuid]
-                node: Node | None = self.kept.get(owner, owner)
+                node: Node | None = self.summary_by_kept.get(owner, owner)
                 while node is not None and node in self.failed:
                     node = node.parent
                 return node if scope_name == name else None
@@ -395,7 +415,7 @@ def read_claude_code_session(records: Sequence[Mapping[str, Any]], ignored: froz
         ignored: names of unknown types of records to ignore.
 
     Raises:
-        BadRecord: `check_unknown_type`, `record_type`, `conflicting_records`, `missing_parent`, `missing_context` or
+        BadRecord: `unknown_record_type`, `record_type`, `conflicting_records`, `missing_parent`, `missing_context` or
             `parent_cycle`.
     """
     reader = _Reader(records, ignored)

@@ -162,8 +162,8 @@ def convert_document(
     return rows
 
 
-def has_trace_columns(columns: Iterable[str]) -> bool:
+def has_trace_columns(keys: Iterable[str]) -> bool:
     """Return whether an object with these keys may be a document, so its lists are not lists of rows."""
-    names = set(columns)
-    proofs = ({"schema_version", "steps"}, {"session_id", "session_start"}, {"nodes", "task"}, {"traces", "env"})
-    return any(proof <= names for proof in proofs)
+    names = set(keys)
+    required = ({"schema_version", "steps"}, {"session_id", "session_start"}, {"nodes", "task"}, {"traces", "env"})
+    return any(columns <= names for columns in required)

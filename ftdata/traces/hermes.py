@@ -39,7 +39,7 @@ def is_hermes_record(record: Mapping[str, Any]) -> bool:
 
 
 _EXPORT, _FILE = {"id", "source", "started_at"}, {"session_id", "session_start"}
-_PROOFS = {"message_count", "model_config", "system_prompt", "tool_call_count"}
+_TYPICAL_COLUMNS = {"message_count", "model_config", "system_prompt", "tool_call_count"}
 """Columns that every export or session file has, and columns of which it has at least one."""
 
 _IDENTITY = ("role", "content", "timestamp", "tool_call_id", "tool_calls")
@@ -49,7 +49,7 @@ _IDENTITY = ("role", "content", "timestamp", "tool_call_id", "tool_calls")
 def is_hermes_document(data: Mapping[str, Any]) -> bool:
     """Return whether an object is an export of a session, a session file or a trajectory."""
     if isinstance(data.get("messages"), list):
-        return (data.keys() >= _EXPORT or data.keys() >= _FILE) and not _PROOFS.isdisjoint(data)
+        return (data.keys() >= _EXPORT or data.keys() >= _FILE) and not _TYPICAL_COLUMNS.isdisjoint(data)
     turns = data.get("conversations")
     is_trajectory = isinstance(data.get("completed"), bool) and ("prompt_index" in data or "timestamp" in data)
     if not is_trajectory or not isinstance(turns, list) or not turns:

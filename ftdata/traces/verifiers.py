@@ -23,7 +23,7 @@ _ROLES = ("system", "user", "assistant", "tool", "developer")
 _COMPACTED = "--- context compacted ---"
 """The message between two context windows of a rollout."""
 
-_PROOFS = {"generation_ms", "is_completed", "timing", "stop_condition", "token_usage", "tool_defs"}
+_TYPICAL_COLUMNS = {"generation_ms", "is_completed", "timing", "stop_condition", "token_usage", "tool_defs"}
 """Columns of a saved rollout, one of which each version writes."""
 
 
@@ -38,8 +38,8 @@ def is_verifiers_document(data: Mapping[str, Any]) -> bool:
     if "task" in data and _has_objects(data.get("trajectory"), "prompt"):
         return True
     is_rollout = isinstance(data.get("prompt"), list) and isinstance(data.get("completion"), list)
-    has_proof = not _PROOFS.isdisjoint(data) or {"example_id", "error"} <= data.keys()
-    return is_rollout and "reward" in data and has_proof
+    has_typical_column = not _TYPICAL_COLUMNS.isdisjoint(data) or {"example_id", "error"} <= data.keys()
+    return is_rollout and "reward" in data and has_typical_column
 
 
 def _has_objects(value: Any, key: str) -> bool:

@@ -130,7 +130,7 @@ def encode(messages, tools=None, add_generation_prompt=False):
 def test_function_is_compared_with_the_template(tmp_path):
     (tmp_path / "enc.py").write_text(FUNCTION)
     template = Template("tested", CHATML, special_tokens=TOKENS)
-    (report,) = compare_engines(template, None, [f"{tmp_path / 'enc.py'}:encode"])
+    (report,) = compare_engines(template, (), [f"{tmp_path / 'enc.py'}:encode"])
     assert report.engine.endswith("enc.py:encode")
     failing = {difference.case for difference in report.differences if difference.position < 0}
     assert failing == {"reasoning", "reasoning, next answer"}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow
 from ftdata.templates.attribution.agreement import common_prefix_length
+from ftdata.templates.attribution.markers import untrack
 from ftdata.templates.attribution.spans import TextPiece, find_thinking_tags, override_part
 from ftdata.types import IMAGE_PART, Part
 
@@ -219,7 +220,7 @@ def _check_object(rendered: _RenderedMessage) -> None:
     Raises:
         BadRow: `content_stringified` or `message_dropped`.
     """
-    plain, field = _untrack(rendered.message["content"]), f"{rendered.field}.content"
+    plain, field = untrack(rendered.message["content"]), f"{rendered.field}.content"
     hint = "convert the result to JSON text, which every template prints"
     literal, json_texts = str(plain), {json.dumps(plain, ensure_ascii=ascii_only) for ascii_only in (False, True)}
     if literal in rendered.text and literal not in json_texts:
@@ -229,15 +230,6 @@ def _check_object(rendered: _RenderedMessage) -> None:
     has_keys_and_numbers = _any_printed((*_keys(plain), *_numbers(plain)), rendered.segment)
     if not _all_printed(_strings(plain), rendered.printed[Part.CONTENT]) or not has_keys_and_numbers:
         raise BadRow("message_dropped", "the template omits a part of the tool result", field=field, hint=hint)
-
-
-def _untrack(value: Any) -> Any:
-    """Return a copy of a JSON value in which every `TrackedString` is converted to a plain `str`."""
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        return {_untrack(key): _untrack(item) for key, item in value.items()}
-    return [_untrack(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_fully_printed(message: Mapping[str, Any], printed: str) -> bool:

@@ -103,11 +103,11 @@ def attribute(
         return item
 
     def align(numbers: Iterable[int]) -> list[tuple[int, int]] | None:
-        counter, chosen = count(), frozenset(numbers)
+        counter, marked = count(), frozenset(numbers)
 
         def mark(item: TrackedString) -> str:
             number = next(counter)
-            return f"qzx{number:06}kzq" if number in chosen else str.__str__(item)
+            return f"qzx{number:06}kzq" if number in marked else str.__str__(item)
 
         rendered = render(map_texts(value, mark))
         return None if rendered is None else _align(text, texts, rendered)

@@ -113,10 +113,10 @@ def _find_derived_text(
     if tools:
         changes.append((-1, {}, [_rename_function(tool) for tool in tools]))
     for index, changed, changed_tools in changes:
-        others = Counter(text[slice(*region)] for turn, region in regions.items() if turn != index)
+        region_counts = Counter(text[slice(*region)] for turn, region in regions.items() if turn != index)
         changed_messages = [*messages[:index], changed, *messages[index + 1 :]] if index >= 0 else messages
         moved = _make_function_renderer(chat.template, changed_tools)(changed_messages, False)
-        for region, number in others.items():
+        for region, number in region_counts.items():
             if moved is not None and moved.count(region) < number:
                 reason = "the generated text of another message changes if this message changes"
                 return _make_contradiction(index, reason, text, moved)

@@ -205,7 +205,7 @@ def verify_template(template: Template) -> TemplateReport:
         TemplateRefused: `template_syntax`, if the template cannot be compiled; `template_limits`, if it exceeds the
             CPU or memory limit.
     """
-    return (_examine_user_code if template.is_user_code else _examine)(template.description)
+    return (_examine_user_code if template.is_user_code else _examine_cached)(template.description)
 
 
 def require_verified(template: Template) -> Template:
@@ -229,12 +229,6 @@ def forget_user_code() -> None:
     _examine_user_code.cache_clear()
 
 
-@lru_cache(maxsize=64)
-def _examine_user_code(description: str) -> TemplateReport:
-    return _examine.__wrapped__(description)
-
-
-@lru_cache(maxsize=1024)
 def _examine(description: str) -> TemplateReport:
     key = disk.hash_bytes(f"{__version__} {_code_hash()} {description}".encode())
     template = template_from_description(description)
@@ -250,6 +244,10 @@ def _examine(description: str) -> TemplateReport:
     if root is not None:
         disk.write_cache_file(file, json.dumps({"report": report, "sha256": _hash(report)}).encode())
     return _make_report(report)
+
+
+_examine_cached = lru_cache(maxsize=1024)(_examine)
+_examine_user_code = lru_cache(maxsize=64)(_examine)
 
 
 def _hash(report: Any) -> str:

@@ -92,18 +92,18 @@ def test_hostile_templates_are_refused(attack, tokenizer_dir):
 
 def test_verdicts_are_cached_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    client._examine.cache_clear()
+    client._examine_cached.cache_clear()
     first = client.verify_template(bound())
     (kept,) = (tmp_path / "verdicts").iterdir()
     asked = []
     monkeypatch.setattr(client, "call_worker", lambda *given, **_: asked.append(given))
-    client._examine.cache_clear()
+    client._examine_cached.cache_clear()
     assert client.verify_template(bound()) == first
     assert not asked
     kept.write_text("not JSON")
     monkeypatch.undo()
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    client._examine.cache_clear()
+    client._examine_cached.cache_clear()
     assert client.verify_template(bound()) == first
 
 
@@ -111,7 +111,7 @@ def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("FTDATA_CACHE", str(blocked))
-    client._examine.cache_clear()
+    client._examine_cached.cache_clear()
     assert client.verify_template(bound()).verdict == "exact"
 
 
@@ -187,7 +187,7 @@ def test_interrupted_request_leaves_no_answer_for_the_next_one(monkeypatch, tmp_
 
     monkeypatch.setattr(process._Worker, "_receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        client._examine.__wrapped__(bound(CHATML + "{# interrupted #}").description)
+        client._examine(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     assert client.verify_template(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
@@ -202,11 +202,11 @@ def test_killed_template_worker_is_restarted(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
 def test_damaged_verdict_is_recomputed(kept, monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    client._examine.cache_clear()
+    client._examine_cached.cache_clear()
     client.verify_template(bound())
     (file,) = (tmp_path / "verdicts").iterdir()
     file.write_text(kept)
-    client._examine.cache_clear()
+    client._examine_cached.cache_clear()
     assert client.verify_template(bound()).verdict == "exact"
 
 
