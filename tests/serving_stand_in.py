@@ -121,12 +121,17 @@ def make_handler(server):
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # The audit opens 32 connections at once. With the default of 5, the kernel drops some, and they wait for seconds.
+    request_queue_size = 128
+
+
 @contextmanager
 def stand_in(tokenizer, kind="vllm", **options):
     """Run a server. Yield its URL and the list of its requests. For the options, see `StandIn`."""
     stand = StandIn(tokenizer, kind, **options)
-    with ThreadingHTTPServer(("127.0.0.1", 0), make_handler(stand)) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Server(("127.0.0.1", 0), make_handler(stand)) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", stand.requests
         server.shutdown()
