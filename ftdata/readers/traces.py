@@ -79,9 +79,7 @@ def _expand_documents(first_rows: list[Row | Reject], rows: Iterator[Row | Rejec
             yield from rows
 
     for row in all_rows():
-        data = row.data if isinstance(row, Row) else None
-        document_format = find_document_format(data) if type(data) is dict else None
-        if document_format is not None and isinstance(row, Row):
+        if isinstance(row, Row) and type(row.data) is dict and (document_format := find_document_format(row.data)):
             items = _convert_document(document_format, row, ignored)
             # Row numbers are unique, so the rows after a document are counted from its last row.
             yield from (_shift_row_number(item, added + number) for number, item in enumerate(items))

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow
@@ -123,9 +122,7 @@ def convert_session(
         return make_rows(session_format.read(records, ignored))
 
 
-@lru_cache(maxsize=1024)
-def _document_formats(columns: tuple[str, ...]) -> tuple[DocumentFormat, ...]:
-    return tuple(item for item in _DOCUMENTS.values() if not item.keys.isdisjoint(columns))
+_DOCUMENT_KEYS = frozenset[str]().union(*(item.keys for item in _DOCUMENTS.values()))
 
 
 def find_document_format(data: Mapping[str, Any]) -> DocumentFormat | None:
@@ -134,7 +131,11 @@ def find_document_format(data: Mapping[str, Any]) -> DocumentFormat | None:
     >>> find_document_format({"messages": []}) is None
     True
     """
-    return next((item for item in _document_formats((*data,)) if item.is_document(data)), None)
+    # Most rows have none of these columns, and this function is called for every row.
+    if _DOCUMENT_KEYS.isdisjoint(data):
+        return None
+    formats = (item for item in _DOCUMENTS.values() if not item.keys.isdisjoint(data))
+    return next((item for item in formats if item.is_document(data)), None)
 
 
 def convert_document(
