@@ -80,7 +80,18 @@ class _Item(NamedTuple):
 
 
 class _Reader:
-    """Reads the records of a session in order. `history` contains the items that the model sees next."""
+    """Reads the records of a session in order.
+
+    Attributes:
+        item_reader: converts the items of responses.
+        categories: category of each record that is in no context, by index.
+        contexts: for each context, its steps, its tools, and whether it is abandoned.
+        system: the instructions of the session.
+        history: the items that the model sees next.
+        replacement_length: number of items at the start of the history with which a compaction replaced earlier items.
+        first_new_ordinal: number of items that a session of a sub-agent copies from the session that started it.
+        used_events: indices of the events whose reasoning text is in the history.
+    """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
         self.records, self.ignored = records, ignored

@@ -24,6 +24,15 @@ def is_droid_record(record: Mapping[str, Any]) -> bool:
 
 
 class _Reader:
+    """Reads the records of a session in order.
+
+    Attributes:
+        categories: category of each record that is in no node, by index.
+        nodes: the nodes, in the order of their first records.
+        owners: the node of each message, by its id.
+        compactions: index of the record of each compaction, by its id.
+    """
+
     def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
         self.records, self.ignored = records, ignored
         self.categories = dict[int, str]()

@@ -66,6 +66,14 @@ class _Entry:
 
 
 class _Reader:
+    """Reads the records of a session in order.
+
+    Attributes:
+        categories: category of each record that is in no node, by index.
+        entries: the entry of each record that is in a node, by index.
+        nodes: the nodes, in the order of their first records.
+    """
+
     def __init__(self, records: Sequence[Mapping[str, Any]], ignored: frozenset[str]) -> None:
         self.records, self.ignored = records, ignored
         self.categories = dict[int, str]()
